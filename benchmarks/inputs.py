@@ -1,0 +1,113 @@
+"""Inputs of the benchmarks: hidden states, labels and a head with a trained model's statistics.
+
+`--head FILE` takes a safetensors file with `hidden` [N, H], `weight` [V, H], `labels` [N]; without one a synthetic head
+with a trained model's peaked, Zipf-weighted distributions is made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class HeadInputs:
+    name: str
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [N] int64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--head", help="safetensors file with hidden, weight and labels (default: a synthetic head)")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+
+
+def load(path: str | None, **synthetic) -> HeadInputs:
+    if path is None:
+        return synthetic_head(**synthetic)
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    return HeadInputs(Path(path).name, tensors["hidden"], tensors["weight"], tensors["labels"].long())
+
+
+def synthetic_head(num_tokens=4096, vocab_size=32768, hidden_size=256, seed=0) -> HeadInputs:
+    """A head whose distributions are peaked on a few Zipf-distributed tokens, as a trained model's are.
+
+    Each hidden state points at a handful of weight rows with geometrically falling strength, over a shared
+    direction that gives low ids (the frequent ones) larger logits; labels are drawn from the head itself.
+    """
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab_size, hidden_size, generator=g) / hidden_size**0.5
+    frequency = -torch.log(torch.arange(1, vocab_size + 1).float())
+    weight[:, 0] = (frequency - frequency.mean()) / 8
+    candidates = torch.multinomial(1.0 / torch.arange(1, vocab_size + 1).float(), num_tokens * 6, True, generator=g)
+    candidates = candidates.view(num_tokens, 6)
+    strength = 14.0 * (0.55 + 0.45 * torch.rand(num_tokens, 6, generator=g)) * 0.93 ** torch.arange(6)
+    hidden = torch.einsum("nk,nkh->nh", strength, weight[candidates])
+    hidden[:, 0] = 4.0 + torch.rand(num_tokens, generator=g)
+    labels = torch.cat(
+        [torch.multinomial((h @ weight.T).softmax(-1), 1, generator=g)[:, 0] for h in hidden.split(512)]
+    )
+    return HeadInputs("synthetic", hidden, weight, labels)
+
+
+def lifted(inputs: HeadInputs, hidden_size: int) -> HeadInputs:
+    """The same logits at a larger H: both factors times one matrix with orthonormal rows."""
+    small = inputs.hidden.shape[1]
+    g = torch.Generator().manual_seed(1)
+    q, _ = torch.linalg.qr(torch.randn(hidden_size, small, generator=g, dtype=torch.float64))
+    q = q.T.float()
+    return HeadInputs(inputs.name, inputs.hidden.float() @ q, inputs.weight.float() @ q, inputs.labels)
+
+
+def environment() -> dict:
+    """What a reader needs beside a figure: machine, versions, date."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":")[1].strip() if names else cpu
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    for module in ("fastdpo", "trl", "liger_kernel", "transformers"):
+        try:
+            from importlib.metadata import version
+
+            versions[module] = version(module.replace("_", "-"))
+        except Exception:
+            continue
+    return {
+        "cpu": cpu,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def report(output: Path | None, title: str, rows: list[dict], notes: dict) -> None:
+    """Print the rows as a table, and keep everything as JSON when asked to."""
+    env = environment()
+    print(f"\n{title}\n{json.dumps(notes)}\n{json.dumps(env)}\n")
+    columns = list(rows[0])
+    cells = [[_text(row[c]) for c in columns] for row in rows]
+    widths = [max(len(c), *(len(line[i]) for line in cells)) for i, c in enumerate(columns)]
+    for line in [columns, ["-" * w for w in widths], *cells]:
+        print("  ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        record = {"title": title, "notes": notes, "environment": env, "rows": rows}
+        output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)

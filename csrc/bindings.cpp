@@ -1,0 +1,145 @@
+// The only file that knows Python. Pointers arrive as integers (tensor.data_ptr(), 0 for none); the callers in
+// fastdpo/ops keep the tensors alive and have checked shapes and types. Every call releases the GIL.
+#include <pybind11/pybind11.h>
+
+#include "cpu_folds.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+using fastdpo::DType;
+using Address = std::uintptr_t;
+
+namespace {
+
+template <class T>
+T* ptr(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+struct PyTile {
+  fastdpo::Tile tile;
+};
+
+PyTile make_tile(Address data, int64_t stride, int64_t num_rows, int64_t num_cols, int64_t col_start, Address bias,
+                 float scale, float softcap, float inv_temperature) {
+  return {{ptr<float>(data), stride, num_rows, num_cols, col_start, ptr<const float>(bias),
+           {scale, softcap, inv_temperature}}};
+}
+
+fastdpo::GradArgs grad_args(const PyTile& tile, Address tokens, Address labels, Address lse, Address logps,
+                            Address coef, Address entropy, Address coef_entropy) {
+  return {tile.tile,
+          ptr<const int32_t>(tokens),
+          ptr<const int64_t>(labels),
+          ptr<const float>(lse),
+          ptr<const float>(logps),
+          ptr<const float>(coef),
+          ptr<const float>(entropy),
+          ptr<const float>(coef_entropy)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "fastdpo's native kernels; see csrc/launch.h for what each argument means";
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+
+  m.attr("BLOCK") = fastdpo::kBlock;
+  m.attr("ROW_STATS_BYTES") = sizeof(fastdpo::RowStats);
+  m.def("isa", [] { return fastdpo::cpu_kernels().isa; });
+  m.def("parallel_backend", &fastdpo::parallel_backend);
+
+  py::class_<PyTile>(m, "Tile").def(py::init(&make_tile), py::arg("data"), py::arg("stride"), py::arg("num_rows"),
+                                    py::arg("num_cols"), py::arg("col_start"), py::arg("bias"), py::arg("scale"),
+                                    py::arg("softcap"), py::arg("inv_temperature"));
+
+  m.def(
+      "init_stats",
+      [](Address stats, int64_t num_rows) {
+        const double inf = std::numeric_limits<double>::infinity();
+        for (int64_t i = 0; i < num_rows; ++i) ptr<fastdpo::RowStats>(stats)[i] = {-inf, 0, 0, 0, 0, -inf, -inf};
+      },
+      nogil);
+
+  m.def(
+      "fold",
+      [](const PyTile& tile, Address labels, Address block_lse, int64_t block_lse_stride, Address label_logit,
+         Address stats, int num_threads) {
+        fastdpo::fold({tile.tile, ptr<const int64_t>(labels), ptr<float>(block_lse), block_lse_stride,
+                       ptr<float>(label_logit), ptr<fastdpo::RowStats>(stats)},
+                      num_threads);
+      },
+      nogil);
+
+  m.def(
+      "finish",
+      [](int64_t num_rows, int64_t num_blocks, int64_t vocab_size, int64_t first_row, int64_t first_block,
+         Address block_lse, Address other_lse, Address label_logit, Address labels, Address stats, Address logps,
+         Address lse, Address entropy, Address mean_logit, Address is_top1, Address log_sum_sq_probs, Address bitmap,
+         int64_t bitmap_stride, float tau, uint64_t seed, int num_threads) {
+        fastdpo::finish({num_rows, num_blocks, vocab_size, first_row, first_block, ptr<const float>(block_lse),
+                         ptr<const float>(other_lse), ptr<const float>(label_logit), ptr<const int64_t>(labels),
+                         ptr<const fastdpo::RowStats>(stats), ptr<float>(logps), ptr<float>(lse), ptr<float>(entropy),
+                         ptr<float>(mean_logit), ptr<uint8_t>(is_top1), ptr<float>(log_sum_sq_probs),
+                         ptr<uint8_t>(bitmap), bitmap_stride, tau, seed},
+                        num_threads);
+      },
+      nogil);
+
+  m.def(
+      "grad",
+      [](const PyTile& tile, Address labels, Address lse, Address logps, Address coef, Address entropy,
+         Address coef_entropy, int num_threads) {
+        fastdpo::grad(grad_args(tile, 0, labels, lse, logps, coef, entropy, coef_entropy), num_threads);
+      },
+      nogil);
+
+  m.def(
+      "routed_grad",
+      [](const PyTile& tile, Address tokens, Address labels, Address lse, Address logps, Address coef, int64_t block,
+         uint64_t seed, float tau_hidden, float tau_weight, Address row_weight, Address dz_hidden,
+         Address hidden_tokens, int num_threads) {
+        return fastdpo::routed_grad({grad_args(tile, tokens, labels, lse, logps, coef, 0, 0), block, seed, tau_hidden,
+                                     tau_weight, ptr<float>(row_weight), ptr<float>(dz_hidden),
+                                     ptr<int32_t>(hidden_tokens)},
+                                    num_threads);
+      },
+      nogil);
+
+  m.def(
+      "count_pairs",
+      [](Address bitmap, int64_t bitmap_stride, Address coef, int64_t num_tokens, int64_t num_blocks, Address counts,
+         int num_threads) {
+        fastdpo::count_pairs(ptr<const uint8_t>(bitmap), bitmap_stride, ptr<const float>(coef), num_tokens, num_blocks,
+                             ptr<int64_t>(counts), num_threads);
+      },
+      nogil);
+
+  m.def(
+      "fill_pairs",
+      [](Address bitmap, int64_t bitmap_stride, Address coef, int64_t first_token, int64_t num_tokens,
+         int64_t first_block, int64_t num_blocks, Address offsets, Address tokens, int num_threads) {
+        fastdpo::fill_pairs(ptr<const uint8_t>(bitmap), bitmap_stride, ptr<const float>(coef), first_token, num_tokens,
+                            first_block, num_blocks, ptr<const int64_t>(offsets), ptr<int32_t>(tokens), num_threads);
+      },
+      nogil);
+
+  m.def(
+      "gather_rows",
+      [](Address dst, int64_t dst_stride, Address src, int dtype, int64_t src_stride, Address tokens, Address rows,
+         int64_t num_rows, int64_t num_cols, int num_threads) {
+        fastdpo::gather_rows(ptr<float>(dst), dst_stride, ptr<const void>(src), static_cast<DType>(dtype), src_stride,
+                             ptr<const int32_t>(tokens), ptr<const int64_t>(rows), num_rows, num_cols, num_threads);
+      },
+      nogil);
+
+  m.def(
+      "scatter_add_rows",
+      [](Address dst, int64_t dst_stride, Address src, int64_t src_stride, Address tokens, Address rows,
+         int64_t num_rows, int64_t num_cols, int num_threads) {
+        fastdpo::scatter_add_rows(ptr<float>(dst), dst_stride, ptr<const float>(src), src_stride,
+                                  ptr<const int32_t>(tokens), ptr<const int64_t>(rows), num_rows, num_cols,
+                                  num_threads);
+      },
+      nogil);
+}

@@ -1,0 +1,176 @@
+// Chooses an instruction set once, and spreads rows over threads. Every output belongs to one row or one block, so
+// results do not depend on the number of threads.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu_folds.h"
+#include "parallel.h"
+#include "routing.h"
+
+namespace fastdpo {
+
+#ifdef FASTDPO_HAVE_AVX512
+namespace avx512 {
+extern const CpuKernels kernels;
+}
+#endif
+#ifdef FASTDPO_HAVE_AVX2
+namespace avx2 {
+extern const CpuKernels kernels;
+}
+#endif
+namespace baseline {
+extern const CpuKernels kernels;
+}
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& chosen = []() -> const CpuKernels& {
+#ifdef FASTDPO_HAVE_AVX512
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      return avx512::kernels;
+#endif
+#ifdef FASTDPO_HAVE_AVX2
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+#endif
+    return baseline::kernels;
+  }();
+  return chosen;
+}
+
+namespace {
+
+// Rows per piece so that a piece is some tens of microseconds of work: less is not worth waking a thread for.
+int64_t grain_for(int64_t elements_per_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(elements_per_row, 1)); }
+
+}  // namespace
+
+void fold(const FoldArgs& a, int num_threads) {
+  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), num_threads,
+               [&](int64_t begin, int64_t end) { cpu_kernels().fold_rows(a, begin, end); });
+}
+
+void grad(const GradArgs& a, int num_threads) {
+  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), num_threads,
+               [&](int64_t begin, int64_t end) { cpu_kernels().grad_rows(a, begin, end); });
+}
+
+int64_t routed_grad(const RoutedGradArgs& a, int num_threads) {
+  const Tile& tile = a.grad.tile;
+  const int64_t grain = grain_for(tile.num_cols);
+  parallel_for(tile.num_rows, grain, num_threads,
+               [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
+  int64_t num_hidden = 0;
+  if (a.dz_hidden) {
+    for (int64_t row = 0; row < tile.num_rows; ++row) {
+      if (a.row_weight[row] == 0.0f) continue;
+      const float weight = a.row_weight[row];
+      const float* dz = tile.data + row * tile.stride;
+      float* out = a.dz_hidden + num_hidden * tile.num_cols;
+      for (int64_t i = 0; i < tile.num_cols; ++i) out[i] = dz[i] * weight;
+      a.hidden_tokens[num_hidden++] = a.grad.tokens[row];
+    }
+  }
+  const float* weight = a.row_weight + (a.tau_weight < 0.0f ? 0 : tile.num_rows);
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    if (weight[row] == 1.0f) continue;
+    float* dz = tile.data + row * tile.stride;
+    for (int64_t i = 0; i < tile.num_cols; ++i) dz[i] *= weight[row];
+  }
+  return num_hidden;
+}
+
+void finish(const FinishArgs& a, int num_threads) {
+  const auto finish_row = [&](int64_t row) {
+    const float* block_lse = a.block_lse + row * a.num_blocks;
+    float block_max = -INFINITY;
+    const float other_lse = a.other_lse ? a.other_lse[row] : -INFINITY;
+    for (int64_t i = 0; i < a.num_blocks; ++i) block_max = std::fmax(block_max, block_lse[i]);
+    block_max = std::fmax(block_max, other_lse);
+    const double m = block_max == -INFINITY ? 0.0 : block_max;
+    double total = std::exp(other_lse - m);
+    for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(block_lse[i] - m);
+    const double rest = m + std::log(total);  // log-sum-exp of every logit but the label's
+    const double label_logit = a.label_logit[row];
+    const double x = rest - label_logit;
+    // log(1 + e^x) on the side that does not overflow; log p = -log(1 + e^x) keeps its relative precision near 0
+    const double softplus = x > 0.0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+    const double logp = -softplus;
+    const double lse = x > 0.0 ? rest + std::log1p(std::exp(-x)) : label_logit + softplus;
+    a.logps[row] = static_cast<float>(logp);
+    a.lse[row] = static_cast<float>(lse);
+    if (a.stats) {
+      const RowStats& s = a.stats[row];
+      const double p_label = std::exp(logp);
+      const double scale = s.sum_exp == 0.0 ? 0.0 : std::exp(s.max - lse);  // exp(z - m) -> p
+      if (a.entropy) {
+        const double sum_p_logp = s.sum_exp == 0.0 ? 0.0 : scale * (s.sum_exp_z + s.sum_exp * (s.max - lse));
+        a.entropy[row] = static_cast<float>(-sum_p_logp - (p_label > 0.0 ? p_label * logp : 0.0 * p_label));
+      }
+      if (a.log_sum_sq_probs)
+        a.log_sum_sq_probs[row] = static_cast<float>(std::log(scale * scale * s.sum_exp_sq + p_label * p_label));
+      if (a.mean_logit) a.mean_logit[row] = static_cast<float>(s.sum_z / a.vocab_size);
+      // argmax returns the first maximum: a tie counts only when the label comes first
+      if (a.is_top1) a.is_top1[row] = label_logit > s.max_before && label_logit >= s.max_after;
+    }
+    if (a.bitmap) cpu_kernels().route_row(a, row);
+  };
+  parallel_for(a.num_rows, grain_for(a.num_blocks * 8), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) finish_row(row);
+  });
+}
+
+void count_pairs(const uint8_t* bitmap, int64_t bitmap_stride, const float* coef, int64_t num_tokens,
+                 int64_t num_blocks, int64_t* counts, int num_threads) {
+  std::memset(counts, 0, num_blocks * sizeof(int64_t));
+  const int64_t bytes = (num_blocks + 7) / 8;
+  parallel_for(bytes, grain_for(num_tokens), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = 0; token < num_tokens; ++token) {
+      if (coef[token] == 0.0f) continue;
+      for (int64_t byte = begin; byte < end; ++byte)
+        for (unsigned bits = bitmap[token * bitmap_stride + byte]; bits; bits &= bits - 1)
+          ++counts[byte * 8 + __builtin_ctz(bits)];
+    }
+  });
+}
+
+void fill_pairs(const uint8_t* bitmap, int64_t bitmap_stride, const float* coef, int64_t first_token,
+                int64_t num_tokens, int64_t first_block, int64_t num_blocks, const int64_t* offsets, int32_t* tokens,
+                int num_threads) {
+  // offsets[num_blocks + 1]; ascending tokens inside a block, whatever the threads
+  parallel_for(num_blocks, grain_for(num_tokens), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t byte = (first_block + block) >> 3;
+      const int shift = (first_block + block) & 7;
+      int32_t* out = tokens + offsets[block];
+      for (int64_t token = first_token; token < first_token + num_tokens; ++token)
+        if ((bitmap[token * bitmap_stride + byte] >> shift & 1) && coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
+    }
+  });
+}
+
+void gather_rows(float* dst, int64_t dst_stride, const void* src, DType type, int64_t src_stride,
+                 const int32_t* tokens, const int64_t* rows, int64_t num_rows, int64_t num_cols, int num_threads) {
+  const int64_t size = type == DType::kFloat32 ? 4 : 2;
+  parallel_for(num_rows, grain_for(num_cols), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t token = tokens ? tokens[i] : i;
+      const int64_t row = rows ? rows[token] : token;
+      const char* source = static_cast<const char*>(src) + row * src_stride * size;
+      cpu_kernels().load_row(dst + i * dst_stride, source, type, num_cols);
+    }
+  });
+}
+
+void scatter_add_rows(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, const int32_t* tokens,
+                      const int64_t* rows, int64_t num_rows, int64_t num_cols, int num_threads) {
+  parallel_for(num_rows, grain_for(num_cols), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {  // a token stands once in a list, so its row has one writer
+      const int64_t token = tokens ? tokens[i] : i;
+      cpu_kernels().add_row(dst + (rows ? rows[token] : token) * dst_stride, src + i * src_stride, num_cols);
+    }
+  });
+}
+
+}  // namespace fastdpo

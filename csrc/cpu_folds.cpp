@@ -1,0 +1,283 @@
+// Folds over fp32 tiles of logits. Compiled once per instruction set (FASTDPO_ISA); a block of 128 logits is
+// transformed into a local buffer, so it is read from memory once and never written back by the forward.
+#include "cpu_folds.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "routing.h"
+#include "simd.h"
+
+namespace fastdpo {
+namespace FASTDPO_ISA {
+namespace {
+
+// softcap * tanh(y / softcap) and its derivative. With e = exp(-2|x|): tanh|x| = (1 - e) / (1 + e), and
+// 1 - tanh^2 = 4e / (1 + e)^2, which does not cancel where tanh saturates.
+struct Capped {
+  Vec value, slope;
+};
+inline Capped softcapped(Vec y, float softcap) {
+  const Vec x = y * splat(1.0f / softcap);
+  const Vec e = exp(splat(-2.0f) * (x < Vec{} ? -x : x));
+  const Vec inverse = splat(1.0f) / (splat(1.0f) + e);
+  const Vec t = (splat(1.0f) - e) * inverse;
+  return {splat(softcap) * (x < Vec{} ? -t : t), splat(4.0f) * e * inverse * inverse};
+}
+
+// Raw products of one block -> z, padded to kBlock with -inf; optionally dz/d(product).
+template <bool kSoftcap, bool kSlope>
+inline void transform_block(const float* raw, const float* bias, const LogitTransform& t, int64_t cols, float* z,
+                            float* slope) {
+  alignas(64) float padded[kBlock], padded_bias[kBlock];
+  if (cols < kBlock) {  // the ragged end of the vocabulary: pad the inputs, then overwrite the pads' logits
+    std::memset(padded, 0, sizeof padded);
+    std::memcpy(padded, raw, cols * sizeof(float));
+    raw = padded;
+    if (bias) {
+      std::memset(padded_bias, 0, sizeof padded_bias);
+      std::memcpy(padded_bias, bias, cols * sizeof(float));
+      bias = padded_bias;
+    }
+  }
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    Vec y = load(raw + i);
+    if (bias) y += load(bias + i);
+    y *= splat(t.scale);
+    if (kSoftcap) {
+      const Capped capped = softcapped(y, t.softcap);
+      y = capped.value;
+      if (kSlope) store(slope + i, capped.slope * splat(t.scale * t.inv_temperature));
+    }
+    store(z + i, y * splat(t.inv_temperature));
+  }
+  for (int64_t i = cols; i < kBlock; ++i) z[i] = -kInf;
+}
+
+inline void merge_stats(RowStats& row, const float* z, float block_max, float block_sum) {
+  if (block_sum == 0.0f) return;  // every logit is -inf
+  Vec sum_z{}, sum_sq{};
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const Vec d = load(z + i) - splat(block_max);
+    const Vec e = exp(d);
+    sum_z += e == Vec{} ? Vec{} : e * d;  // 0 * -inf
+    sum_sq += e * e;
+  }
+  const double m = std::fmax(row.max, static_cast<double>(block_max));
+  const double old_scale = row.sum_exp == 0.0 ? 0.0 : std::exp(row.max - m);
+  const double new_scale = std::exp(block_max - m);
+  const double old_shift = row.sum_exp == 0.0 ? 0.0 : row.max - m;
+  row.sum_exp_z = old_scale * (row.sum_exp_z + row.sum_exp * old_shift) +
+                  new_scale * (static_cast<double>(sum(sum_z)) + static_cast<double>(block_sum) * (block_max - m));
+  row.sum_exp_sq = old_scale * old_scale * row.sum_exp_sq + new_scale * new_scale * sum(sum_sq);
+  row.sum_exp = old_scale * row.sum_exp + new_scale * block_sum;
+  row.max = m;
+}
+
+template <bool kSoftcap, bool kStats>
+void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
+  const Tile& tile = a.tile;
+  alignas(64) float z[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = a.labels[row] - tile.col_start;  // may lie outside this tile
+    for (int64_t col = 0; col < tile.num_cols; col += kBlock) {
+      const int64_t cols = std::min(kBlock, tile.num_cols - col);
+      transform_block<kSoftcap, false>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
+                                       tile.transform, cols, z, nullptr);
+      if (kStats) {
+        float total = 0.0f;
+        if (cols == kBlock) {
+          Vec t{};
+          for (int64_t i = 0; i < kBlock; i += kLanes) t += load(z + i);
+          total = sum(t);
+        } else {
+          for (int64_t i = 0; i < cols; ++i) total += z[i];
+        }
+        a.stats[row].sum_z += total;
+      }
+      const int64_t in_block = label - col;
+      const bool has_label = in_block >= 0 && in_block < cols;
+      if (has_label) {
+        a.label_logit[row] = z[in_block];
+        z[in_block] = -kInf;
+      }
+      Vec m = splat(-kInf);
+      for (int64_t i = 0; i < kBlock; i += kLanes) m = max(m, load(z + i));
+      float block_max = max(m);
+      if (kStats) {
+        RowStats& stats = a.stats[row];
+        if (has_label) {
+          for (int64_t i = 0; i < cols; ++i) {
+            double& side = i < in_block ? stats.max_before : stats.max_after;
+            side = std::fmax(side, static_cast<double>(z[i]));
+          }
+        } else {
+          double& side = in_block > 0 ? stats.max_before : stats.max_after;
+          side = std::fmax(side, static_cast<double>(block_max));
+        }
+      }
+      if (block_max == -kInf) block_max = 0.0f;  // -inf - -inf is NaN; and `max` may have passed over NaNs
+      Vec s{};
+      for (int64_t i = 0; i < kBlock; i += kLanes) s += exp(load(z + i) - splat(block_max));
+      const float block_sum = sum(s);
+      a.block_lse[row * a.block_lse_stride + col / kBlock] = block_max + std::log(block_sum);
+      if (kStats) merge_stats(a.stats[row], z, block_max, block_sum);
+    }
+  }
+}
+
+void fold_rows(const FoldArgs& a, int64_t begin, int64_t end) {
+  const bool softcap = a.tile.transform.softcap != 0.0f;
+  if (softcap)
+    a.stats ? fold_rows_as<true, true>(a, begin, end) : fold_rows_as<true, false>(a, begin, end);
+  else
+    a.stats ? fold_rows_as<false, true>(a, begin, end) : fold_rows_as<false, false>(a, begin, end);
+}
+
+// z of one block -> dz/d(product) * coef terms, into dz; returns the block's mass.
+template <bool kSoftcap>
+inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t col, int64_t cols, float* dz) {
+  const Tile& tile = a.tile;
+  alignas(64) float z[kBlock], slope[kBlock];
+  transform_block<kSoftcap, true>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
+                                  tile.transform, cols, z, slope);
+  const float constant_slope = tile.transform.scale * tile.transform.inv_temperature;
+  const Vec lse = splat(a.lse[token]), coef = splat(-a.coef[token]);
+  const Vec coef_entropy = splat(a.coef_entropy ? a.coef_entropy[token] : 0.0f);
+  const Vec entropy = splat(a.entropy ? a.entropy[token] : 0.0f);
+  const int64_t label = a.labels[token] - tile.col_start - col;
+  const bool has_label = label >= 0 && label < cols;
+  Vec mass{};
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const Vec logp = load(z + i) - lse;
+    const Vec p = exp(logp);
+    mass += p;
+    Vec g = coef * p;
+    if (a.coef_entropy) g -= p == Vec{} ? Vec{} : coef_entropy * p * (logp + entropy);
+    store(dz + i, kSoftcap ? g * load(slope + i) : g * splat(constant_slope));
+  }
+  if (has_label) {  // 1 - p from logp, in full precision: p rounds to 1 for confident tokens
+    float g = a.coef[token] * -std::expm1(a.logps[token]);
+    if (a.coef_entropy) {
+      const float logp = a.logps[token], p = std::exp(logp);
+      if (p > 0.0f) g -= a.coef_entropy[token] * p * (logp + a.entropy[token]);
+    }
+    dz[label] = g * (kSoftcap ? slope[label] : constant_slope);
+  }
+  return sum(mass);
+}
+
+template <bool kSoftcap>
+void grad_rows_as(const GradArgs& a, int64_t begin, int64_t end) {
+  alignas(64) float dz[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t token = a.tokens ? a.tokens[row] : row;
+    for (int64_t col = 0; col < a.tile.num_cols; col += kBlock) {
+      const int64_t cols = std::min(kBlock, a.tile.num_cols - col);
+      grad_block<kSoftcap>(a, row, token, col, cols, dz);
+      std::memcpy(a.tile.data + row * a.tile.stride + col, dz, cols * sizeof(float));
+    }
+  }
+}
+
+void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
+  a.tile.transform.softcap != 0.0f ? grad_rows_as<true>(a, begin, end) : grad_rows_as<false>(a, begin, end);
+}
+
+// Leaves the unweighted dz in the tile and each row's two importance weights in row_weight.
+void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
+  const Tile& tile = a.grad.tile;
+  alignas(64) float dz[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t token = a.grad.tokens[row];
+    const float mass = tile.transform.softcap != 0.0f
+                           ? grad_block<true>(a.grad, row, token, 0, tile.num_cols, dz)
+                           : grad_block<false>(a.grad, row, token, 0, tile.num_cols, dz);
+    const int64_t label = a.grad.labels[token] - tile.col_start;
+    const bool has_label = label >= 0 && label < tile.num_cols;
+    const float uniform = has_label ? 0.0f : pair_uniform(a.seed, token, a.block);
+    float* weight = a.row_weight + row;
+    weight[0] = a.tau_hidden < 0.0f ? 0.0f : has_label ? 1.0f : pair_weight(mass, a.tau_hidden, uniform);
+    weight[tile.num_rows] = a.tau_weight < 0.0f ? 0.0f : has_label ? 1.0f : pair_weight(mass, a.tau_weight, uniform);
+    std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
+  }
+}
+
+void add_row(float* dst, const float* src, int64_t num_cols) {
+  int64_t i = 0;
+  for (; i + kLanes <= num_cols; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
+  for (; i < num_cols; ++i) dst[i] += src[i];
+}
+
+float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  const uint32_t magnitude = h & 0x7fffu;
+  float value;
+  if (magnitude >= 0x7c00u) {  // Inf and NaN keep their mantissa
+    const uint32_t bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+  const uint32_t bits = magnitude << 13;  // exponents differ by 112; multiplying also normalises subnormals
+  std::memcpy(&value, &bits, sizeof value);
+  value *= 0x1p112f;
+  return sign ? -value : value;
+}
+
+void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
+  const uint16_t* half = static_cast<const uint16_t*>(src);
+  switch (type) {
+    case DType::kFloat32:
+      std::memcpy(dst, src, num_cols * sizeof(float));
+      return;
+    case DType::kBFloat16:
+      for (int64_t i = 0; i < num_cols; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(half[i]) << 16;
+        std::memcpy(dst + i, &bits, sizeof bits);
+      }
+      return;
+    case DType::kFloat16:
+      for (int64_t i = 0; i < num_cols; ++i) dst[i] = half_to_float(half[i]);
+      return;
+  }
+}
+
+void route_row(const FinishArgs& a, int64_t row) {
+  const float* block_lse = a.block_lse + row * a.num_blocks;
+  uint8_t* bits = a.bitmap + row * a.bitmap_stride;
+  std::memset(bits, 0, a.bitmap_stride);
+  const float lse = a.lse[row];
+  const int64_t label_block = a.labels[row] >= 0 ? a.labels[row] / kBlock : -1;
+  alignas(64) float buffer[kBlock], mass[kBlock];
+  for (int64_t first = 0; first < a.num_blocks; first += kBlock) {
+    const int64_t count = std::min(kBlock, a.num_blocks - first);
+    for (int64_t i = 0; i < kBlock; ++i) buffer[i] = i < count ? block_lse[first + i] - lse : -kInf;
+    for (int64_t i = 0; i < kBlock; i += kLanes) store(mass + i, exp(load(buffer + i)));
+    Philox4 draw{};
+    int64_t drawn = -1;  // one generator call serves four blocks
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t block = first + i, global_block = a.first_block + block;
+      bool keep = block == label_block || !(mass[i] < a.tau);
+      if (!keep) {
+        if (drawn != global_block >> 2) {
+          drawn = global_block >> 2;
+          draw = philox(a.seed, a.first_row + row, static_cast<uint32_t>(drawn));
+        }
+        keep = keep_pair(mass[i], a.tau, uniform_of(draw.word[global_block & 3]));
+      }
+      bits[block >> 3] |= static_cast<uint8_t>(keep) << (block & 7);
+    }
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels kernels;
+#define FASTDPO_STRING_OF(x) #x
+#define FASTDPO_STRING(x) FASTDPO_STRING_OF(x)
+const CpuKernels kernels = {FASTDPO_STRING(FASTDPO_ISA), fold_rows, grad_rows, routed_grad_rows,
+                            add_row,                     load_row,  route_row};
+
+}  // namespace FASTDPO_ISA
+}  // namespace fastdpo

@@ -1,0 +1,101 @@
+// The whole seam between Python and the kernels: plain structs of pointers, sizes and scalars. No tensor type
+// crosses it, so one build serves every torch. Sizes and strides count elements and are 64-bit.
+#pragma once
+
+#include <cstdint>
+
+namespace fastdpo {
+
+constexpr int64_t kBlock = 128;  // vocabulary columns per block, as in DESIGN: the unit of routing
+
+// z = inv_temperature * softcap * tanh(scale * (product + bias) / softcap); softcap == 0 means none.
+struct LogitTransform {
+  float scale;
+  float softcap;
+  float inv_temperature;
+};
+
+// One tile of raw products `hidden @ weight[col_start : col_start + num_cols].T`, fp32, rows contiguous.
+struct Tile {
+  float* data;  // [num_rows, num_cols]
+  int64_t stride;
+  int64_t num_rows;
+  int64_t num_cols;
+  int64_t col_start;   // vocabulary index of the first column; a multiple of kBlock
+  const float* bias;   // [num_cols] or null
+  LogitTransform transform;
+};
+
+// Running statistics of one token over the vocabulary. `max`, `sum_exp`, `sum_exp_z` and `sum_exp_sq` leave the
+// label out (it is added back in `finish`), which keeps 1 - p[label] exact for confident tokens.
+struct RowStats {
+  double max;         // m = max of the other logits
+  double sum_exp;     // sum exp(z - m)
+  double sum_exp_z;   // sum exp(z - m) * (z - m)
+  double sum_exp_sq;  // sum exp(z - m)^2
+  double sum_z;       // sum of every logit
+  double max_before;  // largest logit left of the label
+  double max_after;   // and right of it
+};
+
+struct FoldArgs {
+  Tile tile;
+  const int64_t* labels;  // [num_rows] vocabulary index; outside the tile's columns: none
+  float* block_lse;       // [num_rows, blocks of the tile], the label's own logit left out
+  int64_t block_lse_stride;
+  float* label_logit;  // [num_rows], written by the tile that holds the label
+  RowStats* stats;     // [num_rows] or null
+};
+
+// Block sums -> lse, logps, statistics and the bitmap of kept pairs.
+struct FinishArgs {
+  int64_t num_rows;
+  int64_t num_blocks;
+  int64_t vocab_size;
+  int64_t first_row;  // index of row 0 among all completion tokens: the generator's counter
+  int64_t first_block;
+  const float* block_lse;  // [num_rows, num_blocks]
+  const float* other_lse;  // [num_rows] log-sum-exp on other ranks' vocabulary shards, or null
+  const float* label_logit;
+  const int64_t* labels;  // [num_rows]
+  const RowStats* stats;  // or null
+  float* logps;           // [num_rows]
+  float* lse;             // [num_rows]
+  float* entropy;         // [num_rows] or null, as the three below; all need stats
+  float* mean_logit;
+  uint8_t* is_top1;
+  float* log_sum_sq_probs;
+  uint8_t* bitmap;  // [num_rows, bitmap_stride] one bit per block, or null
+  int64_t bitmap_stride;
+  float tau;  // keep when mass >= tau * uniform
+  uint64_t seed;
+};
+
+// dlogp -> d(raw product), in place of the tile.
+struct GradArgs {
+  Tile tile;
+  const int32_t* tokens;  // [num_rows] index into the per-token arrays below; null: row i is token i
+  const int64_t* labels;  // per token
+  const float* lse;
+  const float* logps;
+  const float* coef;          // dL/dlogp
+  const float* entropy;       // both null, or both given
+  const float* coef_entropy;  // dL/dentropy
+};
+
+// The same for one block of kept pairs. `weights_*[i]` is row i's importance weight 1/q, 0 where the pair is
+// outside that gradient's set; rows of `dz_hidden` are those with weight, compacted.
+struct RoutedGradArgs {
+  GradArgs grad;
+  int64_t block;
+  uint64_t seed;
+  float tau_hidden;  // negative: that gradient is not wanted
+  float tau_weight;
+  float* row_weight;       // scratch [2, num_rows]
+  float* dz_hidden;        // [num_rows, num_cols] or null: then the tile serves both gradients
+  int32_t* hidden_tokens;  // [num_rows] tokens of the rows of dz_hidden
+};
+
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+}  // namespace fastdpo

@@ -1,0 +1,101 @@
+"""Vocabulary shards: every rank runs the same kernels on its rows of the lm_head; what crosses ranks is per token.
+
+    lse = logsumexp over ranks        label's logit = its owner's        dhidden = sum over ranks
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .ops.problem import Gradients
+from .routing import num_blocks
+
+
+@dataclass(frozen=True)
+class VocabShards:
+    """This rank's place among the shards of a vocabulary; `size` 1 means the head is whole."""
+
+    group: object | None
+    size: int
+    rank: int
+    vocab_start: int  # first vocabulary id of this rank
+    vocab_size: int  # of all ranks
+    first_block: int  # number of blocks on lower ranks: the generator's counter differs from rank to rank
+
+    @staticmethod
+    def of(group, weight: Tensor) -> VocabShards:
+        if group is None:
+            return VocabShards(None, 1, 0, 0, weight.shape[0], 0)
+        import torch.distributed as dist
+
+        size, rank = dist.get_world_size(group), dist.get_rank(group)
+        mine = torch.tensor([weight.shape[0]], device=weight.device)
+        counts = [torch.empty_like(mine) for _ in range(size)]
+        dist.all_gather(counts, mine, group=group)
+        counts = [int(count) for count in counts]
+        first_block = sum(num_blocks(count) for count in counts[:rank])
+        return VocabShards(group, size, rank, sum(counts[:rank]), sum(counts), first_block)
+
+    def _gather(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def common_seed(self, seed: int) -> int:
+        """Rank 0's draw, so that `seed=None` gives one step one key."""
+        if self.size == 1:
+            return seed
+        return int(self._gather(torch.tensor(seed))[0])
+
+    def sum(self, x: Tensor) -> Tensor:
+        # gather and add in rank order: an all_reduce may add in another order from run to run
+        return self._gather(x).sum(0)
+
+    def max(self, x: Tensor) -> Tensor:
+        return self._gather(x).amax(0)
+
+    def logsumexp(self, x: Tensor) -> Tensor:
+        return self._gather(x).logsumexp(0)
+
+    def label_logit(self, x: Tensor) -> Tensor:
+        """Each token's label logit from the rank that holds it; the others pass -inf."""
+        gathered = self._gather(x)
+        return torch.where(gathered.isnan().any(0), torch.nan, gathered.amax(0))
+
+    def logsumexp_of_others(self, block_lse: Tensor) -> Tensor:
+        gathered = self._gather(block_lse.double().logsumexp(1))
+        gathered[self.rank] = -torch.inf
+        return gathered.logsumexp(0).float()
+
+    def merge_stats(self, stats: Tensor | None) -> Tensor | None:
+        """[n, 7] RowStats of csrc/launch.h (max, sum_exp, sum_exp_z, sum_exp_sq, sum_z, max_before, max_after)."""
+        if stats is None:
+            return None
+        top, s, sz, sq, z, before, after = self._gather(stats).unbind(2)
+        m = top.amax(0)
+        shift = torch.where(top == -torch.inf, torch.zeros_like(top), top - m)
+        scale = torch.where(top == -torch.inf, torch.zeros_like(top), (top - m).exp())
+        columns = [
+            m,
+            (scale * s).sum(0),
+            (scale * (sz + s * shift)).sum(0),
+            (scale**2 * sq).sum(0),
+            z.sum(0),
+            before.amax(0),
+            after.amax(0),
+        ]
+        return torch.stack(columns, 1).contiguous()
+
+    def reduce(self, grads: Gradients) -> None:
+        """Sums over the vocabulary cross ranks; the others belong to one shard."""
+        if self.size == 1:
+            return
+        for name in ("hidden", "lora_a"):
+            value = getattr(grads, name)
+            if value is not None:
+                setattr(grads, name, self.sum(value.float()).to(value.dtype))

@@ -1,0 +1,441 @@
+"""Token level: log p(label) of every completion token from hidden states and the lm_head, without the logits.
+
+    z[t, v] = hidden[t] . weight[v]      logp[t] = z[t, label] - log sum_v exp z[t, v]
+    dz[t, v] = coef[t] * (1[v = label] - p[t, v])     dhidden = dz @ weight     dweight = dz.T @ hidden
+
+The routed backward computes only the (token, block) pairs that routing.py keeps. The logits, [N, V], never exist.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .distributed import VocabShards
+from .ops import engine_for
+from .ops.problem import STATS, Forward, Head, Needs, Tokens, Upstream
+from .routing import Routing, parse_tau
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class TokenStats(NamedTuple):
+    """Per token, shaped like `labels`, 0 (False) where ignored; a statistic that was not asked for is None."""
+
+    logps: Tensor  # fp32, nats
+    entropy: Tensor | None  # fp32, nats; differentiable
+    mean_logit: Tensor | None  # fp32, mean of z over the vocabulary
+    is_top1: Tensor | None  # bool, label == argmax z (first maximum, as torch.argmax)
+    log_sum_sq_probs: Tensor | None  # fp32, log sum_v p[v]^2
+
+
+@dataclass(frozen=True)
+class HeadOptions:
+    """The non-tensor options of one call, validated."""
+
+    ignore_index: int = -100
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    backward: str = "routed"
+    tau: float | tuple[float, float] | None = None
+    seed: int | None = None
+    lora_scale: float = 1.0
+    vocab_group: object | None = None
+    check_labels: bool = False
+
+    def __post_init__(self):
+        _number("logit_scale", self.logit_scale)
+        _number("temperature", self.temperature, positive=True)
+        if self.softcap is not None:
+            _number("softcap", self.softcap, positive=True)
+        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
+            raise TypeError(f"ignore_index must be an int; got {self.ignore_index!r}")
+        if self.backward not in ("routed", "exact"):
+            raise ValueError(f"backward must be 'routed' or 'exact'; got {self.backward!r}")
+        if self.backward == "exact" and (self.tau is not None or self.seed is not None):
+            given = "tau" if self.tau is not None else "seed"
+            raise ValueError(f"{given} belongs to backward='routed'; got {getattr(self, given)!r} with 'exact'")
+        parse_tau(self.tau)
+        if self.seed is not None:
+            if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+                raise TypeError(f"seed must be an int or None; got {self.seed!r}")
+            if not 0 <= self.seed < 2**64:
+                raise ValueError(f"seed must lie in [0, 2**64); got {self.seed}")
+
+
+def _number(name: str, value, positive: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name} must be {'positive and ' if positive else ''}finite; got {value!r}")
+
+
+def linear_logps(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    bias: Tensor | None = None,  # [V]
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backward: str = "routed",
+    tau: float | tuple[float, float] | None = None,
+    seed: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    vocab_group=None,
+    check_labels: bool = False,
+) -> Tensor:
+    """Log-probability of each label under the language-model head, without materialising the logits.
+
+    Equivalent to::
+
+        z = torch.nn.functional.linear(hidden.float(), weight.float(), bias) * logit_scale
+        z = softcap * torch.tanh(z / softcap) if softcap else z
+        logps = (z / temperature).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        logps = logps.masked_fill(labels == ignore_index, 0.0)
+
+    Args:
+        hidden: ``[..., H]`` fp32, bf16 or fp16 last hidden states, already aligned with `labels` (shift before).
+        weight: ``[V, H]`` the lm_head; may be of another floating type than `hidden`.
+        labels: ``[...]`` int64 (or int32) token ids; rows equal to `ignore_index` are never read.
+        bias: ``[V]`` or None.
+        ignore_index: the label that marks prompt and padding.
+        logit_scale: multiplies the logits (Cohere, Granite's 1 / logits_scaling, ...).
+        softcap: ``c`` of ``c * tanh(z / c)``, applied after `logit_scale` (Gemma 2), or None.
+        temperature: divides the logits last.
+        backward: ``"routed"`` recomputes only the blocks of 128 columns that carry probability, with importance
+            weights, so that the gradient is unbiased; ``"exact"`` recomputes all.
+        tau: mass below which a block is sampled instead of always computed, in [0, 1]: one number, or two as
+            ``(dhidden, dweight)``. None: the library's default.
+        seed: key of the routed backward's draws, in [0, 2**64); None draws one from torch's generator, so
+            ``torch.manual_seed`` and activation checkpointing repeat it.
+        lora: ``(A [r, H], B [V, r], s)``: a low-rank update of the head, ``weight + s * B @ A``, never formed.
+        vocab_group: a torch.distributed process group over which `weight` (and `bias`, and ``B``) are split along the
+            vocabulary in rank order; `hidden` and `labels` are the same on every rank.
+        check_labels: raise on an out-of-range label instead of returning NaN in its row (waits for the device).
+
+    Returns:
+        fp32 (fp64 for fp64 inputs), shaped like `labels`; 0 where ignored.
+
+    Raises:
+        ValueError, TypeError: naming the argument and its value.
+
+    Guarantees:
+        Logits are never rounded below fp32 before the log-sum-exp; all sums are fp32 or wider; gradients are rounded
+        once. On the CPU results are bitwise repeatable for one seed. Out-of-range labels give NaN in their own row of
+        the result and of `hidden`'s gradient and add nothing to the other gradients. Gradients are computed only for
+        tensors that require them.
+
+    Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; the routed backward is DESIGN's.
+    """
+    options = HeadOptions(
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        backward=backward,
+        tau=tau,
+        seed=seed,
+        lora_scale=_lora_scale(lora),
+        vocab_group=vocab_group,
+        check_labels=check_labels,
+    )
+    return _token_stats(hidden, weight, labels, bias, lora, options, ()).logps
+
+
+def linear_token_stats(
+    hidden: Tensor,  # [..., H]
+    weight: Tensor,  # [V, H]
+    labels: Tensor,  # [...]
+    bias: Tensor | None = None,  # [V]
+    *,
+    stats: tuple[str, ...] = STATS,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    backward: str = "routed",
+    tau: float | tuple[float, float] | None = None,
+    seed: int | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    vocab_group=None,
+    check_labels: bool = False,
+) -> TokenStats:
+    """`linear_logps` and, in the same read of the logits, what trainers log about each token's distribution.
+
+    Equivalent to::
+
+        logp = z.log_softmax(-1)                            # z, the logits, as in linear_logps
+        entropy = -(logp.exp() * logp).sum(-1)
+        mean_logit = z.mean(-1)
+        is_top1 = z.argmax(-1) == labels
+        log_sum_sq_probs = (2 * logp).logsumexp(-1)
+
+    Args:
+        stats: which of ``"entropy"``, ``"mean_logit"``, ``"is_top1"``, ``"log_sum_sq_probs"`` to compute.
+        Everything else: as in `linear_logps`.
+
+    Returns:
+        TokenStats, each tensor shaped like `labels`, 0 or False where ignored; None for what `stats` leaves out.
+
+    Raises:
+        ValueError, TypeError: naming the argument and its value.
+
+    Guarantees:
+        As `linear_logps`. `logps` and `entropy` are differentiable (an upstream gradient of `entropy` takes the exact
+        backward); the others are not.
+
+    Source: mean of log sum p^2 is WPO's weight, Zhou et al., arXiv 2406.11827, eq. 2.
+    """
+    if isinstance(stats, str) or not all(name in STATS for name in stats):
+        raise ValueError(f"stats must be a collection of names among {STATS}; got {stats!r}")
+    options = HeadOptions(
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        temperature=temperature,
+        backward=backward,
+        tau=tau,
+        seed=seed,
+        lora_scale=_lora_scale(lora),
+        vocab_group=vocab_group,
+        check_labels=check_labels,
+    )
+    return _token_stats(hidden, weight, labels, bias, lora, options, tuple(stats))
+
+
+def _lora_scale(lora) -> float:
+    if lora is None:
+        return 1.0
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise ValueError(f"lora must be (A [r, H], B [V, r], scale); got {type(lora).__name__}: {lora!r}"[:200])
+    _number("lora's scale", lora[2])
+    return float(lora[2])
+
+
+def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats: tuple[str, ...]) -> TokenStats:
+    lora_a, lora_b = (None, None) if lora is None else lora[:2]
+    _validate(hidden, weight, labels, bias, lora_a, lora_b, options)
+    # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
+    differentiable = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (hidden, weight, bias, lora_a, lora_b)
+    )
+    outputs = LinearLogpsFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        labels.reshape(-1),
+        options,
+        stats,
+        differentiable,
+    )
+    return TokenStats(*(None if x is None else x.view(labels.shape) for x in outputs))
+
+
+def _validate(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOptions) -> None:
+    tensors = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "lora A": lora_a, "lora B": lora_b}
+    for name, x in tensors.items():
+        if x is None and name in ("bias", "lora A", "lora B"):
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+        if name == "labels":
+            if x.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"labels must be int64 token ids; got {x.dtype}")
+        elif x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device} but hidden is on {hidden.device}")
+    if hidden.ndim < 1 or weight.ndim != 2:
+        raise ValueError(
+            f"hidden must be [..., H] and weight [V, H]; got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    vocab_size, hidden_size = weight.shape
+    if vocab_size == 0 or hidden_size == 0:
+        raise ValueError(f"weight must have at least one row and one column; got shape {tuple(weight.shape)}")
+    if hidden.shape[-1] != hidden_size:
+        raise ValueError(f"hidden has H = {hidden.shape[-1]} but weight has H = {hidden_size}")
+    if hidden.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"labels must be shaped like hidden without its last dimension, {tuple(hidden.shape[:-1])}; "
+            f"got {tuple(labels.shape)}"
+        )
+    if bias is not None and bias.shape != (vocab_size,):
+        raise ValueError(f"bias must have shape ({vocab_size},); got {tuple(bias.shape)}")
+    if lora_a is not None:
+        rank = lora_a.shape[0] if lora_a.ndim == 2 else -1
+        if lora_a.ndim != 2 or lora_a.shape[1] != hidden_size or lora_b.shape != (vocab_size, rank):
+            raise ValueError(
+                f"lora must be (A [r, {hidden_size}], B [{vocab_size}, r], scale); got shapes "
+                f"{tuple(lora_a.shape)} and {tuple(lora_b.shape)}"
+            )
+    doubles = [x.dtype == torch.float64 for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
+    if any(doubles) and not all(doubles):
+        raise TypeError("fp64 is for checking: all of hidden, weight, bias and lora must be fp64, or none")
+    if 0 <= options.ignore_index < vocab_size and options.vocab_group is None:
+        pass  # a token id may serve as padding label; such rows are ignored
+    if options.check_labels:
+        _check_labels(labels, options, VocabShards.of(options.vocab_group, weight).vocab_size)
+
+
+def _check_labels(labels: Tensor, options: HeadOptions, vocab_size: int) -> None:
+    bad = (labels != options.ignore_index) & ((labels < 0) | (labels >= vocab_size))
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(
+            f"labels[{', '.join(map(str, position))}] = {labels[position].item()} is neither in [0, {vocab_size}) "
+            f"nor ignore_index ({options.ignore_index})"
+        )
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What F.linear would multiply in: the autocast type, or the common type of both."""
+    device = hidden.device.type
+    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+class LinearLogpsFunction(torch.autograd.Function):
+    """Autograd for `linear_token_stats`: ``apply(hidden [N, H], weight, bias, lora_a, lora_b, labels [N],
+    HeadOptions, stats, differentiable)`` returns the five tensors of TokenStats, flat, None where not asked for.
+
+    Saved besides the inputs: per completion token its label, row, logp, lse and one bit per block.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable):
+        ctx.set_materialize_grads(False)
+        shards = VocabShards.of(options.vocab_group, weight)
+        tokens, invalid = _completion_tokens(labels, options.ignore_index, shards)
+        needs = Needs(*(differentiable and need for need in ctx.needs_input_grad[:5]))
+        routing = None
+        if needs and options.backward == "routed":
+            tau_hidden, tau_weight = parse_tau(options.tau)
+            seed = options.seed if options.seed is not None else shards.common_seed(_draw_seed())
+            routing = Routing(
+                tau_hidden if needs.of_hidden else -1.0, tau_weight if needs.of_weight else -1.0, seed
+            )
+        head = Head(
+            hidden.contiguous(),
+            weight if weight.stride(-1) == 1 else weight.contiguous(),
+            bias,
+            lora_a,
+            lora_b,
+            options.lora_scale,
+            options.logit_scale,
+            options.softcap or 0.0,
+            options.temperature,
+            _compute_dtype(hidden, weight),
+            shards.first_block,
+        )
+        engine = engine_for(hidden.device, hidden.dtype)
+        result = engine.forward(
+            head, tokens, stats=frozenset(stats), routing=routing, shards=shards if shards.size > 1 else None
+        )
+        if needs:
+            ctx.save_for_backward(
+                head.hidden, head.weight, bias, lora_a, lora_b, tokens.labels, tokens.rows, invalid,
+                result.logps, result.lse, result.entropy, result.bitmap,
+            )  # fmt: skip
+            ctx.head, ctx.routing, ctx.needs, ctx.shards = _without_tensors(head), routing, needs, shards
+
+        outputs = []
+        for name in ("logps", *STATS):
+            values = getattr(result, name)
+            if values is not None:
+                values = _spread(values, tokens, invalid, labels.shape[0])
+                if name not in ("logps", "entropy"):
+                    ctx.mark_non_differentiable(values)
+            outputs.append(values)
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogps, dentropy, *_):
+        hidden, weight, bias, lora_a, lora_b, labels, rows, invalid, logps, lse, entropy, bitmap = ctx.saved_tensors
+        needs, routing = ctx.needs, ctx.routing
+        if dlogps is None and dentropy is None:
+            return (None,) * 9
+        head = ctx.head.replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+        tokens = Tokens(labels, rows)
+
+        def compact(upstream: Tensor | None) -> Tensor | None:
+            if upstream is None:
+                return None
+            upstream = upstream.to(logps.dtype)
+            return (upstream if rows is None else upstream[rows]).contiguous()
+
+        upstream = Upstream(compact(dlogps), compact(dentropy))
+        if upstream.coef is None:
+            upstream = Upstream(torch.zeros_like(logps), upstream.coef_entropy)
+        saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap)
+        if upstream.coef_entropy is not None:
+            routing = None
+        if routing is None:
+            tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
+        grads = engine_for(hidden.device, hidden.dtype).backward(head, tokens, saved, upstream, routing, needs)
+        ctx.shards.reduce(grads)
+        if invalid is not None and grads.hidden is not None:
+            grads.hidden[invalid] = torch.nan
+        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64))
+
+
+def _without_tensors(head: Head) -> Head:
+    # ctx keeps tensors only through save_for_backward, which watches for in-place changes and reference cycles
+    return head.replace(hidden=None, weight=None, bias=None, lora_a=None, lora_b=None)
+
+
+def _completion_tokens(labels: Tensor, ignore_index: int, shards: VocabShards) -> tuple[Tokens, Tensor | None]:
+    """(tokens to score, rows whose label is out of range or None)."""
+    ignored = labels == ignore_index
+    out_of_range = ((labels < 0) | (labels >= shards.vocab_size)) & ~ignored
+    invalid = out_of_range.nonzero()[:, 0] if out_of_range.any() else None
+    skipped = ignored | out_of_range
+    rows = (~skipped).nonzero()[:, 0] if skipped.any() else None
+    kept = labels if rows is None else labels[rows]
+    return Tokens(kept.long() - shards.vocab_start, rows), invalid
+
+
+def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:
+    """Only the tokens with an upstream gradient: the exact backward of the others is zero."""
+    active = upstream.coef != 0
+    if upstream.coef_entropy is not None:
+        active |= upstream.coef_entropy != 0
+    if active.all():
+        return tokens, saved, upstream
+    keep = active.nonzero()[:, 0]
+
+    def pick(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[keep]
+
+    return (
+        Tokens(tokens.labels[keep], keep if tokens.rows is None else tokens.rows[keep]),
+        Forward(saved.logps[keep], saved.lse[keep], entropy=pick(saved.entropy)),
+        Upstream(upstream.coef[keep], pick(upstream.coef_entropy)),
+    )
+
+
+def _spread(values: Tensor, tokens: Tokens, invalid: Tensor | None, count: int) -> Tensor:
+    """Per-token values -> per row of hidden: 0 where ignored, NaN (False) where the label is out of range."""
+    if tokens.rows is None and invalid is None:
+        return values
+    out = values.new_zeros(count)
+    out[tokens.rows] = values
+    if invalid is not None and values.is_floating_point():
+        out[invalid] = torch.nan
+    return out

@@ -1,0 +1,123 @@
+"""Which engine serves a call, in one place."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+from . import cpu, cpu_logits, native, reference
+
+ENGINES = ("reference", "cpu", "triton")
+
+
+def _unavailable(engine: str, device: str) -> str | None:
+    """Why `engine` cannot serve tensors on `device`, or None when it can."""
+    if engine == "reference":
+        return None
+    if engine == "cpu":
+        if device != "cpu":
+            return f"the cpu engine takes CPU tensors, not {device}"
+        return None if native.available() else f"the native extension is missing ({native.reason()})"
+    return "the triton engine is not part of this version"
+
+
+def _choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(engine, why)."""
+    forced = os.environ.get("FASTDPO_ENGINE")
+    if forced:
+        if forced not in ENGINES:
+            raise ValueError(f"FASTDPO_ENGINE must be one of {', '.join(ENGINES)}; got {forced!r}")
+        problem = _unavailable(forced, device)
+        if problem:
+            raise RuntimeError(f"FASTDPO_ENGINE={forced} cannot run here: {problem}")
+        return forced, "FASTDPO_ENGINE"
+    if dtype == torch.float64:
+        return "reference", "fp64 inputs are computed in fp64"
+    wanted = "cpu" if device == "cpu" else "triton"
+    problem = _unavailable(wanted, device)
+    return (wanted, f"fastest for {device}") if problem is None else ("reference", problem)
+
+
+def engine_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    """The module whose `forward` and `backward` serve tensors of this device and type."""
+    name, _ = _choose(device.type, dtype)
+    if dtype == torch.float64:
+        name = "reference"
+    return {"cpu": cpu, "reference": reference}[name]
+
+
+def logits_engine(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """(forward, backward) from logits to logps for tensors of this device and type."""
+    if engine_for(device, dtype) is cpu:
+        return cpu_logits.forward, cpu_logits.backward
+    return reference.logits_forward, reference.logits_backward
+
+
+def backends() -> dict:
+    """What this machine has and which engine each operation uses on it, with the reason.
+
+    Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
+    ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ...), ``engines`` (``available`` and ``reason`` of
+    each) and ``operations`` (per operation and device type: the engine and why). Raises nothing, and starts no GPU
+    context.
+    """
+    from .._version import __version__
+    from .gemm import uses_onednn
+
+    info = native.build_info()
+    extension = native.extension()
+    slower = "logits folds, routing and losses run in plain torch: correct, several times slower"
+    operations = {}
+    for operation in ("linear_logps", "linear_token_stats", "linear_dpo_loss", "selective_log_softmax"):
+        operations[operation] = {}
+        for device in ("cpu", "cuda"):
+            try:
+                engine, why = _choose(device, torch.float32)
+            except (RuntimeError, ValueError) as error:
+                engine, why = "none", str(error)
+            operations[operation][device] = f"{engine} ({why})"
+    has_native = native.available() and os.environ.get("FASTDPO_ENGINE") != "reference"
+    operations["preference_loss"] = {
+        "cpu": "native templates" if has_native else "reference (plain torch)",
+        "cuda": "reference (plain torch)",
+    }
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "versions": {
+            "fastdpo": __version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "triton": triton_version,
+        },
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "matrix products": "oneDNN" if uses_onednn() else "torch.mm",
+        },
+        "native": {
+            "available": native.available(),
+            "reason": None if native.available() else f"{native.reason()}; {slower}",
+            "isa": extension.isa() if extension else None,
+            "threads": extension.parallel_backend() if extension else None,
+            "compiler": info.get("compiler"),
+            "cuda_archs": info.get("cuda_archs", []),
+            "cuda": info.get("cuda_reason", "no CUDA kernels in this version"),
+        },
+        "engines": {
+            name: {
+                "available": _unavailable(name, "cuda" if name == "triton" else "cpu") is None,
+                "reason": _unavailable(name, "cuda" if name == "triton" else "cpu"),
+            }
+            for name in ENGINES
+        },
+        "operations": operations,
+    }

@@ -1,0 +1,97 @@
+"""What every engine takes and returns. Engines trust these: the public functions have validated them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+
+
+@dataclass(frozen=True)
+class Head:
+    """z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature, for some rows of hidden."""
+
+    hidden: Tensor  # [M, H], rows contiguous
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    lora_a: Tensor | None  # [r, H]: weight + lora_scale * lora_b @ lora_a, never formed
+    lora_b: Tensor | None  # [V, r]
+    lora_scale: float
+    logit_scale: float
+    softcap: float  # 0: none
+    temperature: float
+    compute_dtype: torch.dtype  # both operands are rounded to this (autocast); products and sums are fp32
+    first_block: int = 0  # of this rank's vocabulary shard
+
+    def replace(self, **changes) -> Head:
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The completion tokens: ignored rows of `hidden` are not in here."""
+
+    labels: Tensor  # [N] int64, column of `weight`; outside [0, V): on another rank's shard
+    rows: Tensor | None  # [N] int64, row of `hidden`; None: row i is token i
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Per completion token, fp32 (fp64 for fp64 inputs); None where not asked for."""
+
+    logps: Tensor  # [N]
+    lse: Tensor  # [N]
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+    is_top1: Tensor | None = None  # bool
+    log_sum_sq_probs: Tensor | None = None
+    bitmap: Tensor | None = None  # [N, ceil(num_blocks / 8)] uint8, kept pairs at the smaller wanted tau
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """Gradients arriving at the token level."""
+
+    coef: Tensor  # [N] dL/dlogp
+    coef_entropy: Tensor | None = None  # [N] dL/dentropy; takes the exact path
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients were asked for; an engine spends nothing on the others."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+    lora_a: bool
+    lora_b: bool
+
+    @property
+    def of_hidden(self) -> bool:
+        """dz @ weight is needed (lora_a gets its gradient through hidden @ lora_a.T)."""
+        return self.hidden or self.lora_a
+
+    @property
+    def of_weight(self) -> bool:
+        """dz.T @ something is needed."""
+        return self.weight or self.bias or self.lora_b
+
+    def __bool__(self) -> bool:
+        return self.of_hidden or self.of_weight
+
+
+@dataclass
+class Gradients:
+    """In the type of what they are the gradient of, rounded once; None where not asked for."""
+
+    hidden: Tensor | None = None  # [M, H], zero outside the tokens' rows
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None

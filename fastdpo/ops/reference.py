@@ -1,0 +1,216 @@
+"""The definition of every quantity in plain torch, fp64 when the inputs are: the oracle of the other engines, and
+the fallback where none of them can run. Logits exist for a few tokens at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..routing import BLOCK, Routing, importance_weights, kept_pairs, num_blocks, pack_bits, pair_uniforms
+from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
+
+LOGITS_BYTES = 32 << 20  # of one chunk's logits; a handful of such temporaries live at a time
+
+
+def _chunks(head: Head, tokens: Tokens):
+    size = max(1, LOGITS_BYTES // (head.weight.shape[0] * 4))
+    for start in range(0, len(tokens), size):
+        stop = min(start + size, len(tokens))
+        yield slice(start, stop), (slice(start, stop) if tokens.rows is None else tokens.rows[start:stop])
+
+
+def _accumulate_dtype(head: Head) -> torch.dtype:
+    return torch.float64 if head.compute_dtype == torch.float64 else torch.float32
+
+
+def _operand(x: Tensor, head: Head) -> Tensor:
+    return x.to(head.compute_dtype).to(_accumulate_dtype(head))
+
+
+def _logits(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
+    """z and dz/d(product) of some rows."""
+    y = hidden @ _operand(head.weight, head).T
+    if head.lora_a is not None:
+        y += head.lora_scale * (hidden @ _operand(head.lora_a, head).T) @ _operand(head.lora_b, head).T
+    if head.bias is not None:
+        y += head.bias.to(y.dtype)
+    y *= head.logit_scale
+    slope = head.logit_scale / head.temperature
+    if head.softcap:
+        t = torch.tanh(y / head.softcap)
+        y, slope = head.softcap * t, slope * (1 - t * t)
+    return y / head.temperature, slope
+
+
+def _without_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(z with the label's logit set to -inf, the label's logit or -inf when it is on another shard)."""
+    here = (labels >= 0) & (labels < z.shape[1])
+    index = labels.clamp(0, z.shape[1] - 1)[:, None]
+    label_logit = torch.where(here, z.gather(1, index)[:, 0], -torch.inf)
+    rest = z.scatter(1, index, torch.where(here[:, None], -torch.inf, z.gather(1, index)))
+    return rest, label_logit
+
+
+def forward(
+    head: Head, tokens: Tokens, *, stats: frozenset[str] = frozenset(), routing: Routing | None = None, shards=None
+) -> Forward:
+    dtype, device = _accumulate_dtype(head), head.hidden.device
+    columns: dict[str, list[Tensor]] = {}
+
+    def emit(name: str, value: Tensor) -> None:
+        columns.setdefault(name, []).append(value)
+
+    for chunk, rows in _chunks(head, tokens):
+        z, _ = _logits(head, _operand(head.hidden[rows], head))
+        labels = tokens.labels[chunk]
+        rest, label_logit = _without_label(z, labels)
+        rest_lse = rest.logsumexp(1)
+        if shards is not None:
+            label_logit, rest_lse = shards.label_logit(label_logit), shards.logsumexp(rest_lse)
+        # log p = -log(1 + exp(rest - label)) keeps the relative precision of log p near 0, as label - lse does not
+        logps = -torch.nn.functional.softplus(rest_lse - label_logit, threshold=60)
+        lse = torch.logaddexp(rest_lse, label_logit)
+        emit("logps", logps)
+        emit("lse", lse)
+        if stats:
+            total = (lambda x: x) if shards is None else shards.sum
+            vocab_size = z.shape[1] if shards is None else shards.vocab_size
+            logp = z - lse[:, None]
+            p = logp.exp()
+            if "entropy" in stats:
+                emit("entropy", -total(torch.where(p > 0, p * logp, 0 * p).sum(1)))
+            if "log_sum_sq_probs" in stats:
+                emit("log_sum_sq_probs", total((p * p).sum(1)).log())
+            if "mean_logit" in stats:
+                emit("mean_logit", total(z.sum(1)) / vocab_size)
+            if "is_top1" in stats:  # argmax returns the first maximum: a tie counts only when the label comes first
+                before = torch.arange(z.shape[1], device=device) < labels[:, None]
+                side = torch.stack(
+                    [rest.masked_fill(~before, -torch.inf).amax(1), rest.masked_fill(before, -torch.inf).amax(1)]
+                )
+                side = side if shards is None else shards.max(side)
+                emit("is_top1", (label_logit > side[0]) & (label_logit >= side[1]))
+        if routing is not None:
+            token_ids = torch.arange(chunk.start, chunk.stop, device=device)
+            uniforms = _uniforms(routing, head, token_ids)
+            emit("bitmap", pack_bits(kept_pairs(_block_mass(z, lse), labels, routing.tau, uniforms)))
+    if not columns:  # no completion tokens
+        empty = torch.empty(0, dtype=dtype, device=device)
+        columns = {name: [empty] for name in ("logps", "lse", *stats)}
+    return Forward(**{name: torch.cat(values) for name, values in columns.items()})
+
+
+def _block_mass(z: Tensor, lse: Tensor) -> Tensor:
+    blocks = pad(z, (0, -z.shape[1] % BLOCK), value=-torch.inf).view(z.shape[0], -1, BLOCK)
+    return (blocks.logsumexp(2) - lse[:, None]).exp().float()
+
+
+def _uniforms(routing: Routing, head: Head, token_ids: Tensor) -> Tensor:
+    blocks = torch.arange(num_blocks(head.weight.shape[0]), device=token_ids.device) + head.first_block
+    return pair_uniforms(routing.seed, token_ids, blocks)
+
+
+def backward(
+    head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+) -> Gradients:
+    dtype, device = _accumulate_dtype(head), head.hidden.device
+
+    def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
+        return torch.zeros(like.shape, dtype=dtype, device=device) if wanted else None
+
+    dhidden = zeros(head.hidden, needs.hidden)
+    dweight = zeros(head.weight, needs.weight)
+    dbias = zeros(head.bias, needs.bias)
+    dlora_a = zeros(head.lora_a, needs.lora_a)
+    dlora_b = zeros(head.lora_b, needs.lora_b)
+    weight = _operand(head.weight, head)
+    if head.lora_a is not None:
+        lora_a, lora_b = _operand(head.lora_a, head) * head.lora_scale, _operand(head.lora_b, head)
+    for chunk, rows in _chunks(head, tokens):
+        hidden = _operand(head.hidden[rows], head)
+        z, slope = _logits(head, hidden)
+        labels, logps, lse = tokens.labels[chunk], saved.logps[chunk], saved.lse[chunk]
+        coef = upstream.coef[chunk].to(dtype)
+        logp = z - lse[:, None]
+        dz = -coef[:, None] * logp.exp()
+        here = (labels >= 0) & (labels < z.shape[1])
+        index = labels.clamp(0, z.shape[1] - 1)[:, None]
+        label_dz = coef * -torch.expm1(logps)  # 1 - p before any rounding of p
+        dz.scatter_(1, index, torch.where(here, label_dz, dz.gather(1, index)[:, 0])[:, None])
+        if upstream.coef_entropy is not None:  # d(entropy)/dz = -p * (log p + entropy)
+            p = logp.exp()
+            weighted = upstream.coef_entropy[chunk].to(dtype)[:, None] * p * (logp + saved.entropy[chunk][:, None])
+            dz -= torch.where(p > 0, weighted, 0 * p)
+        dz *= slope
+        dz = torch.where(coef[:, None] == 0, torch.zeros_like(dz), dz) if upstream.coef_entropy is None else dz
+        dz_hidden = dz_weight = dz
+        if routing is not None:
+            token_ids = torch.arange(chunk.start, chunk.stop, device=device)
+            mass, uniforms = _block_mass(z, lse), _uniforms(routing, head, token_ids)
+
+            def routed(tau: float, dz=dz, mass=mass, labels=labels, uniforms=uniforms) -> Tensor:
+                weights = importance_weights(mass, labels, tau, uniforms).to(dtype)
+                weights = weights.repeat_interleave(BLOCK, 1)[:, : dz.shape[1]]
+                return torch.where(weights == 0, torch.zeros_like(dz), dz * weights)
+
+            dz_hidden = routed(routing.tau_hidden) if routing.tau_hidden >= 0 else dz
+            dz_weight = routed(routing.tau_weight) if routing.tau_weight >= 0 else dz
+        if needs.of_hidden:
+            dproduct = dz_hidden @ weight
+            if head.lora_a is not None:
+                drank = dz_hidden @ lora_b
+                dproduct = dproduct + drank @ lora_a
+                if dlora_a is not None:
+                    dlora_a += head.lora_scale * drank.T @ hidden
+            if dhidden is not None:
+                dhidden[rows] = dproduct
+        if dweight is not None:
+            dweight += dz_weight.T @ hidden
+        if dbias is not None:
+            dbias += dz_weight.sum(0)
+        if dlora_b is not None:
+            dlora_b += dz_weight.T @ (hidden @ lora_a.T)
+
+    def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
+        return None if gradient is None else gradient.to(like.dtype)
+
+    return Gradients(
+        cast(dhidden, head.hidden),
+        cast(dweight, head.weight),
+        cast(dbias, head.bias),
+        cast(dlora_a, head.lora_a),
+        cast(dlora_b, head.lora_b),
+    )
+
+
+def logits_forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """[N, V] logits, [N] labels (-1: none) -> (logps, lse), fp32 (fp64 for fp64 logits)."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    logps, lse = (torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(2))
+    for rows in _row_chunks(logits):
+        rest, label_logit = _without_label(logits[rows].to(dtype) / temperature, labels[rows])
+        rest_lse = rest.logsumexp(1)
+        logps[rows] = -torch.nn.functional.softplus(rest_lse - label_logit, threshold=60)
+        lse[rows] = torch.logaddexp(rest_lse, label_logit)
+    return logps, lse
+
+
+def logits_backward(
+    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, temperature: float, out: Tensor
+) -> None:
+    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature."""
+    for rows in _row_chunks(logits):
+        dz = -coef[rows, None] * (logits[rows].to(lse.dtype) / temperature - lse[rows, None]).exp()
+        here = labels[rows] >= 0
+        index = labels[rows].clamp(min=0)[:, None]
+        label_dz = coef[rows] * -torch.expm1(logps[rows])
+        dz.scatter_(1, index, torch.where(here, label_dz, dz.gather(1, index)[:, 0])[:, None])
+        out[rows] = (dz / temperature).to(out.dtype)
+
+
+def _row_chunks(logits: Tensor):
+    size = max(1, LOGITS_BYTES // (logits.shape[1] * 4))
+    for start in range(0, logits.shape[0], size):
+        yield slice(start, min(start + size, logits.shape[0]))
