@@ -282,8 +282,6 @@ def _validate(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOptions
     doubles = [x.dtype == torch.float64 for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
     if any(doubles) and not all(doubles):
         raise TypeError("fp64 is for checking: all of hidden, weight, bias and lora must be fp64, or none")
-    if 0 <= options.ignore_index < vocab_size and options.vocab_group is None:
-        pass  # a token id may serve as padding label; such rows are ignored
     if options.check_labels:
         _check_labels(labels, options, VocabShards.of(options.vocab_group, weight).vocab_size)
 
@@ -340,9 +338,10 @@ class LinearLogpsFunction(torch.autograd.Function):
             shards.first_block,
         )
         engine = engine_for(hidden.device, hidden.dtype)
-        result = engine.forward(
-            head, tokens, stats=frozenset(stats), routing=routing, shards=shards if shards.size > 1 else None
-        )
+        with torch.autocast(hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
+            result = engine.forward(
+                head, tokens, stats=frozenset(stats), routing=routing, shards=shards if shards.size > 1 else None
+            )
         if needs:
             ctx.save_for_backward(
                 head.hidden, head.weight, bias, lora_a, lora_b, tokens.labels, tokens.rows, invalid,
@@ -350,15 +349,14 @@ class LinearLogpsFunction(torch.autograd.Function):
             )  # fmt: skip
             ctx.head, ctx.routing, ctx.needs, ctx.shards = _without_tensors(head), routing, needs, shards
 
-        outputs = []
-        for name in ("logps", *STATS):
-            values = getattr(result, name)
-            if values is not None:
-                values = _spread(values, tokens, invalid, labels.shape[0])
-                if name not in ("logps", "entropy"):
-                    ctx.mark_non_differentiable(values)
-            outputs.append(values)
-        return tuple(outputs)
+        outputs = {
+            name: None if values is None else _spread(values, tokens, invalid, labels.shape[0])
+            for name in ("logps", *STATS)
+            for values in (getattr(result, name),)
+        }
+        constants = (outputs[name] for name in ("mean_logit", "is_top1", "log_sum_sq_probs"))
+        ctx.mark_non_differentiable(*(x for x in constants if x is not None))  # a second call would undo a first
+        return tuple(outputs.values())
 
     @staticmethod
     @once_differentiable
@@ -384,7 +382,9 @@ class LinearLogpsFunction(torch.autograd.Function):
             routing = None
         if routing is None:
             tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
-        grads = engine_for(hidden.device, hidden.dtype).backward(head, tokens, saved, upstream, routing, needs)
+        engine = engine_for(hidden.device, hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            grads = engine.backward(head, tokens, saved, upstream, routing, needs)
         ctx.shards.reduce(grads)
         if invalid is not None and grads.hidden is not None:
             grads.hidden[invalid] = torch.nan

@@ -66,11 +66,18 @@ def selective_log_softmax(
             f"got {tuple(index.shape)}"
         )
     _number("temperature", temperature, positive=True)
-    several = index.ndim == logits.ndim
-    flat_index = index.reshape(-1, index.shape[-1]) if several else index.reshape(-1)
-    if inplace_backward and not logits.reshape(-1, logits.shape[-1])._is_view() and logits.ndim != 2:
-        raise ValueError(f"inplace_backward needs logits that can be viewed as [N, V]; got strides {logits.stride()}")
-    flat = logits if logits.ndim == 2 else logits.reshape(-1, logits.shape[-1])
+    flat_index = index.reshape(-1, index.shape[-1]) if index.ndim == logits.ndim else index.reshape(-1)
+    if flat_index.ndim == 2 and flat_index.shape[1] == 1:
+        flat_index = flat_index[:, 0]
+    if inplace_backward:
+        if logits.is_leaf and logits.requires_grad:
+            raise ValueError("inplace_backward=True would overwrite logits, which is a leaf that requires grad")
+        try:
+            flat = logits.view(-1, logits.shape[-1])
+        except RuntimeError as error:
+            raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
+    else:
+        flat = logits.reshape(-1, logits.shape[-1])
     return _SelectiveLogSoftmax.apply(flat, flat_index.long(), float(temperature), inplace_backward).view(index.shape)
 
 
@@ -87,12 +94,11 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         rows = logits if logits.stride(1) == 1 else logits.contiguous()
         if index.ndim == 1:
             logps, lse = engine_forward(rows, safe, temperature)
-            result = logps.clone()
         else:
             none = torch.full(logits.shape[:1], -1, device=logits.device)
-            logps, lse = engine_forward(rows, none, temperature)
-            result = logits.gather(1, safe.clamp(min=0)).to(lse.dtype) / temperature - lse[:, None]
-        result.masked_fill_(ignored, 0.0).masked_fill_(invalid, torch.nan)
+            _, lse = engine_forward(rows, none, temperature)
+            logps = logits.gather(1, safe.clamp(min=0)).to(lse.dtype) / temperature - lse[:, None]
+        result = logps.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan)
         ctx.save_for_backward(logits, safe, logps, lse, invalid if invalid.any() else None)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return result
@@ -100,19 +106,24 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogps):
-        logits, index, logps, lse, invalid = ctx.saved_tensors
+        logits, index, label_logps, lse, invalid = ctx.saved_tensors
         temperature = ctx.temperature
         coef = dlogps.to(lse.dtype).masked_fill(index < 0, 0.0)
         dlogits = logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         _, engine_backward = logits_engine(logits.device, logits.dtype)
         source = logits if logits.stride(1) == 1 else logits.contiguous()
         if index.ndim == 1:
-            engine_backward(source, index, logps, lse, coef, temperature, dlogits)
+            engine_backward(source, index, label_logps, lse, coef, temperature, dlogits)
             silent = index < 0
         else:
             none = torch.full(logits.shape[:1], -1, device=logits.device)
-            engine_backward(source, none, logps, lse, coef.sum(1), temperature, dlogits)
-            dlogits.scatter_add_(1, index.clamp(min=0), (coef / temperature).to(dlogits.dtype))
+            engine_backward(source, none, torch.zeros_like(lse), lse, coef.sum(1), temperature, dlogits)
+            # A column named twice gets both coefficients; written, not added, so that it is rounded once.
+            total = ((index[:, :, None] == index[:, None, :]) * coef[:, None, :]).sum(2)
+            label_dz = (total - coef.sum(1, keepdim=True) * label_logps.exp()) / temperature
+            column = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
+            value = torch.where(index < 0, label_dz.gather(1, index.argmax(1, keepdim=True)), label_dz)
+            dlogits.scatter_(1, column, value.to(dlogits.dtype))
             silent = (index < 0).all(1)
         if silent.any():  # by assignment: 0 * NaN would let a masked row's NaN out
             dlogits[silent] = 0

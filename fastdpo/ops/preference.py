@@ -6,7 +6,6 @@ import os
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..losses import RANKED, PreferenceOptions
 from . import preference_native
@@ -28,15 +27,30 @@ class PreferenceLossFunction(torch.autograd.Function):
         losses, partials = preference_native.preference_losses(
             chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options
         )
-        ctx.save_for_backward(partials)
+        ctx.save_for_backward(chosen, rejected, ref_chosen, ref_rejected, partials)
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dlosses):
-        (partials,) = ctx.saved_tensors
+        *logps, partials = ctx.saved_tensors
         grads = [dlosses * partial if need else None for need, partial in zip(ctx.needs_input_grad, partials)]
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = [None if grad is None else _FirstDerivative.apply(grad, *logps) for grad in grads]
         return (*grads, None, None, None)
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Ties a gradient to the inputs it is a function of. once_differentiable leaves that out when the upstream
+    gradient is a constant, and a gradient penalty then vanishes without a word.
+    """
+
+    @staticmethod
+    def forward(ctx, grad, *logps):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("preference_loss is differentiable once: its gradient has no gradient")
 
 
 def _use_native(device: torch.device) -> bool:
