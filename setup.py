@@ -78,7 +78,10 @@ def ninja_file(compiler, build_dir, output):
         [
             f"cxx = {shlex.join(compiler)}",
             f"common = {shlex.join(COMMON_FLAGS + includes)}",
-            "rule cxx\n  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "rule cxx",
+            "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
             f"rule link\n  command = $cxx {shlex.join(link)} $in -o $out -ldl -lpthread",
             *edges,
             f"build {output}: link {' '.join(map(str, objects))}",
@@ -114,7 +117,9 @@ class NativeBuild(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(compiler, build_dir, output))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        done = subprocess.run([ninja, "-C", str(build_dir), *jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            [ninja, "-C", str(build_dir), *jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         if done.returncode != 0:
             raise RuntimeError("compilation failed:\n" + done.stdout[-4000:])
         print(done.stdout)

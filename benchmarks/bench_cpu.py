@@ -23,7 +23,11 @@ def make_problem(head: inputs.HeadInputs, sequence_length: int, prompt_share: fl
     # The reference: the same model a few optimizer steps away.
     ref_hidden = hidden + 0.02 * hidden.std() * torch.randn(hidden.shape, generator=g)
     return Problem(
-        hidden.clone().requires_grad_(), head.weight.clone().requires_grad_(), labels, ref_hidden, head.weight.clone()
+        hidden.clone().requires_grad_(),
+        head.weight.clone().requires_grad_(),
+        labels,
+        ref_hidden,
+        head.weight.clone(),
     )
 
 

@@ -54,9 +54,7 @@ def synthetic_head(num_tokens=4096, vocab_size=32768, hidden_size=256, seed=0) -
     strength = 14.0 * (0.55 + 0.45 * torch.rand(num_tokens, 6, generator=g)) * 0.93 ** torch.arange(6)
     hidden = torch.einsum("nk,nkh->nh", strength, weight[candidates])
     hidden[:, 0] = 4.0 + torch.rand(num_tokens, generator=g)
-    labels = torch.cat(
-        [torch.multinomial((h @ weight.T).softmax(-1), 1, generator=g)[:, 0] for h in hidden.split(512)]
-    )
+    labels = torch.cat([torch.multinomial((h @ weight.T).softmax(-1), 1, generator=g)[:, 0] for h in hidden.split(512)])
     return HeadInputs("synthetic", hidden, weight, labels)
 
 

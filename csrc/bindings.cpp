@@ -1,9 +1,15 @@
 // The only file that knows Python. Pointers arrive as integers (tensor.data_ptr(), 0 for none); the callers in
 // fastdpo/ops keep the tensors alive and have checked shapes and types. Every call releases the GIL.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <stdexcept>
+#include <vector>
 
 #include "cpu_folds.h"
 #include "parallel.h"
+#include "preference.h"
 
 namespace py = pybind11;
 using fastdpo::DType;
@@ -36,6 +42,18 @@ fastdpo::GradArgs grad_args(const PyTile& tile, Address tokens, Address labels, 
           ptr<const float>(coef),
           ptr<const float>(entropy),
           ptr<const float>(coef_entropy)};
+}
+
+
+template <class T>
+void run_preference_loss(Address chosen, Address rejected, Address ref_chosen, Address ref_rejected,
+                         Address chosen_lengths, Address rejected_lengths, Address losses, Address partials,
+                         int64_t batch_size, const std::vector<fastdpo::PreferenceLoss>& losses_used,
+                         const std::vector<double>& loss_weights, const fastdpo::PreferenceOptions& options) {
+  fastdpo::preference_loss_cpu(fastdpo::PreferenceArgs<T>{
+      ptr<const T>(chosen), ptr<const T>(rejected), ptr<const T>(ref_chosen), ptr<const T>(ref_rejected),
+      ptr<const int64_t>(chosen_lengths), ptr<const int64_t>(rejected_lengths), ptr<T>(losses), ptr<T>(partials),
+      batch_size, losses_used.data(), loss_weights.data(), static_cast<int64_t>(losses_used.size()), options});
 }
 
 }  // namespace
@@ -140,6 +158,38 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         fastdpo::scatter_add_rows(ptr<float>(dst), dst_stride, ptr<const float>(src), src_stride,
                                   ptr<const int32_t>(tokens), ptr<const int64_t>(rows), num_rows, num_cols,
                                   num_threads);
+      },
+      nogil);
+
+  py::dict preference_losses, divergences;
+  for (const auto& entry : fastdpo::kPreferenceLosses) preference_losses[entry.name] = static_cast<int>(entry.loss);
+  for (const auto& entry : fastdpo::kDivergences) divergences[entry.name] = static_cast<int>(entry.divergence);
+  py::list preference_options;
+  for (const auto& entry : fastdpo::kPreferenceOptionFields) preference_options.append(entry.name);
+  m.attr("PREFERENCE_LOSSES") = preference_losses;    // name -> value of `losses_used`
+  m.attr("DIVERGENCES") = divergences;                // name -> value of `divergence`
+  m.attr("PREFERENCE_OPTIONS") = preference_options;  // the order of `options`
+
+  m.def(
+      "preference_loss",
+      [](bool is_double, Address chosen, Address rejected, Address ref_chosen, Address ref_rejected,
+         Address chosen_lengths, Address rejected_lengths, Address losses, Address partials, int64_t batch_size,
+         const std::vector<int>& losses_used, const std::vector<double>& loss_weights, int divergence,
+         const std::vector<double>& options) {
+        if (losses_used.size() != loss_weights.size() ||
+            options.size() != std::size(fastdpo::kPreferenceOptionFields)) {
+          throw std::invalid_argument("preference_loss: wrong number of weights or options");
+        }
+        std::vector<fastdpo::PreferenceLoss> used;
+        for (int id : losses_used) used.push_back(static_cast<fastdpo::PreferenceLoss>(id));
+        fastdpo::PreferenceOptions fields = {};
+        fields.divergence = static_cast<fastdpo::Divergence>(divergence);
+        for (size_t i = 0; i < options.size(); ++i) {
+          fields.*(fastdpo::kPreferenceOptionFields[i].field) = options[i];
+        }
+        (is_double ? run_preference_loss<double> : run_preference_loss<float>)(
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, losses, partials,
+            batch_size, used, loss_weights, fields);
       },
       nogil);
 }

@@ -3,14 +3,28 @@
 from ._version import __version__
 from .logps import LinearLogpsFunction, TokenStats, linear_logps, linear_token_stats
 from .ops import backends
+from .preference import (
+    DPOOutput,
+    LinearDPOLoss,
+    PreferenceLossFunction,
+    PreferenceOutput,
+    linear_dpo_loss,
+    preference_loss,
+)
 from .selective import selective_log_softmax
 
 __all__ = [
+    "DPOOutput",
+    "LinearDPOLoss",
     "LinearLogpsFunction",
+    "PreferenceLossFunction",
+    "PreferenceOutput",
     "TokenStats",
     "__version__",
     "backends",
+    "linear_dpo_loss",
     "linear_logps",
     "linear_token_stats",
+    "preference_loss",
     "selective_log_softmax",
 ]

@@ -1,6 +1,6 @@
 """Vocabulary shards: every rank runs the same kernels on its rows of the lm_head; what crosses ranks is per token.
 
-    lse = logsumexp over ranks        label's logit = its owner's        dhidden = sum over ranks
+lse = logsumexp over ranks        label's logit = its owner's        dhidden = sum over ranks
 """
 
 from __future__ import annotations

@@ -46,9 +46,7 @@ _HEAD_OPTIONS = tuple(field.name for field in fields(HeadOptions) if field.name 
 def _check_dpo_options(
     ld_alpha: float | None = None, use_weighting: bool = False, average_log_prob: bool = False, **options
 ) -> _DPOOptions:
-    unknown = [
-        name for name in options if name not in _HEAD_OPTIONS and name not in PreferenceOptions._fields
-    ]
+    unknown = [name for name in options if name not in _HEAD_OPTIONS and name not in PreferenceOptions._fields]
     if unknown:
         known = ("ld_alpha", "use_weighting", "average_log_prob", *_HEAD_OPTIONS, *PreferenceOptions._fields)
         raise TypeError(f"unexpected option {unknown[0]!r}; the options are {', '.join(known)}")
@@ -130,9 +128,7 @@ def linear_dpo_loss(
     Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
     """
     reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
-    return _linear_dpo_loss(
-        hidden, weight, labels, bias, lora, cu_seqlens, reference, _check_dpo_options(**options)
-    )
+    return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, _check_dpo_options(**options))
 
 
 class _Reference(NamedTuple):
@@ -170,9 +166,7 @@ def _linear_dpo_loss(
         ref_bias = bias if reference.bias is None else reference.bias
         head = {**options.head, "check_labels": False}
         with torch.no_grad():
-            ref_logps = linear_token_stats(
-                reference.hidden, ref_weight, labels, ref_bias, stats=(), **head
-            ).logps
+            ref_logps = linear_token_stats(reference.hidden, ref_weight, labels, ref_bias, stats=(), **head).logps
 
     dtype = stats.logps.dtype
     sums = sequences.sum(stats.logps)
@@ -251,8 +245,7 @@ def _check_reference(
             raise ValueError("ref_weight was given without ref_bias, but the policy's head has a bias")
     elif isinstance(weight, Tensor) and reference.hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
-            f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: "
-            "give ref_weight"
+            f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
         )
 
 

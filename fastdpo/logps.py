@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import once_differentiable
 from .distributed import VocabShards
 from .ops import engine_for
 from .ops.problem import STATS, Forward, Head, Needs, Tokens, Upstream
@@ -243,7 +243,14 @@ def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats
 
 
 def _validate(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOptions) -> None:
-    tensors = {"hidden": hidden, "weight": weight, "labels": labels, "bias": bias, "lora A": lora_a, "lora B": lora_b}
+    tensors = {
+        "hidden": hidden,
+        "weight": weight,
+        "labels": labels,
+        "bias": bias,
+        "lora A": lora_a,
+        "lora B": lora_b,
+    }
     for name, x in tensors.items():
         if x is None and name in ("bias", "lora A", "lora B"):
             continue
@@ -321,9 +328,7 @@ class LinearLogpsFunction(torch.autograd.Function):
         if needs and options.backward == "routed":
             tau_hidden, tau_weight = parse_tau(options.tau)
             seed = options.seed if options.seed is not None else shards.common_seed(_draw_seed())
-            routing = Routing(
-                tau_hidden if needs.of_hidden else -1.0, tau_weight if needs.of_weight else -1.0, seed
-            )
+            routing = Routing(tau_hidden if needs.of_hidden else -1.0, tau_weight if needs.of_weight else -1.0, seed)
         head = Head(
             hidden.contiguous(),
             weight if weight.stride(-1) == 1 else weight.contiguous(),
@@ -340,7 +345,11 @@ class LinearLogpsFunction(torch.autograd.Function):
         engine = engine_for(hidden.device, hidden.dtype)
         with torch.autocast(hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
             result = engine.forward(
-                head, tokens, stats=frozenset(stats), routing=routing, shards=shards if shards.size > 1 else None
+                head,
+                tokens,
+                stats=frozenset(stats),
+                routing=routing,
+                shards=shards if shards.size > 1 else None,
             )
         if needs:
             ctx.save_for_backward(

@@ -1,14 +1,14 @@
 """logits -> log p(label), for trainers that already hold logits: one read forward, one read and write backward.
 
-    logp = z[label] - log sum_v exp z[v],  z = logits / temperature        dlogits = coef * (1[label] - p) / temperature
+logp = z[label] - log sum_v exp z[v],  z = logits / temperature        dlogits = coef * (1[label] - p) / temperature
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import once_differentiable
 from .logps import FLOATS, _number
 from .ops import logits_engine
 
@@ -60,7 +60,10 @@ def selective_log_softmax(
         raise ValueError(f"index is on {index.device} but logits are on {logits.device}")
     if logits.ndim < 1 or logits.shape[-1] == 0:
         raise ValueError(f"logits must be [..., V] with V > 0; got shape {tuple(logits.shape)}")
-    if index.shape[: logits.ndim - 1] != logits.shape[:-1] or index.ndim not in (logits.ndim - 1, logits.ndim):
+    if index.shape[: logits.ndim - 1] != logits.shape[:-1] or index.ndim not in (
+        logits.ndim - 1,
+        logits.ndim,
+    ):
         raise ValueError(
             f"index must be shaped {tuple(logits.shape[:-1])}, or that with one more dimension; "
             f"got {tuple(index.shape)}"
@@ -109,7 +112,9 @@ class _SelectiveLogSoftmax(torch.autograd.Function):
         logits, index, label_logps, lse, invalid = ctx.saved_tensors
         temperature = ctx.temperature
         coef = dlogps.to(lse.dtype).masked_fill(index < 0, 0.0)
-        dlogits = logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        dlogits = (
+            logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        )
         _, engine_backward = logits_engine(logits.device, logits.dtype)
         source = logits if logits.stride(1) == 1 else logits.contiguous()
         if index.ndim == 1:

@@ -89,11 +89,23 @@ def test_empty(engine):
 
 
 BAD = {
-    "logits int": (torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), {}, TypeError, "logits"),
+    "logits int": (
+        torch.zeros(2, 3, dtype=torch.int64),
+        torch.zeros(2, dtype=torch.int64),
+        {},
+        TypeError,
+        "logits",
+    ),
     "index float": (torch.zeros(2, 3), torch.zeros(2), {}, TypeError, "index"),
     "index shape": (torch.zeros(2, 3), torch.zeros(4, dtype=torch.int64), {}, ValueError, r"\(4,\)"),
     "no columns": (torch.zeros(2, 0), torch.zeros(2, dtype=torch.int64), {}, ValueError, "V > 0"),
-    "temperature": (torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), {"temperature": -1.0}, ValueError, "-1.0"),
+    "temperature": (
+        torch.zeros(2, 3),
+        torch.zeros(2, dtype=torch.int64),
+        {"temperature": -1.0},
+        ValueError,
+        "-1.0",
+    ),
     "leaf in place": (
         torch.zeros(2, 3, requires_grad=True),
         torch.zeros(2, dtype=torch.int64),

@@ -80,7 +80,9 @@ def backends() -> dict:
             except (RuntimeError, ValueError) as error:
                 engine, why = "none", str(error)
             operations[operation][device] = f"{engine} ({why})"
-    has_native = native.available() and os.environ.get("FASTDPO_ENGINE") != "reference"
+    from .preference_native import AVAILABLE
+
+    has_native = AVAILABLE and os.environ.get("FASTDPO_ENGINE") != "reference"
     operations["preference_loss"] = {
         "cpu": "native templates" if has_native else "reference (plain torch)",
         "cuda": "reference (plain torch)",

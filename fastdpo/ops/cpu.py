@@ -15,8 +15,8 @@ from ..routing import BLOCK, Routing, num_blocks
 from .gemm import matmul, padded_rows
 from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 
-TILE_BYTES = 16 << 20  # one logits tile, one chunk of hidden, one slab of weight: each fits a last-level cache
-BUFFER_BYTES = 40 << 20  # fp32 dhidden of all tokens is kept when it fits, which saves a recomputation
+TILE_BYTES = 8 << 20  # one logits tile, one chunk of hidden, one slab of weight: about six such live at a time
+BUFFER_BYTES = 32 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
 # Above this share of live pairs the exact backward is cheaper: gathered rows cost about 1.2 times dense ones, and it
 # reads nothing twice. Flat distributions end here.
 CROSSOVER = 0.7
@@ -113,7 +113,6 @@ class _Operands:
             1.0 / head.temperature,
         )
 
-
     def add_rows(self, target: Tensor, product: Tensor, tile: _Tile, first_token: int) -> None:
         """target[token - first_token] += product for the tile's tokens."""
         if tile.tokens is None:
@@ -137,7 +136,12 @@ def _address(x: Tensor | None) -> int:
 
 
 def forward(
-    head: Head, tokens: Tokens, *, stats: frozenset[str] = frozenset(), routing: Routing | None = None, shards=None
+    head: Head,
+    tokens: Tokens,
+    *,
+    stats: frozenset[str] = frozenset(),
+    routing: Routing | None = None,
+    shards=None,
 ) -> Forward:
     ops = _Operands(head, tokens)
     native, threads = ops.native, ops.threads
@@ -330,7 +334,10 @@ class _ExactTiles:
                 part = slice(*chunk)
                 coef_entropy = entropy = 0
                 if upstream.coef_entropy is not None:
-                    coef_entropy, entropy = _address(upstream.coef_entropy[part]), _address(saved.entropy[part])
+                    coef_entropy, entropy = (
+                        _address(upstream.coef_entropy[part]),
+                        _address(saved.entropy[part]),
+                    )
                 ops.native.grad(
                     ops.tile(dz, dz.shape[0], first, last),
                     _address(ops.tokens.labels[part]),

@@ -38,7 +38,13 @@ def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor,
         block_lse, label_logit = torch.empty(n, blocks), torch.full((n,), -torch.inf)
         label = labels[rows].contiguous()
         native.fold(
-            _tile(data, temperature), label.data_ptr(), block_lse.data_ptr(), blocks, label_logit.data_ptr(), 0, threads
+            _tile(data, temperature),
+            label.data_ptr(),
+            block_lse.data_ptr(),
+            blocks,
+            label_logit.data_ptr(),
+            0,
+            threads,
         )
         addresses = (block_lse.data_ptr(), 0, label_logit.data_ptr(), label.data_ptr(), 0)
         outputs = (logps[rows].data_ptr(), lse[rows].data_ptr(), 0, 0, 0, 0)

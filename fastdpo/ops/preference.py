@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from ..autograd import once_differentiable
 from ..losses import RANKED, PreferenceOptions
 from . import preference_native
 from .preference_reference import cast, preference_losses_ref, sft, wide_dtype
@@ -31,34 +32,15 @@ class PreferenceLossFunction(torch.autograd.Function):
         return losses
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dlosses):
-        *logps, partials = ctx.saved_tensors
+        *_, partials = ctx.saved_tensors
         grads = [dlosses * partial if need else None for need, partial in zip(ctx.needs_input_grad, partials)]
-        if torch.is_grad_enabled():  # create_graph=True
-            grads = [None if grad is None else _FirstDerivative.apply(grad, *logps) for grad in grads]
         return (*grads, None, None, None)
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """Ties a gradient to the inputs it is a function of. once_differentiable leaves that out when the upstream
-    gradient is a constant, and a gradient penalty then vanishes without a word.
-    """
-
-    @staticmethod
-    def forward(ctx, grad, *logps):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("preference_loss is differentiable once: its gradient has no gradient")
-
-
 def _use_native(device: torch.device) -> bool:
-    return (
-        device.type == "cpu"
-        and preference_native.AVAILABLE
-        and os.environ.get("FASTDPO_ENGINE") != "reference"
-    )
+    return device.type == "cpu" and preference_native.AVAILABLE and os.environ.get("FASTDPO_ENGINE") != "reference"
 
 
 def sequence_losses(
@@ -120,9 +102,7 @@ def mean_loss(losses: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rewards(
-    options: PreferenceOptions, logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None
-) -> Tensor:
+def rewards(options: PreferenceOptions, logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
     if options.per_token_reward:
         return options.beta * (logps / lengths.clamp(min=1))
     return options.beta * (logps if ref_logps is None else logps - ref_logps)

@@ -54,7 +54,12 @@ def _without_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(
-    head: Head, tokens: Tokens, *, stats: frozenset[str] = frozenset(), routing: Routing | None = None, shards=None
+    head: Head,
+    tokens: Tokens,
+    *,
+    stats: frozenset[str] = frozenset(),
+    routing: Routing | None = None,
+    shards=None,
 ) -> Forward:
     dtype, device = _accumulate_dtype(head), head.hidden.device
     columns: dict[str, list[Tensor]] = {}
@@ -88,7 +93,10 @@ def forward(
             if "is_top1" in stats:  # argmax returns the first maximum: a tie counts only when the label comes first
                 before = torch.arange(z.shape[1], device=device) < labels[:, None]
                 side = torch.stack(
-                    [rest.masked_fill(~before, -torch.inf).amax(1), rest.masked_fill(before, -torch.inf).amax(1)]
+                    [
+                        rest.masked_fill(~before, -torch.inf).amax(1),
+                        rest.masked_fill(before, -torch.inf).amax(1),
+                    ]
                 )
                 side = side if shards is None else shards.max(side)
                 emit("is_top1", (label_logit > side[0]) & (label_logit >= side[1]))

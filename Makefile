@@ -1,0 +1,36 @@
+# make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
+# make test    set up .venv and run the tests
+# make lint    ruff
+# make bench   the CPU benchmarks; HEAD=file.safetensors takes a captured head
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+
+.PHONY: demo test lint bench clean
+
+# One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-%: $(VENV)/bin/python $(BUILT_FROM)
+	$(RUN) -m pip install -q -c constraints.txt torch
+	$(RUN) -m pip install -q -c constraints.txt -e ".[$*]"
+	touch $@
+
+demo: $(VENV)/installed-demo
+	$(RUN) -m fastdpo.demo --output demo_output $(DEMO_ARGS)
+
+test: $(VENV)/installed-test
+	$(RUN) -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/installed-lint
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/installed-bench
+	$(RUN) benchmarks/bench_cpu.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-cpu.json
+	$(RUN) benchmarks/bench_tau.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-tau.json
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo_output

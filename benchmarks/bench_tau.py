@@ -1,0 +1,89 @@
+"""What `tau` buys and costs: pairs per token, GEMM passes and gradient error against fp64, beside bf16 eager logits.
+
+python benchmarks/bench_tau.py --head head.safetensors [--seeds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import inputs
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdpo
+from fastdpo.routing import DEFAULT_TAU
+
+TAUS = (4e-3, 1e-3, 2.0**-11, 2.0**-12, DEFAULT_TAU)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    inputs.add_arguments(parser)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args()
+    head = inputs.load(args.head)
+    labels = head.labels
+    dlogps = torch.where(torch.arange(len(labels)) < len(labels) // 2, 1.0, -1.0)  # chosen up, rejected down
+
+    def gradients(hidden, weight, logps_of):
+        hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with FlopCounterMode(display=False) as counter:
+            logps = logps_of(hidden, weight)
+            logps.backward(dlogps.to(logps.dtype))
+        passes = counter.get_total_flops() / (2 * hidden.shape[0] * weight.numel())
+        return hidden.grad.double(), weight.grad.double(), passes
+
+    def ours(**options):
+        return lambda hidden, weight: fastdpo.linear_logps(hidden, weight, labels, **options)
+
+    def eager(hidden, weight):
+        return (hidden @ weight.T).float().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    exact = gradients(head.hidden.double(), head.weight.double(), ours(backward="exact"))
+
+    def errors(result):
+        return {
+            f"{name} error": ((x - e).norm() / e.norm()).item()
+            for name, x, e in zip(("dhidden", "dweight"), result, exact)
+        }
+
+    low = head.hidden.bfloat16(), head.weight.bfloat16()
+    rows = []
+    for name, inputs_, logps_of in (
+        ("eager bf16 logits", low, eager),
+        ("fastdpo exact, bf16 inputs", low, ours(backward="exact")),
+    ):
+        result = gradients(*inputs_, logps_of)
+        rows.append({"path": name, "pairs per token": None, "passes": result[2], **errors(result)})
+    probabilities = torch.cat([(h.float() @ head.weight.float().T).softmax(-1) for h in head.hidden.split(512)])
+    mass = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[1] % 128)).view(len(labels), -1, 128).sum(-1)
+    for tau in TAUS:
+        smallest = min(tau) if isinstance(tau, tuple) else tau
+        results = [
+            gradients(head.hidden.float(), head.weight.float(), ours(tau=tau, seed=seed)) for seed in range(args.seeds)
+        ]
+        every = [errors(result) for result in results]
+        rows.append(
+            {
+                "path": f"routed, tau {', '.join(f'{t:.2g}' for t in tau) if isinstance(tau, tuple) else f'{tau:.2g}'}",
+                "pairs per token": (mass / smallest).clamp(max=1).sum(1).mean().item(),
+                "passes": sum(result[2] for result in results) / len(results),
+                **{key: sum(e[key] for e in every) / len(every) for key in every[0]},
+            }
+        )
+    notes = {
+        "head": head.name,
+        "N": len(labels),
+        "V": head.weight.shape[0],
+        "H": head.weight.shape[1],
+        "blocks": mass.shape[1],
+        "seeds": args.seeds,
+        "passes": "policy forward and backward",
+        "error": "relative L2 against fp64",
+    }
+    inputs.report(args.output, "Routed backward against tau", rows, notes)
+
+
+if __name__ == "__main__":
+    main()

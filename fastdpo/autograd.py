@@ -1,0 +1,38 @@
+"""What the autograd Functions share: a backward that refuses to be differentiated, never a silently constant one."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """Ties a gradient to the tensors it is a function of, so that differentiating it is noticed."""
+
+    @staticmethod
+    def forward(ctx, gradient, *inputs):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("fastdpo's functions are once differentiable: their gradients have no gradient")
+
+
+def once_differentiable(backward):
+    """Decorates a Function's backward: runs it without grad mode, and makes double backward raise RuntimeError.
+
+    torch's decorator of the same name raises only where the upstream gradient requires grad; after
+    ``logps.sum()`` with ``create_graph=True`` it does not, and a gradient penalty would vanish without a word.
+    """
+
+    @functools.wraps(backward)
+    def wrapper(ctx, *upstream):
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return gradients
+        inputs = [x for x in (*ctx.saved_tensors, *upstream) if x is not None and x.requires_grad]
+        return tuple(None if g is None else _FirstDerivative.apply(g, *inputs) for g in gradients)
+
+    return wrapper

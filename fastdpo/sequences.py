@@ -1,0 +1,107 @@
+"""Where the sequences of a batch lie, and sums over them: per token -> per sequence, chosen before rejected.
+
+Padded batches are `[2B, T]`; packed ones are `[N]` with `cu_seqlens` of 2B + 1 offsets. Sums are fp64, in a
+fixed order; what is not a completion token is selected away, never multiplied by zero.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .ops.preference_reference import cast, wide_dtype
+
+
+class Sequences:
+    """The completion tokens of 2B sequences; `labels`' shape is the shape of everything per token."""
+
+    def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None):
+        self.mask = labels != ignore_index
+        self.num = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.offsets = None
+        if cu_seqlens is not None:
+            # Offsets on a GPU are not read by the host: bounded here, wrong ones cannot leave the array.
+            self.offsets = cu_seqlens.to(labels.device, torch.int64).clamp(0, labels.shape[0])
+            if self.num:
+                self.offsets = self.offsets.cummax(0).values
+        self.counts = self._counts()  # [2B] int64, completion tokens
+
+    def _counts(self) -> Tensor:
+        if self.offsets is None:
+            return self.mask.sum(1)
+        before = torch.cat([self.mask.new_zeros(1, dtype=torch.int64), self.mask.cumsum(0)])[self.offsets]
+        return before[1:] - before[:-1]
+
+    def sum(self, per_token: Tensor) -> Tensor:
+        """[2B] fp64 sums over the completion tokens; gradients return in the tokens' dtype."""
+        values = cast(per_token, wide_dtype(per_token.device)).masked_fill(~self.mask, 0.0)
+        if self.offsets is None:
+            return values.sum(1)
+        # Not a difference of cumulative sums: a NaN would reach every later sequence.
+        return torch.segment_reduce(values, "sum", offsets=self.offsets, unsafe=True)
+
+    def mean(self, sums: Tensor) -> Tensor:
+        return sums / self.counts.clamp(min=1)
+
+    def within_shared_length(self) -> Tensor:
+        """Whether a completion token's place, from 1, is within the shorter of chosen and rejected."""
+        half = self.num // 2
+        shared = torch.minimum(self.counts[:half], self.counts[half:]).repeat(2)
+        if self.offsets is None:
+            return self.mask.cumsum(1) <= shared[:, None]
+        if not self.num:
+            return self.mask
+        tokens = torch.arange(self.mask.shape[0], device=self.mask.device)
+        owner = torch.searchsorted(self.offsets[1:], tokens, right=True).clamp(max=self.num - 1)
+        place = self.mask.cumsum(0)
+        start = torch.cat([place.new_zeros(1), place])[self.offsets[:-1]]
+        return place - start[owner] <= shared[owner]
+
+
+def check_layout(hidden, labels, cu_seqlens, read_offsets: bool) -> None:
+    """Raises unless `hidden`, `labels` and `cu_seqlens` hold B chosen and B rejected sequences.
+
+    The values of `cu_seqlens` are read where that needs no wait for a device, or with `read_offsets`.
+    """
+    for name, x in (("hidden", hidden), ("labels", labels)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+    if cu_seqlens is None:
+        if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                "without cu_seqlens, hidden must be [2B, T, H] and labels [2B, T]; got shapes "
+                f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
+            )
+        if hidden.shape[0] % 2:
+            raise ValueError(
+                "hidden must hold as many rejected sequences as chosen ones; got an odd number of them, "
+                f"{hidden.shape[0]}"
+            )
+        return
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"with cu_seqlens, hidden must be [N, H] and labels [N]; got shapes {tuple(hidden.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor; got {kind}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(
+            "cu_seqlens must hold 2B + 1 offsets, B chosen sequences and then B rejected ones; got shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    if cu_seqlens.device.type == "cpu" or read_offsets:
+        _check_offsets(cu_seqlens.tolist(), labels.shape[0])
+
+
+def _check_offsets(offsets: list[int], count: int) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0; got {offsets[0]}")
+    if offsets[-1] != count:
+        raise ValueError(f"cu_seqlens must end at the number of rows of hidden, {count}; got {offsets[-1]}")
+    for i, (start, stop) in enumerate(pairwise(offsets)):
+        if stop < start:
+            raise ValueError(f"cu_seqlens must not decrease; got {start} then {stop} at position {i + 1}")

@@ -1,0 +1,123 @@
+"""What the CPU engine costs, counted: floating-point operations and memory. No clock."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import peaked_head
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastdpo
+
+
+@pytest.fixture(autouse=True)
+def cpu_engine(monkeypatch):
+    reason = fastdpo.backends()["engines"]["cpu"]["reason"]
+    if reason:
+        pytest.skip(reason)
+    monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
+
+
+def passes(head, frozen: bool, **options) -> float:
+    """lm_head GEMMs of one policy and reference forward and a backward."""
+    leaves = head.leaves(torch.float32)
+    leaves.weight.requires_grad_(not frozen)
+    with FlopCounterMode(display=False) as counter:
+        fastdpo.linear_logps(leaves.hidden, leaves.weight, leaves.labels, **options).sum().backward()
+        with torch.no_grad():
+            fastdpo.linear_logps(leaves.hidden, leaves.weight, leaves.labels)
+    scored = int((head.labels != -100).sum())
+    return counter.get_total_flops() / (2 * scored * leaves.weight.numel())
+
+
+@pytest.mark.parametrize("frozen,expected", [(False, 5.0), (True, 4.0)])
+def test_exact_passes(frozen, expected):
+    head = peaked_head(N=256, V=8192)
+    head.labels[::4] = -100  # rows whose label is ignored never enter a product
+    assert passes(head, frozen, backward="exact") == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_routed_passes_follow_the_kept_pairs(frozen):
+    """2 forwards, and 3 products (2 when frozen) for the kept share of pairs plus padding to the row multiple."""
+    from fastdpo.ops.gemm import ROW_MULTIPLE
+
+    head = peaked_head(N=512, V=8192)
+    p = head.leaves(torch.float64, False).logits().softmax(-1)
+    tau = 1e-2
+    share = (p.view(512, -1, 128).sum(-1) / tau).clamp(max=1).mean().item()
+    padding = ROW_MULTIPLE / 512
+    products = 2 if frozen else 3
+    count = passes(head, frozen, tau=tau, seed=0)
+    assert 2 + products * share * 0.9 < count < 2 + products * (share * 1.1 + padding)
+    assert count < (3.0 if frozen else 3.5)
+
+
+def test_flat_distributions_cost_no_more_than_exact():
+    head = peaked_head(N=128, V=4096)
+    head.hidden *= 1e-3
+    assert passes(head, False, tau=1e-3, seed=0) <= 5.0 * (1 + 1e-6)
+
+
+def test_frozen_and_no_grad_calls_save_nothing_to_route():
+    head = peaked_head(N=128, V=4096).leaves(torch.float32, False)
+    with FlopCounterMode(display=False) as counter:
+        logps = fastdpo.linear_logps(head.hidden, head.weight, head.labels)
+    assert logps.grad_fn is None
+    assert counter.get_total_flops() == 2 * 128 * head.weight.numel()
+
+
+MEMORY = """
+import threading, time, torch, fastdpo
+N, V, H, head_grad, backward = {N}, {V}, {H}, {head_grad}, "{backward}"
+torch.manual_seed(0)
+dtype = torch.{dtype}
+hidden = torch.randn(N, H, dtype=dtype, requires_grad=True)
+weight = torch.randn(V, H, dtype=dtype, requires_grad=head_grad)
+labels = torch.randint(0, V, (N,))
+small = hidden[:64].detach().requires_grad_()
+fastdpo.linear_logps(small, weight.detach()[:512], labels[:64] % 512, backward=backward).sum().backward()  # warm up
+
+def resident():
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * 4096
+
+base = peak = resident()
+running = True
+def watch():
+    global peak
+    while running:
+        peak = max(peak, resident())
+        time.sleep(0.001)
+thread = threading.Thread(target=watch)
+thread.start()
+fastdpo.linear_logps(hidden, weight, labels, backward=backward).sum().backward()
+running = False
+thread.join()
+returned = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight) if x.grad is not None)
+print((peak - base - returned) / 2**20)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("backward", ["routed", "exact"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        dict(N=4096, V=131072, H=64, dtype="float32", head_grad=False),
+        dict(N=4096, V=65536, H=256, dtype="bfloat16", head_grad=True),
+        dict(N=24576, V=4096, H=1024, dtype="bfloat16", head_grad=True),
+    ],
+    ids=["wide vocabulary, frozen", "bf16, trained", "many tokens"],
+)
+def test_memory_beyond_inputs_and_gradients(shape, backward):
+    """At most 128 MiB + 256 bytes per token, whatever N, V and H; the logits alone would be 2 GiB in the first."""
+    if shape["N"] == 24576 and backward == "exact":
+        shape = {**shape, "N": 16384}  # the same regime in less time
+    script = MEMORY.format(**shape, backward=backward)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 128 + shape["N"] * 256 / 2**20

@@ -1,0 +1,601 @@
+"""preference_loss: against TRL's own code, against the fp64 oracle, at the extremes, and its contract."""
+
+import math
+
+import pytest
+import torch
+
+import fastdpo.ops.preference as engines
+from fastdpo.losses import F_DIVERGENCES, LOSSES, RANKED, check_options
+from fastdpo.ops import preference_native
+from fastdpo.ops.preference_reference import REFERENCE, preference_losses_ref
+from fastdpo.preference import PreferenceLossFunction, preference_loss
+
+B = 7
+
+SMOOTHED = [name for name, loss in LOSSES.items() if loss.label_smoothing is not None]
+WITH_SCORES = [name for name, loss in LOSSES.items() if loss.f_divergence]
+
+# Every loss, every variation that changes its formula.
+CASES = {name: {"loss_type": name} for name in LOSSES if name != "exo_pair"}
+CASES |= {f"{name}-smoothed": {"loss_type": name, "label_smoothing": 0.15} for name in SMOOTHED}
+for name in WITH_SCORES:
+    smoothing = {"label_smoothing": 0.15} if LOSSES[name].label_smoothing else {}
+    for kind in F_DIVERGENCES[1:]:
+        CASES[f"{name}-{kind}"] = {"loss_type": name, "f_divergence_type": kind, **smoothing}
+    for alpha in (2.0, 1.0):
+        CASES[f"{name}-alpha={alpha}"] = {
+            "loss_type": name,
+            "f_divergence_type": "alpha_divergence",
+            "f_alpha_divergence_coef": alpha,
+            **smoothing,
+        }
+CASES |= {
+    "mpo": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},
+    "rpo": {
+        "loss_type": ["sigmoid", "sft"],
+        "f_divergence_type": "js_divergence",
+        "loss_weights": [1.0, 0.3],
+    },
+    "ranked and rowwise": {"loss_type": ["aot", "hinge", "aot_unpaired"], "loss_weights": [0.5, -2.0, 3.0]},
+    "sft+orpo": {"loss_type": ["sft", "orpo"]},
+    "discopop-tau": {"loss_type": "discopop", "discopop_tau": 2.0},
+    "simpo-gamma": {"loss_type": "simpo", "simpo_gamma": -0.7, "beta": 2.0},
+    "dpop-lambda": {"loss_type": "dpop", "dpop_lambda": 0.3},
+    "slic-delta": {"loss_type": "slic", "slic_delta": 0.2},
+    "kto-kl": {"loss_type": "kto", "kto_kl": 1.7, "desirable_weight": 1.3, "undesirable_weight": 0.6},
+    "kto-tensor": {"loss_type": "kto", "kto_kl": torch.tensor([0.4])},
+}
+
+
+def names_of(case):
+    names = case["loss_type"]
+    return [names] if isinstance(names, str) else names
+
+
+def inputs_of(case, dtype=torch.float64, scale=3.0, seed=0, requires_grad=True):
+    """Log-probs and lengths for one case; references only where the losses look at them."""
+    generator = torch.Generator().manual_seed(seed)
+    logps = -scale * torch.rand(4, B, dtype=torch.float64, generator=generator) - 0.1
+    count = 2 if all(LOSSES[name].reference_free or name == "sft" for name in names_of(case)) else 4
+    lengths = torch.randint(0, 9, (2, B), generator=generator)
+    tensors = [x.to(dtype).clone().requires_grad_(requires_grad) for x in logps[:count]]
+    return tensors, {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """The extension answers, and nothing else."""
+    if not preference_native.AVAILABLE:
+        pytest.skip("this installation has no native extension")
+    monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
+    monkeypatch.setattr(engines, "preference_losses_ref", None)
+
+
+@pytest.fixture(params=["native", "reference"])
+def loss_engine(request, monkeypatch):
+    if request.param == "native":
+        request.getfixturevalue("native")
+    else:
+        monkeypatch.setenv("FASTDPO_ENGINE", "reference")
+    return request.param
+
+
+def oracle(tensors, lengths, **case):
+    """fp64 losses by autograd on the reference."""
+    options = check_options(**case)
+    x = [t.double() for t in tensors] + [None] * (4 - len(tensors))
+    return preference_losses_ref(options, *x, lengths["chosen_lengths"], lengths["rejected_lengths"], x[0])
+
+
+def grads_of(losses, tensors, upstream):
+    grads = torch.autograd.grad(losses, tensors, upstream, allow_unused=True)
+    return [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors)]
+
+
+UPSTREAM = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0, 1e-3, 7.0], dtype=torch.float64)  # the first is not the others
+
+
+def token_logps(seed, dtype=torch.float64, tokens=9):
+    """[2B, T] log-probs of policy and reference, zero outside the mask; every row has a token."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2 * B, tokens, generator=generator) < 0.6
+    mask[:, 2] = True
+    logps = -2 * torch.rand(2, 2 * B, tokens, generator=generator, dtype=torch.float64).to(dtype)
+    return logps[0] * mask, logps[1] * mask, mask
+
+
+TRL_LOSSES = (
+    "sigmoid", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",
+    "aot_unpaired", "apo_zero", "apo_down", "discopop", "sigmoid_norm", "sft",
+)  # fmt: skip
+TRL_CASES = {name: case for name, case in CASES.items() if set(names_of(case)) <= set(TRL_LOSSES)}
+# TRL drops the smoothing of sigmoid
+TRL_CASES = {
+    name: {k: v for k, v in case.items() if k != "label_smoothing" or case["loss_type"] != "sigmoid"}
+    for name, case in TRL_CASES.items()
+}
+
+
+@pytest.mark.parametrize("name", TRL_CASES)
+def test_equals_dpo_trainer(name, loss_engine):
+    import trl_oracle
+
+    case = TRL_CASES[name]
+    # TRL knows no fp64 alpha divergence
+    dtype = torch.float32 if case.get("f_divergence_type") == "alpha_divergence" else torch.float64
+    logps, ref_logps, mask = token_logps(3, dtype)
+    logps.requires_grad_()
+    expected, logged = trl_oracle.dpo_loss(logps, ref_logps, mask, beta=0.3, **case)
+    (expected_grad,) = torch.autograd.grad(expected, logps)
+
+    sums, refs, lengths = logps.sum(1), ref_logps.sum(1), mask.sum(1)
+    out = preference_loss(
+        sums[:B], sums[B:], refs[:B], refs[B:], beta=0.3, **case,
+        chosen_lengths=lengths[:B], rejected_lengths=lengths[B:],
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(out.loss, logps)
+    # exo_pair's log(e) is fp32 in TRL
+    tolerance = 2e-5 if dtype == torch.float32 else 1e-6 if "exo_pair" in name else 1e-11
+    torch.testing.assert_close(out.loss, expected.to(dtype), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(grad * mask, expected_grad.to(dtype) * mask, rtol=tolerance, atol=tolerance)
+    for side in ("chosen", "rejected"):
+        mine = getattr(out, f"{side}_rewards").mean().item()
+        assert mine == pytest.approx(logged[f"rewards/{side}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_equals_cpo_trainer(smoothing, loss_engine):
+    import trl_oracle
+
+    (chosen, rejected), lengths = inputs_of(CASES["cpo"])
+    n_w, n_l = (n.clamp(min=1) for n in lengths.values())
+    expected = trl_oracle.cpo_losses(chosen, rejected, beta=0.4, label_smoothing=smoothing)
+    out = preference_loss(chosen, rejected, loss_type="cpo", beta=0.4, label_smoothing=smoothing)
+    torch.testing.assert_close(out.losses, expected[0])
+    torch.testing.assert_close(out.chosen_rewards, expected[1])
+    config = {"beta": 2.5, "simpo_gamma": 0.8, "label_smoothing": smoothing, "loss_type": "simpo"}
+    expected = trl_oracle.cpo_losses(chosen / n_w, rejected / n_l, **config)
+    out = preference_loss(chosen, rejected, **config, **lengths)
+    torch.testing.assert_close(out.losses, expected[0])
+    torch.testing.assert_close(out.rejected_rewards, expected[2])
+    expected = trl_oracle.cpo_losses(chosen, rejected, beta=0.4, loss_type="hinge")
+    torch.testing.assert_close(preference_loss(chosen, rejected, beta=0.4, loss_type="slic").losses, expected[0])
+
+
+def test_equals_orpo_trainer(loss_engine):
+    import trl_oracle
+
+    (chosen, rejected), lengths = inputs_of(CASES["orpo"])
+    n_w, n_l = (n.clamp(min=1) for n in lengths.values())
+    expected = trl_oracle.orpo_losses(chosen / n_w, rejected / n_l, beta=0.7)
+    out = preference_loss(chosen, rejected, loss_type="orpo", beta=0.7, **lengths)
+    torch.testing.assert_close(out.losses, -expected[0].double(), rtol=1e-5, atol=1e-6)  # TRL computes in fp32
+    torch.testing.assert_close(out.chosen_rewards.float(), expected[1])
+
+
+@pytest.mark.parametrize("kl", [0.9, -3.0])
+def test_equals_kto_trainer(kl, loss_engine):
+    import trl_oracle
+
+    logps, ref_logps, mask = token_logps(4)
+    expected = trl_oracle.kto_loss(logps, ref_logps, mask, kl, 0.2, 1.5, 0.4)
+    expected = expected[0] if isinstance(expected, tuple) else expected
+    sums, refs = logps.sum(1), ref_logps.sum(1)
+    out = preference_loss(
+        sums[:B], sums[B:], refs[:B], refs[B:], loss_type="kto", beta=0.2, kto_kl=torch.tensor(kl),
+        desirable_weight=1.5, undesirable_weight=0.4,
+    )  # fmt: skip
+    torch.testing.assert_close(out.loss, expected.to(out.loss))
+
+
+def test_losses_without_a_trl_counterpart(loss_engine):
+    def log_sigmoid(x):
+        return -math.log1p(math.exp(-x))
+
+    c, r, rc, rr = (torch.tensor([x], dtype=torch.float64) for x in (-7.0, -9.0, -5.0, -8.5))
+    out = preference_loss(c, r, rc, rr, loss_type="dpop", beta=0.3, dpop_lambda=0.5)
+    assert out.losses.item() == pytest.approx(-log_sigmoid(0.3 * (-2.0 + 0.5 - 0.5 * 2.0)), rel=1e-14)
+    out = preference_loss(rc, r, c, rr, loss_type="dpop", beta=0.3)  # above the reference: no penalty
+    assert out.losses.item() == pytest.approx(-log_sigmoid(0.3 * 2.5), rel=1e-14)
+    out = preference_loss(c, r, loss_type="slic", beta=1.0, slic_delta=5.0)
+    assert out.losses.item() == pytest.approx(3.0, rel=1e-14)
+    out = preference_loss(c, r, rc, rr, beta=0.3, label_smoothing=0.25)  # conservative DPO
+    x = 0.3 * -1.5
+    assert out.losses.item() == pytest.approx(-0.75 * log_sigmoid(x) - 0.25 * log_sigmoid(-x), rel=1e-14)
+
+
+def test_reward_model(loss_engine):
+    scores = torch.tensor([1.5, -0.2]), torch.tensor([0.5, 0.9])
+    expected = torch.log1p(torch.exp(scores[1].double() - scores[0].double()))
+    torch.testing.assert_close(preference_loss(*scores, beta=1.0).losses, expected.float())
+
+
+def test_tables_agree():
+    assert set(REFERENCE) == set(LOSSES)
+    if preference_native.AVAILABLE:
+        assert set(preference_native.LOSS_IDS) == set(LOSSES) - {"sft"}
+        assert set(preference_native.DIVERGENCE_IDS) == set(F_DIVERGENCES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_native_equals_oracle_fp64(name, native):
+    case = CASES[name]
+    for scale, seed in ((1.0, 1), (60.0, 2)):
+        tensors, lengths = inputs_of(case, scale=scale, seed=seed)
+        expected = oracle(tensors, lengths, **case)
+        out = preference_loss(*tensors, **case, **lengths)
+        torch.testing.assert_close(out.losses, expected, rtol=1e-12, atol=1e-12)
+        expected_grads = grads_of(expected, tensors, UPSTREAM)
+        for grad, expected_grad in zip(grads_of(out.losses, tensors, UPSTREAM), expected_grads):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rounded_once(name, dtype, loss_engine):
+    """Losses are fp32 whatever comes in, and within one rounding of fp64 on the same numbers."""
+    case = CASES[name]
+    tensors, lengths = inputs_of(case, dtype, scale=20.0, seed=5)
+    out = preference_loss(*tensors, **case, **lengths)
+    assert {x.dtype for x in out} == {torch.float32}
+    expected = oracle([t.detach() for t in tensors], lengths, **case)
+    # a list with ranked losses or sft is a sum of fp32 parts
+    torch.testing.assert_close(out.losses.double(), expected, rtol=2.5e-7, atol=1e-7)
+    assert out.loss.double().item() == pytest.approx(expected.mean().item(), rel=2.5e-7, abs=1e-7)
+    wide = [t.detach().double().requires_grad_() for t in tensors]
+    expected_grads = grads_of(oracle(wide, lengths, **case), wide, UPSTREAM)
+    eps = torch.finfo(dtype).eps
+    for grad, expected_grad in zip(grads_of(out.losses, tensors, UPSTREAM.float()), expected_grads):
+        assert grad.dtype == dtype
+        limit = torch.finfo(dtype).max
+        torch.testing.assert_close(grad.double(), expected_grad.clamp(-limit, limit), rtol=2 * eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradcheck(name):
+    case = CASES[name]
+    tensors, lengths = inputs_of(case, scale=2.0, seed=11)
+
+    def losses_and_loss(*tensors):
+        out = preference_loss(*tensors, **case, **lengths)
+        return out.losses, out.loss
+
+    assert torch.autograd.gradcheck(losses_and_loss, tensors, eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CASES)
+def test_extreme_margins_stay_finite(name, dtype, loss_engine):
+    case = CASES[name]
+    grid = torch.tensor([-1e4, -300.0, -80.0, -1.0, 0.0, 1.0, 80.0, 300.0, 1e4], dtype=dtype)
+    chosen, rejected = (x.reshape(-1).clone() for x in torch.meshgrid(grid, grid, indexing="ij"))
+    refs = [torch.zeros_like(chosen), torch.full_like(chosen, 0.5)]
+    tensors = [chosen, rejected] + refs[: len(inputs_of(case)[0]) - 2]
+    tensors = [x.requires_grad_() for x in tensors]
+    lengths = {side: torch.ones(len(chosen), dtype=torch.int64) for side in ("chosen_lengths", "rejected_lengths")}
+    out = preference_loss(*tensors, **case, **lengths)
+    assert out.losses.isfinite().all() and out.loss.isfinite()
+    for grad in grads_of(out.losses, tensors, torch.ones_like(out.losses)):
+        assert grad.isfinite().all()
+
+
+E80 = math.exp(80.0)
+LIMITS = [
+    # loss and options, chosen log-ratio, losses, d losses / d chosen; rejected log-ratio 0, beta 1
+    ({"loss_type": "sigmoid"}, 1e4, 0.0, 0.0),
+    ({"loss_type": "sigmoid"}, -1e4, 1e4, -1.0),
+    ({"loss_type": "sigmoid", "label_smoothing": 0.25}, 1e4, 2500.0, 0.25),
+    ({"loss_type": "robust", "label_smoothing": 0.25}, 1e4, -5000.0, -0.5),
+    ({"loss_type": "robust", "label_smoothing": 0.25}, -1e4, 15000.0, -1.5),
+    ({"loss_type": "hinge"}, -1e4, 10001.0, -1.0),
+    ({"loss_type": "exo_pair", "label_smoothing": 0.25}, 1e4, -math.log(0.75), 0.0),
+    ({"loss_type": "exo_pair", "label_smoothing": 0.25}, -1e4, -math.log(0.25), 0.0),
+    ({"loss_type": "apo_zero"}, 1e4, 0.5, 0.0),
+    ({"loss_type": "apo_zero"}, -1e4, 1.5, 0.0),
+    ({"loss_type": "discopop"}, 1e4, 0.0, 0.0),
+    ({"loss_type": "discopop"}, -1e4, 1e4, -1.0),
+    ({"loss_type": "discopop"}, -100.0, 100.0, -1.0),  # e^100 is beyond fp32: TRL's NaN
+    ({"loss_type": "cpo"}, -1e4, 1e4, -1.0),
+    ({"loss_type": "sigmoid", "f_divergence_type": "forward_kl"}, 1e4, math.log1p(math.exp(-1.0)), 0.0),
+    ({"loss_type": "sigmoid", "f_divergence_type": "forward_kl"}, -1e4, E80, 0.0),
+    ({"loss_type": "sigmoid", "f_divergence_type": "js_divergence"}, 1e4, -math.log(2 / 3), 0.0),
+    ({"loss_type": "sigmoid", "f_divergence_type": "js_divergence"}, -1e4, 1e4 - math.log(2), -1.0),
+    ({"loss_type": "sigmoid", "f_divergence_type": "alpha_divergence"}, -1e4, 2 * E80, 0.0),
+]
+
+
+@pytest.mark.parametrize("case,chosen,loss,slope", LIMITS)
+def test_limits(case, chosen, loss, slope, loss_engine):
+    x = torch.tensor([chosen], requires_grad=True)
+    out = preference_loss(x, torch.zeros(1), beta=1.0, **case)
+    (grad,) = torch.autograd.grad(out.loss, x)
+    assert out.losses.item() == pytest.approx(loss, rel=1e-6)
+    assert grad.item() == pytest.approx(slope, rel=1e-6, abs=1e-7)
+
+
+def test_finite_beyond_fp32_saturates(loss_engine):
+    x = torch.tensor([-60.0, 1.0], requires_grad=True)
+    lengths = torch.ones(2, dtype=torch.int64)
+    case = {"loss_type": "ipo", "f_divergence_type": "forward_kl"}
+    out = preference_loss(x, torch.zeros(2), **case, chosen_lengths=lengths, rejected_lengths=lengths)
+    largest = torch.finfo(torch.float32).max
+    assert out.losses[0] == largest and out.losses[1] < 100
+    (grad,) = torch.autograd.grad(out.losses, x, torch.ones(2))
+    assert grad[0] == -largest and grad[1].abs() < 100
+
+
+def test_impossible_rejected_completion(loss_engine):
+    """log p = -inf makes the margin +inf: loss 0 and no gradient, as TRL's logsigmoid; not 0 * inf."""
+    x = torch.tensor([-3.0], requires_grad=True)
+    out = preference_loss(x, torch.tensor([-math.inf]))
+    out.loss.backward()
+    assert out.loss == 0 and x.grad == 0
+
+
+def test_certain_completion_in_orpo(loss_engine):
+    x = torch.zeros(1, requires_grad=True)
+    lengths = torch.zeros(1, dtype=torch.int64)
+    out = preference_loss(x, torch.zeros(1), loss_type="orpo", chosen_lengths=lengths, rejected_lengths=lengths)
+    out.loss.backward()
+    assert out.loss.item() == pytest.approx(0.1 * math.log(2)) and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "sft" not in names_of(CASES[name])])
+@pytest.mark.parametrize("side", [0, 1])
+def test_nan_stays_in_its_row(name, side, loss_engine):
+    case = CASES[name]
+    tensors, lengths = inputs_of(case, requires_grad=False)
+    tensors[side][2] = math.nan
+    tensors = [x.requires_grad_() for x in tensors]
+    out = preference_loss(*tensors, **case, **lengths)
+    rows = out.losses.isnan().nonzero()[:, 0].tolist()
+    if "aot_unpaired" in names_of(case) and side == 1:
+        # the row that is matched with the NaN's rank also has it
+        assert 1 <= len(rows) <= 2
+    else:
+        assert rows == [2]
+    for grad in grads_of(out.losses, tensors[:2], torch.ones_like(out.losses)):
+        assert grad[[0, 1, 3, 4, 5, 6]].isnan().sum() <= len(rows) - 1 + (
+            any(loss in RANKED for loss in names_of(case))
+        )
+
+
+def test_sft_without_tokens_is_zero(loss_engine):
+    """0 / 0 when everything is masked."""
+    x = torch.zeros(3, requires_grad=True)
+    out = preference_loss(x, torch.zeros(3), loss_type="sft", chosen_lengths=torch.zeros(3, dtype=torch.int64))
+    out.loss.backward()
+    assert out.loss == 0 and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm", "simpo", "orpo"])
+def test_empty_completion_divides_by_one(name, loss_engine):
+    x = torch.tensor([0.0, -4.0], requires_grad=True)
+    lengths = torch.tensor([0, 2])
+    out = preference_loss(x, x.detach(), loss_type=name, chosen_lengths=lengths, rejected_lengths=lengths)
+    out.loss.backward()
+    assert out.losses.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_empty_batch(name, loss_engine):
+    case = CASES[name]
+    count = len(inputs_of(case)[0])
+    tensors = [torch.zeros(0, requires_grad=True) for _ in range(count)]
+    lengths = {k: torch.zeros(0, dtype=torch.int64) for k in ("chosen_lengths", "rejected_lengths")}
+    out = preference_loss(*tensors, **case, **lengths)
+    assert out.loss == 0 and out.losses.shape == (0,) and out.chosen_rewards.shape == (0,)
+    out.loss.backward()
+    assert tensors[0].grad.shape == (0,)
+
+
+def test_aot_losses_stay_with_their_row(loss_engine):
+    """Permuting the rows permutes `losses`, and a row's loss follows its own policy margin."""
+    for name in RANKED:
+        tensors, _ = inputs_of(CASES[name], requires_grad=False)
+        losses = preference_loss(*tensors, loss_type=name).losses
+        order = torch.randperm(B, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(preference_loss(*(x[order] for x in tensors), loss_type=name).losses, losses[order])
+        # with every reference margin (rejected ratio) the same, the rank decides nothing
+        flat = [tensors[0], tensors[1] * 0, tensors[2] * 0, tensors[3] * 0]
+        torch.testing.assert_close(preference_loss(*flat, loss_type=name).losses, preference_loss(*flat).losses)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "mpo", "ranked and rowwise"])
+def test_loss_and_losses_together(name, loss_engine):
+    case = CASES[name]
+    tensors, lengths = inputs_of(case)
+    out = preference_loss(*tensors, **case, **lengths)
+    together = grads_of(2.0 * out.loss + (out.losses * UPSTREAM).sum(), tensors, None)
+    out = preference_loss(*tensors, **case, **lengths)
+    separate = grads_of(out.losses, tensors, UPSTREAM + 2.0 / B)
+    for a, b in zip(together, separate):
+        torch.testing.assert_close(a, b)
+
+
+def test_each_row_has_its_own_upstream(loss_engine):
+    """Not the first one's: a zero there must not silence the others."""
+    tensors, _ = inputs_of(CASES["sigmoid"])
+    out = preference_loss(*tensors)
+    grad = grads_of(out.losses, tensors, UPSTREAM)[0]
+    unit = grads_of(preference_loss(*tensors).losses, tensors, torch.ones_like(UPSTREAM))[0]
+    torch.testing.assert_close(grad, UPSTREAM * unit)
+
+
+def test_backward_twice_is_the_same(loss_engine):
+    tensors, _ = inputs_of(CASES["sigmoid"])
+    out = preference_loss(*tensors)
+    first = torch.autograd.grad(out.loss, tensors, retain_graph=True)
+    second = torch.autograd.grad(out.loss, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_only_what_requires_grad(loss_engine):
+    tensors, _ = inputs_of(CASES["sigmoid"], requires_grad=False)
+    tensors[1].requires_grad_()
+    out = preference_loss(*tensors)
+    out.loss.backward()
+    assert tensors[1].grad is not None and tensors[0].grad is None
+    assert not out.chosen_rewards.requires_grad and not out.rejected_rewards.requires_grad
+    with torch.no_grad():
+        assert not preference_loss(*tensors).loss.requires_grad
+
+
+def test_double_backward_raises(native):
+    for upstream in (torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)):
+        x = torch.zeros(2, requires_grad=True)
+        out = preference_loss(x, torch.zeros(2))
+        (grad,) = torch.autograd.grad(out.loss, x, upstream, create_graph=True)
+        with pytest.raises(RuntimeError, match="once differentiable"):
+            grad.pow(2).sum().backward()
+
+
+def test_function_class(native):
+    tensors, _ = inputs_of(CASES["sigmoid"])
+    losses = PreferenceLossFunction.apply(*tensors, None, None, check_options())
+    torch.testing.assert_close(losses, preference_loss(*tensors).losses)
+
+
+def test_noncontiguous_and_mixed_dtypes(loss_engine):
+    grid = torch.randn(4, 2 * B, dtype=torch.float64)[:, ::2]
+    mixed = [grid[0].float(), grid[1].half(), grid[2].bfloat16(), grid[3].float()]
+    out = preference_loss(*mixed)
+    assert out.loss.dtype == torch.float32
+    torch.testing.assert_close(out.losses, preference_loss(*(x.double() for x in mixed)).losses.float())
+    assert preference_loss(grid[0], *mixed[1:]).loss.dtype == torch.float64
+    torch.testing.assert_close(preference_loss(*grid).losses, preference_loss(*grid.clone()).losses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_kernel_writes_what_it_owns(dtype, native):
+    """Every element of its outputs, nothing beside them, nothing into its inputs."""
+    tensors, lengths = inputs_of(CASES["ipo"], dtype, requires_grad=False)
+    before = [x.clone() for x in tensors]
+    band = 5
+    losses = torch.full((B + 2 * band,), math.nan, dtype=dtype)
+    partials = torch.full((4 * B + 2 * band,), math.nan, dtype=dtype)
+    options = check_options(loss_type="ipo")
+    item = losses.element_size()
+    preference_native._extension.preference_loss(
+        dtype == torch.float64,
+        *(x.data_ptr() for x in tensors),
+        *(x.data_ptr() for x in lengths.values()),
+        losses.data_ptr() + band * item,
+        partials.data_ptr() + band * item,
+        B,
+        [preference_native.LOSS_IDS["ipo"]],
+        [1.0],
+        0,
+        [float(getattr(options, name)) for name in preference_native.OPTION_ORDER],
+    )
+    for buffer in (losses, partials):
+        assert buffer[band:-band].isfinite().all()
+        assert buffer[:band].isnan().all() and buffer[-band:].isnan().all()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before))
+
+
+def test_compiles_without_graph_break(loss_engine):
+    tensors, _ = inputs_of(CASES["sigmoid"], torch.float32)
+
+    def step(*tensors):
+        return preference_loss(*tensors, loss_type=["sigmoid", "aot"]).loss
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*tensors)
+    torch.testing.assert_close(compiled, step(*tensors))
+    expected = torch.autograd.grad(step(*tensors), tensors)
+    for grad, expected_grad in zip(torch.autograd.grad(compiled, tensors), expected):
+        torch.testing.assert_close(grad, expected_grad)
+
+
+def test_rewards():
+    tensors, lengths = inputs_of(CASES["sigmoid"], requires_grad=False)
+    chosen, rejected, ref_chosen, ref_rejected = tensors
+    out = preference_loss(*tensors, beta=0.3)
+    torch.testing.assert_close(out.chosen_rewards, 0.3 * (chosen - ref_chosen))
+    torch.testing.assert_close(out.rejected_rewards, 0.3 * (rejected - ref_rejected))
+    out = preference_loss(chosen, rejected, beta=0.3)
+    torch.testing.assert_close(out.chosen_rewards, 0.3 * chosen)
+    n_w = lengths["chosen_lengths"].clamp(min=1)
+    for names in ("simpo", "orpo", ["sft", "simpo"]):
+        out = preference_loss(chosen, rejected, beta=0.3, loss_type=names, **lengths)
+        torch.testing.assert_close(out.chosen_rewards, 0.3 * chosen / n_w)
+    out = preference_loss(*tensors, beta=0.3, loss_type="sigmoid_norm", **lengths)
+    torch.testing.assert_close(out.chosen_rewards, 0.3 * (chosen - ref_chosen))
+
+
+ONES = torch.ones(3)
+REFUSED = [
+    ({"loss_type": "dpo"}, ValueError, "dpo"),
+    ({"loss_type": []}, ValueError, "loss_type"),
+    ({"loss_type": ["sigmoid", 3]}, TypeError, "loss_type"),
+    ({"loss_type": None}, TypeError, "loss_type"),
+    ({"beta": 0.0}, ValueError, "beta.*0.0"),
+    ({"beta": -1}, ValueError, "beta.*-1"),
+    ({"beta": math.nan}, ValueError, "beta.*nan"),
+    ({"beta": math.inf}, ValueError, "beta.*inf"),
+    ({"beta": "0.1"}, TypeError, "beta.*'0.1'"),
+    ({"beta": True}, TypeError, "beta.*True"),
+    ({"loss_weights": [1.0, 2.0]}, ValueError, "loss_weights.*2"),
+    ({"loss_weights": 1.0}, TypeError, "loss_weights"),
+    ({"loss_weights": [math.inf]}, ValueError, "loss_weights.*inf"),
+    ({"label_smoothing": 0.6}, ValueError, "label_smoothing.*0.6"),
+    ({"label_smoothing": -0.1}, ValueError, "label_smoothing.*-0.1"),
+    ({"loss_type": "robust", "label_smoothing": 0.5}, ValueError, "label_smoothing.*robust.*0.5"),
+    ({"loss_type": "exo_pair"}, ValueError, "label_smoothing.*exo_pair.*0.0"),
+    ({"loss_type": "hinge", "label_smoothing": 0.1}, ValueError, "label_smoothing=0.1.*hinge"),
+    ({"loss_type": ["hinge", "robust"], "label_smoothing": 0.5}, ValueError, "robust"),
+    ({"f_divergence_type": "js"}, ValueError, "'js'.*js_divergence"),
+    ({"loss_type": "bco_pair", "f_divergence_type": "forward_kl"}, ValueError, "forward_kl.*bco_pair"),
+    ({"loss_type": ["sigmoid", "aot"], "f_divergence_type": "forward_kl"}, ValueError, "aot"),
+    ({"f_alpha_divergence_coef": 0.7}, ValueError, "f_alpha_divergence_coef=0.7"),
+    ({"f_divergence_type": "js_divergence", "f_alpha_divergence_coef": 0.7}, ValueError, "js_divergence"),
+    ({"discopop_tau": 0.1}, ValueError, "discopop_tau=0.1.*sigmoid.*discopop"),
+    ({"loss_type": "discopop", "discopop_tau": 0.0}, ValueError, "discopop_tau"),
+    ({"simpo_gamma": 1.0}, ValueError, "simpo_gamma=1.0"),
+    ({"dpop_lambda": 1.0}, ValueError, "dpop_lambda=1.0"),
+    ({"slic_delta": 2.0}, ValueError, "slic_delta=2.0"),
+    ({"kto_kl": 1.0}, ValueError, "kto_kl=1.0"),
+    ({"kto_kl": torch.tensor(0.0)}, ValueError, "kto_kl"),
+    ({"loss_type": "kto", "kto_kl": torch.ones(2)}, ValueError, r"kto_kl.*\(2,\)"),
+    ({"loss_type": "kto", "kto_kl": -1.0}, ValueError, "kto_kl.*-1"),
+    ({"desirable_weight": 2.0}, ValueError, "desirable_weight=2.0"),
+    ({"loss_type": "kto", "undesirable_weight": -2.0}, ValueError, "undesirable_weight.*-2"),
+    ({"loss_type": "ipo"}, ValueError, "chosen_lengths.*ipo"),
+    ({"loss_type": "sft"}, ValueError, "chosen_lengths.*sft"),
+    ({"loss_type": "ipo", "chosen_lengths": ONES.long()}, ValueError, "rejected_lengths.*ipo"),
+    ({"chosen_lengths": ONES}, TypeError, "chosen_lengths.*float32"),
+    ({"chosen_lengths": ONES.bool()}, TypeError, "chosen_lengths.*bool"),
+    ({"chosen_lengths": [1, 2, 3]}, TypeError, "chosen_lengths.*list"),
+    ({"chosen_lengths": torch.ones(2, dtype=torch.int64)}, ValueError, r"chosen_lengths.*\(2,\)"),
+    ({"rejected_lengths": torch.tensor([1, -4, 2])}, ValueError, "rejected_lengths.*-4"),
+    ({"ref_chosen_logps": ONES}, ValueError, "ref_rejected_logps is None"),
+    ({"ref_rejected_logps": ONES}, ValueError, "ref_chosen_logps is None"),
+    ({"rejected_logps": torch.ones(1)}, ValueError, r"rejected_logps.*\(1,\)"),
+    ({"chosen_logps": torch.ones(3, 1)}, ValueError, r"chosen_logps.*\(3, 1\)"),
+    ({"chosen_logps": torch.tensor(1.0)}, ValueError, "chosen_logps"),
+    ({"rejected_logps": ONES.long()}, TypeError, "rejected_logps.*int64"),
+    ({"chosen_logps": None}, TypeError, "chosen_logps.*NoneType"),
+    ({"rejected_logps": ONES.to("meta")}, ValueError, "rejected_logps.*meta"),
+    (
+        {"loss_type": "simpo", "ref_chosen_logps": ONES, "ref_rejected_logps": ONES},
+        ValueError,
+        "simpo.*reference",
+    ),
+    ({"loss_type": ["sft", "cpo"], "ref_chosen_logps": ONES, "ref_rejected_logps": ONES}, ValueError, "cpo"),
+]
+
+
+@pytest.mark.parametrize("arguments,error,message", REFUSED)
+def test_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        preference_loss(**({"chosen_logps": ONES, "rejected_logps": ONES} | arguments))
+
+
+def test_accepted():
+    """Lengths are data, not options; defaults may be written out; sft's rewards may use references."""
+    ints = ONES.int()
+    preference_loss(ONES, ONES, chosen_lengths=ints, rejected_lengths=ints, simpo_gamma=0.5, discopop_tau=0.05)
+    out = preference_loss(ONES, ONES, ONES, ONES, loss_type="sft", chosen_lengths=ints)
+    assert (out.chosen_rewards == 0).all()
+    preference_loss(ONES, ONES, loss_type=("sigmoid", "sft"), chosen_lengths=ints, f_divergence_type="forward_kl")
