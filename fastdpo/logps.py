@@ -229,7 +229,7 @@ def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats
         x is not None and x.requires_grad for x in (hidden, weight, bias, lora_a, lora_b)
     )
     outputs = LinearLogpsFunction.apply(
-        hidden.reshape(-1, hidden.shape[-1]),
+        hidden,
         weight,
         bias,
         lora_a,
@@ -312,7 +312,7 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 class LinearLogpsFunction(torch.autograd.Function):
-    """Autograd for `linear_token_stats`: ``apply(hidden [N, H], weight, bias, lora_a, lora_b, labels [N],
+    """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [N],
     HeadOptions, stats, differentiable)`` returns the five tensors of TokenStats, flat, None where not asked for.
 
     Saved besides the inputs: per completion token its label, row, logp, lse and one bit per block.
@@ -322,7 +322,8 @@ class LinearLogpsFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable):
         ctx.set_materialize_grads(False)
         shards = VocabShards.of(options.vocab_group, weight)
-        tokens, invalid = _completion_tokens(labels, options.ignore_index, shards)
+        flat_hidden, source_rows = _as_rows(hidden)
+        tokens, invalid = _completion_tokens(labels, options.ignore_index, shards, source_rows)
         needs = Needs(*(differentiable and need for need in ctx.needs_input_grad[:5]))
         routing = None
         if needs and options.backward == "routed":
@@ -330,7 +331,7 @@ class LinearLogpsFunction(torch.autograd.Function):
             seed = options.seed if options.seed is not None else shards.common_seed(_draw_seed())
             routing = Routing(tau_hidden if needs.of_hidden else -1.0, tau_weight if needs.of_weight else -1.0, seed)
         head = Head(
-            hidden.contiguous(),
+            flat_hidden,
             weight if weight.stride(-1) == 1 else weight.contiguous(),
             bias,
             lora_a,
@@ -353,10 +354,11 @@ class LinearLogpsFunction(torch.autograd.Function):
             )
         if needs:
             ctx.save_for_backward(
-                head.hidden, head.weight, bias, lora_a, lora_b, tokens.labels, tokens.rows, invalid,
+                head.hidden, head.weight, bias, lora_a, lora_b, tokens.labels, tokens.rows, tokens.source_rows, invalid,
                 result.logps, result.lse, result.entropy, result.bitmap,
             )  # fmt: skip
             ctx.head, ctx.routing, ctx.needs, ctx.shards = _without_tensors(head), routing, needs, shards
+            ctx.hidden_shape = hidden.shape
 
         outputs = {
             name: None if values is None else _spread(values, tokens, invalid, labels.shape[0])
@@ -370,12 +372,13 @@ class LinearLogpsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogps, dentropy, *_):
-        hidden, weight, bias, lora_a, lora_b, labels, rows, invalid, logps, lse, entropy, bitmap = ctx.saved_tensors
+        hidden, weight, bias, lora_a, lora_b, labels, rows, source_rows, invalid, *saved = ctx.saved_tensors
+        logps, lse, entropy, bitmap = saved
         needs, routing = ctx.needs, ctx.routing
         if dlogps is None and dentropy is None:
             return (None,) * 9
         head = ctx.head.replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
-        tokens = Tokens(labels, rows)
+        tokens = Tokens(labels, rows, source_rows, ctx.hidden_shape[:-1].numel())
 
         def compact(upstream: Tensor | None) -> Tensor | None:
             if upstream is None:
@@ -397,7 +400,8 @@ class LinearLogpsFunction(torch.autograd.Function):
         ctx.shards.reduce(grads)
         if invalid is not None and grads.hidden is not None:
             grads.hidden[invalid] = torch.nan
-        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None
+        dhidden = None if grads.hidden is None else grads.hidden.view(ctx.hidden_shape)
+        return dhidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None
 
 
 def _draw_seed() -> int:
@@ -409,7 +413,30 @@ def _without_tensors(head: Head) -> Head:
     return head.replace(hidden=None, weight=None, bias=None, lora_a=None, lora_b=None)
 
 
-def _completion_tokens(labels: Tensor, ignore_index: int, shards: VocabShards) -> tuple[Tokens, Tensor | None]:
+def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """([*, H] with contiguous rows, row of it per flat row of `hidden` or None when they are the same).
+
+    The usual slice ``hidden[:, :-1]`` has no flat view, but its rows lie at whole multiples of one stride: address
+    them there instead of copying.
+    """
+    size = hidden.shape[-1]
+    if hidden.ndim <= 2 or hidden.is_contiguous():
+        return hidden.reshape(-1, size).contiguous(), None
+    step = hidden.stride(-2)
+    aligned = hidden.stride(-1) == 1 and step >= size and all(stride % step == 0 for stride in hidden.stride()[:-1])
+    if not aligned or hidden.numel() == 0:
+        return hidden.reshape(-1, size), None
+    rows = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    last = 0
+    for length, stride in zip(hidden.shape[:-1], hidden.stride()[:-1]):
+        rows = rows[..., None] + torch.arange(length, device=hidden.device) * (stride // step)
+        last += (length - 1) * (stride // step)
+    return hidden.as_strided((last + 1, size), (step, 1)), rows.reshape(-1)
+
+
+def _completion_tokens(
+    labels: Tensor, ignore_index: int, shards: VocabShards, source_rows: Tensor | None
+) -> tuple[Tokens, Tensor | None]:
     """(tokens to score, rows whose label is out of range or None)."""
     ignored = labels == ignore_index
     out_of_range = ((labels < 0) | (labels >= shards.vocab_size)) & ~ignored
@@ -417,7 +444,11 @@ def _completion_tokens(labels: Tensor, ignore_index: int, shards: VocabShards) -
     skipped = ignored | out_of_range
     rows = (~skipped).nonzero()[:, 0] if skipped.any() else None
     kept = labels if rows is None else labels[rows]
-    return Tokens(kept.long() - shards.vocab_start, rows), invalid
+    if source_rows is None:
+        source_rows = rows
+    elif rows is not None:
+        source_rows = source_rows[rows]
+    return Tokens(kept.long() - shards.vocab_start, rows, source_rows, labels.shape[0]), invalid
 
 
 def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:
@@ -432,8 +463,11 @@ def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[
     def pick(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[keep]
 
+    def pick_rows(rows: Tensor | None) -> Tensor:
+        return keep if rows is None else rows[keep]
+
     return (
-        Tokens(tokens.labels[keep], keep if tokens.rows is None else tokens.rows[keep]),
+        Tokens(tokens.labels[keep], pick_rows(tokens.rows), pick_rows(tokens.source_rows), tokens.num_rows),
         Forward(saved.logps[keep], saved.lse[keep], entropy=pick(saved.entropy)),
         Upstream(upstream.coef[keep], pick(upstream.coef_entropy)),
     )

@@ -70,6 +70,15 @@ def test_frozen_and_no_grad_calls_save_nothing_to_route():
     assert counter.get_total_flops() == 2 * 128 * head.weight.numel()
 
 
+def test_a_shifted_slice_of_hidden_is_not_copied():
+    from fastdpo.logps import _as_rows
+
+    hidden = torch.randn(3, 9, 32)
+    rows, source = _as_rows(hidden[:, :-1])
+    assert rows.data_ptr() == hidden.data_ptr()
+    assert torch.equal(rows[source], hidden[:, :-1].reshape(-1, 32))
+
+
 MEMORY = """
 import threading, time, torch, fastdpo
 N, V, H, head_grad, backward = {N}, {V}, {H}, {head_grad}, "{backward}"

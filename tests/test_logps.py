@@ -125,14 +125,32 @@ def test_gradient_of_a_confident_label(engine, how, dtype):
     assert relative_error(grads["hidden"], expected_grads["hidden"]) < 1e-2
 
 
-def test_leading_shapes_and_noncontiguous_inputs(engine):
-    hidden = torch.randn(3, 9, 2 * 16)[:, 1:, ::2]
-    weight = torch.randn(2 * 16, 300).T[:, ::2]
-    labels = torch.randint(0, 300, (3, 9))[:, 1:]
-    logps = fastdpo.linear_logps(hidden, weight, labels)
-    expected = (hidden.double() @ weight.double().T).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+SLICES = {
+    "shifted": lambda x: x[:, :-1],  # what every trainer passes
+    "strided H": lambda x: x[:, 1:, ::2],
+    "transposed": lambda x: x.transpose(0, 1),
+    "every other": lambda x: x[::2, ::2],
+    "expanded": lambda x: x[:1].expand(3, -1, -1),
+}
+
+
+@pytest.mark.parametrize("how", BACKWARDS)
+@pytest.mark.parametrize("case", SLICES)
+def test_slices_of_hidden(engine, how, case):
+    base = torch.randn(3, 9, 32, requires_grad=True)
+    hidden = SLICES[case](base)
+    weight = torch.randn(64, 300).T[:, : 2 * hidden.shape[-1] : 2].clone().requires_grad_()
+    labels = torch.randint(0, 300, hidden.shape[:-1])
+    labels[0, 1] = -100
+    logps = fastdpo.linear_logps(hidden, weight, labels, **BACKWARDS[how])
+    ours = torch.autograd.grad(logps.sum(), [base, weight])
+    b, w = (x.detach().double().requires_grad_() for x in (base, weight))
+    picked = (SLICES[case](b) @ w.T).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    expected = torch.where(labels == -100, torch.zeros_like(picked), picked)
     assert logps.shape == labels.shape
     torch.testing.assert_close(logps.double(), expected, rtol=1e-5, atol=2e-6)
+    for grad, wanted in zip(ours, torch.autograd.grad(expected.sum(), [b, w])):
+        assert relative_error(grad, wanted) < 5e-6
 
 
 def test_labels_at_an_unaligned_address(engine):

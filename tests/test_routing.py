@@ -64,7 +64,7 @@ def kept_by_engine(head, tau, seed):
     leaves = head.leaves(torch.float32, False)
     problem = Head(leaves.hidden, leaves.weight, leaves.bias, None, None, 1.0, 1.0, 0.0, 1.0, torch.float32)
     result = engine_for(leaves.hidden.device, torch.float32).forward(
-        problem, Tokens(leaves.labels, None), routing=routing.Routing(tau, tau, seed)
+        problem, Tokens(leaves.labels, None, None, len(leaves.labels)), routing=routing.Routing(tau, tau, seed)
     )
     return routing.unpack_bits(result.bitmap, routing.num_blocks(leaves.weight.shape[0]))
 

@@ -56,9 +56,9 @@ class _Operands:
 
     def hidden(self, start: int, stop: int) -> Tensor:
         """[stop - start, H] fp32 rows of the tokens; a view where the input already is that."""
-        if self.tokens.rows is None:
+        if self.tokens.source_rows is None:
             return self._fp32(self.head.hidden[start:stop])
-        return self.gather(None, self.tokens.rows[start:stop], stop - start, stop - start)
+        return self.gather(None, self.tokens.source_rows[start:stop], stop - start, stop - start)
 
     def gather(self, token_list: Tensor | None, rows: Tensor | None, count: int, padded: int) -> Tensor:
         """fp32 rows of `hidden` named by int32 tokens and/or int64 rows, zero-padded to `padded` rows."""
@@ -237,7 +237,7 @@ def backward(
 ) -> Gradients:
     ops = _Operands(head, tokens)
     grads = Gradients(
-        hidden=torch.zeros(head.hidden.shape, dtype=head.hidden.dtype) if needs.hidden else None,
+        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype) if needs.hidden else None,
         weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype) if needs.weight else None,
         bias=torch.zeros(head.bias.shape) if needs.bias else None,
         lora_a=torch.zeros(head.lora_a.shape) if needs.lora_a else None,
@@ -419,7 +419,7 @@ class _RoutedTiles:
             for tokens in listed.split(size):
                 count = tokens.shape[0]
                 padded = padded_rows(count)
-                hidden = ops.gather(tokens, ops.tokens.rows, count, padded)
+                hidden = ops.gather(tokens, ops.tokens.source_rows, count, padded)
                 rank = ops.rank(hidden)
                 dz = ops.products(hidden, rank, first, last)
                 weights = torch.empty(2, count)

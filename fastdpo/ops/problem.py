@@ -14,7 +14,7 @@ STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 class Head:
     """z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature, for some rows of hidden."""
 
-    hidden: Tensor  # [M, H], rows contiguous
+    hidden: Tensor  # [*, H], each row contiguous
     weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     lora_a: Tensor | None  # [r, H]: weight + lora_scale * lora_b @ lora_a, never formed
@@ -35,7 +35,9 @@ class Tokens:
     """The completion tokens: ignored rows of `hidden` are not in here."""
 
     labels: Tensor  # [N] int64, column of `weight`; outside [0, V): on another rank's shard
-    rows: Tensor | None  # [N] int64, row of `hidden`; None: row i is token i
+    rows: Tensor | None  # [N] int64, row of the call's flat `labels` and of dhidden; None: row i is token i
+    source_rows: Tensor | None  # [N] int64, row of Head.hidden, another than `rows` when the caller's is a slice
+    num_rows: int  # rows of dhidden
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -90,7 +92,7 @@ class Needs:
 class Gradients:
     """In the type of what they are the gradient of, rounded once; None where not asked for."""
 
-    hidden: Tensor | None = None  # [M, H], zero outside the tokens' rows
+    hidden: Tensor | None = None  # [num_rows, H], zero outside the tokens' rows
     weight: Tensor | None = None
     bias: Tensor | None = None
     lora_a: Tensor | None = None

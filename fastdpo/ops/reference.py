@@ -17,8 +17,11 @@ LOGITS_BYTES = 32 << 20  # of one chunk's logits; a handful of such temporaries 
 def _chunks(head: Head, tokens: Tokens):
     size = max(1, LOGITS_BYTES // (head.weight.shape[0] * 4))
     for start in range(0, len(tokens), size):
-        stop = min(start + size, len(tokens))
-        yield slice(start, stop), (slice(start, stop) if tokens.rows is None else tokens.rows[start:stop])
+        yield slice(start, min(start + size, len(tokens)))
+
+
+def _rows(rows: Tensor | None, chunk: slice):
+    return chunk if rows is None else rows[chunk]
 
 
 def _accumulate_dtype(head: Head) -> torch.dtype:
@@ -67,8 +70,8 @@ def forward(
     def emit(name: str, value: Tensor) -> None:
         columns.setdefault(name, []).append(value)
 
-    for chunk, rows in _chunks(head, tokens):
-        z, _ = _logits(head, _operand(head.hidden[rows], head))
+    for chunk in _chunks(head, tokens):
+        z, _ = _logits(head, _operand(head.hidden[_rows(tokens.source_rows, chunk)], head))
         labels = tokens.labels[chunk]
         rest, label_logit = _without_label(z, labels)
         rest_lse = rest.logsumexp(1)
@@ -128,7 +131,9 @@ def backward(
     def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
         return torch.zeros(like.shape, dtype=dtype, device=device) if wanted else None
 
-    dhidden = zeros(head.hidden, needs.hidden)
+    dhidden = None
+    if needs.hidden:
+        dhidden = torch.zeros(tokens.num_rows, head.hidden.shape[1], dtype=dtype, device=device)
     dweight = zeros(head.weight, needs.weight)
     dbias = zeros(head.bias, needs.bias)
     dlora_a = zeros(head.lora_a, needs.lora_a)
@@ -136,8 +141,8 @@ def backward(
     weight = _operand(head.weight, head)
     if head.lora_a is not None:
         lora_a, lora_b = _operand(head.lora_a, head) * head.lora_scale, _operand(head.lora_b, head)
-    for chunk, rows in _chunks(head, tokens):
-        hidden = _operand(head.hidden[rows], head)
+    for chunk in _chunks(head, tokens):
+        hidden = _operand(head.hidden[_rows(tokens.source_rows, chunk)], head)
         z, slope = _logits(head, hidden)
         labels, logps, lse = tokens.labels[chunk], saved.logps[chunk], saved.lse[chunk]
         coef = upstream.coef[chunk].to(dtype)
@@ -173,7 +178,7 @@ def backward(
                 if dlora_a is not None:
                     dlora_a += head.lora_scale * drank.T @ hidden
             if dhidden is not None:
-                dhidden[rows] = dproduct
+                dhidden[_rows(tokens.rows, chunk)] = dproduct
         if dweight is not None:
             dweight += dz_weight.T @ hidden
         if dbias is not None:
