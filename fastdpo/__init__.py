@@ -1,6 +1,7 @@
 """Preference training without logits; see README.md. The public names, nothing else."""
 
 from ._version import __version__
+from .integrations import patch_model, patch_trl, unpatch_model, unpatch_trl
 from .logps import LinearLogpsFunction, TokenStats, linear_logps, linear_token_stats
 from .ops import backends
 from .preference import (
@@ -25,6 +26,10 @@ __all__ = [
     "linear_dpo_loss",
     "linear_logps",
     "linear_token_stats",
+    "patch_model",
+    "patch_trl",
     "preference_loss",
     "selective_log_softmax",
+    "unpatch_model",
+    "unpatch_trl",
 ]

@@ -358,7 +358,7 @@ class LinearLogpsFunction(torch.autograd.Function):
                 result.logps, result.lse, result.entropy, result.bitmap,
             )  # fmt: skip
             ctx.head, ctx.routing, ctx.needs, ctx.shards = _without_tensors(head), routing, needs, shards
-            ctx.hidden_shape = hidden.shape
+            ctx.hidden_shape, ctx.weight_shape = hidden.shape, weight.shape
 
         outputs = {
             name: None if values is None else _spread(values, tokens, invalid, labels.shape[0])
@@ -377,6 +377,11 @@ class LinearLogpsFunction(torch.autograd.Function):
         needs, routing = ctx.needs, ctx.routing
         if dlogps is None and dentropy is None:
             return (None,) * 9
+        if weight.shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
+            raise RuntimeError(
+                f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(weight.shape)} in the "
+                "backward: keep a sharded head gathered until the backward is done"
+            )
         head = ctx.head.replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
         tokens = Tokens(labels, rows, source_rows, ctx.hidden_shape[:-1].numel())
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import peaked_head
+from heads import peaked_head
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo

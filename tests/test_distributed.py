@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import relative_error, small_head
+from heads import relative_error, small_head
 
 import fastdpo
 

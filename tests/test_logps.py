@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import peaked_head, relative_error, small_head
+from heads import peaked_head, relative_error, small_head
 
 import fastdpo
 
@@ -245,6 +245,16 @@ def test_double_backward_raises(engine, power):
     (grad,) = torch.autograd.grad((logps**power).sum(), head.hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once differentiable"):
         grad.pow(2).sum().backward()
+
+
+def test_a_head_released_before_the_backward_raises(engine):
+    """ZeRO-3 empties a gathered parameter in place: a silent zero gradient otherwise."""
+    head = small_head().leaves(torch.float32)
+    head.weight.requires_grad_(False)
+    logps = fastdpo.linear_logps(head.hidden, head.weight, head.labels)
+    head.weight.data = torch.empty(0)
+    with pytest.raises(RuntimeError, match=r"\(1000, 48\)"):
+        logps.sum().backward()
 
 
 @pytest.mark.parametrize("how", BACKWARDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import peaked_head, relative_error, small_head
+from heads import peaked_head, relative_error, small_head
 
 import fastdpo
 from fastdpo import routing

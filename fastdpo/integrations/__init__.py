@@ -1,0 +1,6 @@
+"""One file per trainer. Importing these imports no trainer: the function that patches one loads it."""
+
+from .huggingface import patch_model, unpatch_model
+from .trl import patch_trl, unpatch_trl
+
+__all__ = ["patch_model", "patch_trl", "unpatch_model", "unpatch_trl"]

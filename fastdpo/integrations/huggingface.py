@@ -1,0 +1,333 @@
+"""Hugging Face causal language models: `model(..., labels=labels, fastdpo=True)` returns TokenStats.
+
+hidden = backbone(input_ids)        once, inside the model's forward: DDP's, FSDP's, PEFT's hooks run
+logps[t] = log p(labels[t + 1])     from hidden[t] and the lm_head; the logits, [B, T, V], never exist
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import sys
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..logps import HeadOptions, TokenStats, linear_token_stats
+from ..ops.problem import STATS
+
+OPTIONS = ("backward", "tau", "seed", "temperature", "ignore_index", "check_labels", "stats")
+
+# Under these names configurations hold the factor of the logits: Cohere, Muse and Falcon-H1 multiply by it,
+# Granite divides by logits_scaling, MiniCPM3 and Inkling divide hidden by theirs, and HyperCLOVA X
+# multiplies by logits_scaling. Both ways are tried; the model's own logits decide.
+FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+# The probe raises the logits to this size: small ones do not show a softcap of 30 (Gemma, xLSTM)
+PROBE_LOGIT = 60.0
+# Largest disagreement, relative to the largest logit, by the type the model computes its logits in. A wrong
+# scale or softcap is off by a good part of the logit itself; fp32 products may run in TF32.
+PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+def patch_model(model, **options):
+    """Teach `model` to return token log-probs: ``model(input_ids, ..., labels=labels, fastdpo=True)``.
+
+    Such a call runs the backbone once and returns a `TokenStats` of shape ``[B, T - 1]`` for `labels`
+    shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as they are. Equivalent to::
+
+        logps = (model(input_ids, ...).logits[:, :-1].float() / temperature).log_softmax(-1)
+        logps = logps.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+        logps = logps.masked_fill(labels[:, 1:] == ignore_index, 0.0)
+
+    Without ``fastdpo=True`` the model behaves as before. Patching it again replaces the options.
+
+    Args:
+        model: a causal ``PreTrainedModel``, or a ``PeftModel`` around one (the model inside is patched).
+            PEFT may wrap it before or after; DDP, FSDP and the like, after.
+        backward, tau, seed, temperature, ignore_index, check_labels: as in `linear_logps`. Scale, softcap
+            and bias are the model's own.
+        stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
+
+    Returns:
+        `model`.
+
+    Raises:
+        TypeError, ValueError: naming the option, or what `model` lacks; also when the log-probs of a few
+            random tokens are not the model's own, naming its class and the difference. The model is then
+            as it was.
+        NotImplementedError: from here or from a call, a head that is not weight, bias and at most one LoRA
+            adapter without dropout.
+
+    Guarantees:
+        Those of `linear_token_stats`. Patching leaves parameters, gradients, training modes and random
+        generators as they were; `deepcopy`, `pickle`, `save_pretrained` and `generate` go on working. LoRA
+        on the lm_head stays two factors. The load-balancing loss of experts is not part of the result.
+    """
+    settings = _Settings.of(options)
+    causal = _causal_model(model)
+    patched = _patched_forward(causal)
+    if patched is not None:
+        patched.settings = settings
+        return model
+    patched = _PatchedForward(causal, causal.__dict__.get("forward"), settings)
+    patched.transform = _probe(causal, patched)
+    causal.forward = patched
+    return model
+
+
+def unpatch_model(model):
+    """Take `patch_model` back; a model that is not patched is left as it is. Returns `model`."""
+    causal = _causal_model(model)
+    patched = _patched_forward(causal)
+    if patched is not None:
+        del causal.forward
+        if patched.previous is not None:
+            causal.forward = patched.previous
+    return model
+
+
+class LogitsTransform(NamedTuple):
+    """What a model makes of ``z = lm_head(hidden)``: ``softcap * tanh(logit_scale * z / softcap)``."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+
+class _Settings(NamedTuple):
+    head: HeadOptions
+    stats: tuple[str, ...]
+
+    @staticmethod
+    def of(options: dict) -> _Settings:
+        for name in options:
+            if name not in OPTIONS:
+                raise TypeError(f"patch_model takes {', '.join(OPTIONS)}; got {name}={options[name]!r}")
+        stats = options.get("stats", ())
+        if isinstance(stats, str) or not all(name in STATS for name in stats):
+            raise ValueError(f"stats must be a collection of names among {STATS}; got {stats!r}")
+        head = HeadOptions(**{name: value for name, value in options.items() if name != "stats"})
+        return _Settings(head, tuple(stats))
+
+
+class _PatchedForward:
+    """The instance's `forward`: an object and not a closure, so that the model can be copied and pickled."""
+
+    def __init__(self, model: nn.Module, previous, settings: _Settings):
+        self.model = model
+        self.previous = previous  # a forward of the instance's own, TRL's for one; None: the class's
+        self.settings = settings
+        self.transform = LogitsTransform()
+
+    @property
+    def original(self):
+        return self.previous if self.previous is not None else type(self.model).forward.__get__(self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.original)  # generate, Trainer and PEFT read argument names from it
+
+    def __call__(self, *args, fastdpo: bool = False, **kwargs):
+        if not fastdpo:
+            return self.original(*args, **kwargs)
+        # By name, since the backbone takes them in another order; None is every backbone's default
+        arguments = inspect.signature(self.original).bind_partial(*args).arguments | kwargs
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        for name in ("logits_to_keep", "num_items_in_batch"):
+            if name in arguments:
+                raise TypeError(f"{name} has no effect with fastdpo=True; got {arguments[name]!r}")
+        labels, shift_labels = arguments.pop("labels", None), arguments.pop("shift_labels", None)
+        if (labels is None) == (shift_labels is None):
+            given = "neither" if labels is None else "both"
+            raise ValueError(f"fastdpo=True takes either labels or shift_labels; got {given}")
+        hidden = self.hidden(**arguments)
+        if shift_labels is not None:
+            return self.score(hidden, shift_labels)
+        if labels.shape != hidden.shape[:-1]:
+            raise ValueError(f"labels must have shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
+        # The labels move and not hidden, [B, T, H], which a slice would copy
+        last = labels.new_full((labels.shape[0], 1), self.settings.head.ignore_index)
+        stats = self.score(hidden, torch.cat((labels[:, 1:], last), dim=1))
+        return TokenStats(*(None if x is None else x[:, :-1] for x in stats))
+
+    def hidden(self, **arguments) -> Tensor:
+        """[B, T, H] after the last norm. The backbone is looked up now: PEFT and FSDP replace modules."""
+        arguments.pop("return_dict", None)
+        return self.model.base_model(**(arguments | {"use_cache": False}))[0]
+
+    def score(self, hidden: Tensor, labels: Tensor) -> TokenStats:
+        weight, bias, lora = _head(self.model.get_output_embeddings())
+        options = self.settings.head
+        return linear_token_stats(
+            hidden.to(weight.device),  # device_map may put backbone and head on two devices
+            weight,
+            labels.to(weight.device),
+            bias,
+            stats=self.settings.stats,
+            ignore_index=options.ignore_index,
+            logit_scale=self.transform.logit_scale,
+            softcap=self.transform.softcap,
+            temperature=options.temperature,
+            backward=options.backward,
+            tau=options.tau,
+            seed=options.seed,
+            lora=lora,
+            check_labels=options.check_labels,
+        )
+
+
+def _causal_model(model) -> nn.Module:
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    name = type(causal).__name__
+    if not hasattr(causal, "get_output_embeddings") or not hasattr(causal, "config"):
+        raise TypeError(f"model must be a causal language model of transformers, not yet wrapped; got {name}")
+    if causal.config.is_encoder_decoder:
+        raise TypeError(f"model must be decoder-only; {name} is an encoder-decoder")
+    if causal.get_output_embeddings() is None:
+        raise TypeError(f"model must have output embeddings (an lm_head); {name} has none")
+    if causal.base_model is causal:
+        raise TypeError(f"model must hold its backbone as base_model; {name} does not")
+    return causal
+
+
+def _patched_forward(causal: nn.Module) -> _PatchedForward | None:
+    forward = causal.__dict__.get("forward")
+    return forward if isinstance(forward, _PatchedForward) else None
+
+
+def _head(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, float] | None]:
+    """(weight, bias, lora) of the output embeddings, as they would be applied now."""
+    lora = None
+    if "peft" in sys.modules:
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+
+        if isinstance(module, LoraLinear):
+            lora = _lora(module)
+            module = module.get_base_layer()
+        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            if not isinstance(module, ModulesToSaveWrapper):
+                raise NotImplementedError(
+                    f"an lm_head of type {type(module).__module__}.{type(module).__name__}: fastdpo computes "
+                    "plain heads, heads in modules_to_save, and LoRA"
+                )
+    bias = getattr(module, "bias", None)
+    return _whole(module.weight), None if bias is None else _whole(bias), lora
+
+
+def _lora(layer) -> tuple[Tensor, Tensor, float] | None:
+    """(A, B, scale) of the adapter that PEFT's own forward would add now, if any."""
+    if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
+        raise NotImplementedError("several adapters in one batch (adapter_names) on the lm_head")
+    if layer.disable_adapters:
+        if layer.merged:
+            layer.unmerge()  # as PEFT's forward does
+        return None
+    active = [] if layer.merged else [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return None
+    if len(active) > 1:
+        raise NotImplementedError(f"several active LoRA adapters on the lm_head: {', '.join(active)}")
+    (name,) = active
+    if name in layer.lora_variant:
+        variant = type(layer.lora_variant[name]).__name__
+        raise NotImplementedError(f"{variant} on the lm_head (adapter {name!r}); fastdpo computes plain LoRA")
+    if layer.lora_bias.get(name):
+        raise NotImplementedError(f"lora_bias=True on the lm_head (adapter {name!r})")
+    dropout = layer.lora_dropout[name]
+    if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
+        raise NotImplementedError(
+            f"lora_dropout={dropout.p} on the lm_head (adapter {name!r}): A would see another hidden than the "
+            "lm_head; set lora_dropout=0"
+        )
+    return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    if hasattr(parameter, "full_tensor"):
+        return parameter.full_tensor()  # FSDP2's shard; the gradient is scattered on the way back
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        raise NotImplementedError(
+            "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
+        )
+    return parameter
+
+
+def _transforms(config) -> list[LogitsTransform]:
+    """What the configuration may mean, the likeliest first."""
+
+    def declared(names: tuple[str, ...]) -> list[float]:
+        values = [getattr(config, name, None) for name in names]
+        return [float(x) for x in values if isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0]
+
+    factors, divisors = declared(FACTORS), declared(DIVISORS)
+    scales = [*factors, *(1 / x for x in divisors), *divisors, *(1 / x for x in factors), 1.0]
+    return [LogitsTransform(s, c) for c in (*declared(SOFTCAPS), None) for s in dict.fromkeys(scales)]
+
+
+@torch.no_grad()
+def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
+    """The transform under which the log-probs of a few random tokens are those of the model's own logits."""
+    name, head = type(causal).__name__, causal.get_output_embeddings()
+    gain, calls = 1.0, 0
+
+    def amplify(module, args):
+        nonlocal calls
+        calls += 1
+        return (args[0] * gain, *args[1:])
+
+    with _undisturbed(causal):
+        embeddings = causal.get_input_embeddings().weight
+        generator = torch.Generator().manual_seed(0)
+        # Below 1000: image and audio placeholders, which need more than their id, come late in vocabularies
+        ids = torch.randint(min(embeddings.shape[0], 1000), (1, 8), generator=generator).to(embeddings.device)
+        hook = head.register_forward_pre_hook(amplify)
+        try:
+            logits = patched.original(input_ids=ids, use_cache=False)[0]
+            gain = max(1.0, PROBE_LOGIT / max(float(logits.abs().max()), 1e-6))
+            logits = patched.original(input_ids=ids, use_cache=False)[0]
+        finally:
+            hook.remove()
+        if calls == 0:
+            raise ValueError(f"{name} does not call its output embeddings to compute its logits")
+        hidden = patched.hidden(input_ids=ids) * gain
+        labels = torch.randint(logits.shape[-1], (16, ids.shape[1]), generator=generator).to(logits.device)
+        labels[0] = logits.argmax(-1)[0]
+        expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
+        tolerance = max(PROBE_TOLERANCE.get(x.dtype, 0.0) for x in (hidden, logits))
+        allowed = tolerance * max(1.0, float(logits.abs().max()))
+
+        trial = _PatchedForward(causal, patched.previous, _Settings(HeadOptions(), ()))
+        differences = []
+        for transform in _transforms(causal.config.get_text_config()):
+            trial.transform = transform
+            logps = trial.score(hidden.expand(len(labels), -1, -1), labels).logps
+            difference = (logps.to(expected) - expected).abs().max().nan_to_num(nan=math.inf).item()
+            if difference <= allowed:
+                return transform
+            differences.append(difference)
+    raise ValueError(
+        f"the log-probs of {name} do not follow from its hidden states and lm_head: with any scale and "
+        f"softcap that its configuration names, they differ from its own by {min(differences):.3g} nats or "
+        f"more (allowed: {allowed:.2g})"
+    )
+
+
+@contextmanager
+def _undisturbed(model: nn.Module):
+    """Evaluation mode without autocast; training modes and random generators are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
