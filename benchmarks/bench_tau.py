@@ -28,11 +28,17 @@ def main() -> None:
 
     def gradients(hidden, weight, logps_of):
         hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        with FlopCounterMode(display=False) as counter:
-            logps = logps_of(hidden, weight)
-            logps.backward(dlogps.to(logps.dtype))
-        passes = counter.get_total_flops() / (2 * hidden.shape[0] * weight.numel())
-        return hidden.grad.double(), weight.grad.double(), passes
+        passes = []
+        for frozen in (True, False):
+            weight.requires_grad_(not frozen)
+            hidden.grad = None
+            with FlopCounterMode(display=False) as counter:
+                logps = logps_of(hidden, weight)
+                logps.backward(dlogps.to(logps.dtype))
+                with torch.no_grad():  # the reference model's forward
+                    logps_of(hidden, weight)
+            passes.append(counter.get_total_flops() / (2 * hidden.shape[0] * weight.numel()))
+        return hidden.grad.double(), weight.grad.double(), *passes
 
     def ours(**options):
         return lambda hidden, weight: fastdpo.linear_logps(hidden, weight, labels, **options)
@@ -55,7 +61,7 @@ def main() -> None:
         ("fastdpo exact, bf16 inputs", low, ours(backward="exact")),
     ):
         result = gradients(*inputs_, logps_of)
-        rows.append({"path": name, "pairs per token": None, "passes": result[2], **errors(result)})
+        rows.append({"path": name, "pairs per token": None, "passes": result[3], "frozen": result[2], **errors(result)})
     probabilities = torch.cat([(h.float() @ head.weight.float().T).softmax(-1) for h in head.hidden.split(512)])
     mass = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[1] % 128)).view(len(labels), -1, 128).sum(-1)
     for tau in TAUS:
@@ -68,7 +74,8 @@ def main() -> None:
             {
                 "path": f"routed, tau {', '.join(f'{t:.2g}' for t in tau) if isinstance(tau, tuple) else f'{tau:.2g}'}",
                 "pairs per token": (mass / smallest).clamp(max=1).sum(1).mean().item(),
-                "passes": sum(result[2] for result in results) / len(results),
+                "passes": sum(result[3] for result in results) / len(results),
+                "frozen": sum(result[2] for result in results) / len(results),
                 **{key: sum(e[key] for e in every) / len(every) for key in every[0]},
             }
         )
@@ -79,7 +86,7 @@ def main() -> None:
         "H": head.weight.shape[1],
         "blocks": mass.shape[1],
         "seeds": args.seeds,
-        "passes": "policy forward and backward",
+        "passes": "lm_head GEMMs of policy and reference forward and backward; frozen: the head takes no gradient",
         "error": "relative L2 against fp64",
     }
     inputs.report(args.output, "Routed backward against tau", rows, notes)

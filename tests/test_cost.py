@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,54 +80,21 @@ def test_a_shifted_slice_of_hidden_is_not_copied():
     assert torch.equal(rows[source], hidden[:, :-1].reshape(-1, 32))
 
 
-MEMORY = """
-import threading, time, torch, fastdpo
-N, V, H, head_grad, backward = {N}, {V}, {H}, {head_grad}, "{backward}"
-torch.manual_seed(0)
-dtype = torch.{dtype}
-hidden = torch.randn(N, H, dtype=dtype, requires_grad=True)
-weight = torch.randn(V, H, dtype=dtype, requires_grad=head_grad)
-labels = torch.randint(0, V, (N,))
-small = hidden[:64].detach().requires_grad_()
-fastdpo.linear_logps(small, weight.detach()[:512], labels[:64] % 512, backward=backward).sum().backward()  # warm up
-
-def resident():
-    with open("/proc/self/statm") as f:
-        return int(f.read().split()[1]) * 4096
-
-base = peak = resident()
-running = True
-def watch():
-    global peak
-    while running:
-        peak = max(peak, resident())
-        time.sleep(0.001)
-thread = threading.Thread(target=watch)
-thread.start()
-fastdpo.linear_logps(hidden, weight, labels, backward=backward).sum().backward()
-running = False
-thread.join()
-returned = sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight) if x.grad is not None)
-print((peak - base - returned) / 2**20)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("backward", ["routed", "exact"])
 @pytest.mark.parametrize(
-    "shape",
+    "tokens,shape",
     [
-        dict(N=4096, V=131072, H=64, dtype="float32", head_grad=False),
-        dict(N=4096, V=65536, H=256, dtype="bfloat16", head_grad=True),
-        dict(N=24576, V=4096, H=1024, dtype="bfloat16", head_grad=True),
+        (4096, "--vocab 131072 --hidden-size 64 --frozen"),  # the logits alone would be 2 GiB
+        (4096, "--vocab 65536 --hidden-size 256 --dtype bfloat16"),
+        (16384, "--vocab 4096 --hidden-size 1024 --dtype bfloat16"),
     ],
     ids=["wide vocabulary, frozen", "bf16, trained", "many tokens"],
 )
-def test_memory_beyond_inputs_and_gradients(shape, backward):
-    """At most 128 MiB + 256 bytes per token, whatever N, V and H; the logits alone would be 2 GiB in the first."""
-    if shape["N"] == 24576 and backward == "exact":
-        shape = {**shape, "N": 16384}  # the same regime in less time
-    script = MEMORY.format(**shape, backward=backward)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+def test_memory_beyond_inputs_and_gradients(tokens, shape, backward):
+    """At most 128 MiB + 256 bytes per token, whatever N, V and H."""
+    script = Path(__file__).parent.parent / "benchmarks" / "bench_memory.py"
+    command = [sys.executable, str(script), "--tokens", str(tokens), *shape.split(), "--path", f"fastdpo {backward}"]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 128 + shape["N"] * 256 / 2**20
+    assert float(done.stdout) < 128 + tokens * 256 / 2**20
