@@ -395,11 +395,12 @@ def test_entropy_gradient(engine, transform):
         assert relative_error(x.grad, expected.tensors()[name].grad) < 1e-5, name
 
 
-def test_same_inputs_same_bits_whatever_the_threads(engine):
+@pytest.mark.parametrize("options", [{"backward": "exact"}, {"tau": (1e-2, 3e-3), "seed": 11}], ids=["exact", "routed"])
+def test_same_inputs_same_bits(engine, options):
     head = peaked_head(N=200).leaves(torch.float32)
 
     def run_once():
-        logps = fastdpo.linear_logps(head.hidden, head.weight, head.labels, tau=1e-2, seed=11)
+        logps = fastdpo.linear_logps(head.hidden, head.weight, head.labels, **options)
         return logps, *torch.autograd.grad(logps.sum(), [head.hidden, head.weight])
 
     first, second = run_once(), run_once()

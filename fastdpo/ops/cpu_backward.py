@@ -1,0 +1,285 @@
+"""The CPU engine's backward: recompute a tile, turn it into dz, multiply twice.
+
+    exact    tiles of many tokens by many columns, one after the other, every product on all threads
+    routed   blocks of 128 columns by the tokens that kept them, one block per thread and no barrier between blocks
+
+dhidden is summed block by block in vocabulary order either way, so its bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..routing import BLOCK, Routing, num_blocks
+from .cpu_operands import TILE_BYTES, Operands, address
+from .gemm import matmul, padded_rows
+from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
+from .workers import in_order
+
+BUFFER_BYTES = 32 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
+# Above this share of live pairs the exact backward is cheaper: gathered rows cost about 1.2 times dense ones, and it
+# reads nothing twice. Flat distributions end here.
+CROSSOVER = 0.7
+
+
+def backward(
+    head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+) -> Gradients:
+    ops = Operands(head, tokens)
+    grads = Gradients(
+        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype) if needs.hidden else None,
+        weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype) if needs.weight else None,
+        bias=torch.zeros(head.bias.shape) if needs.bias else None,
+        lora_a=torch.zeros(head.lora_a.shape) if needs.lora_a else None,
+        lora_b=torch.zeros(head.lora_b.shape) if needs.lora_b else None,
+    )
+    add_tiles = _Exact(ops, saved, upstream)
+    if routing is not None:
+        routed = _Routed(ops, saved, upstream, routing)
+        if routed.live_share <= CROSSOVER:
+            add_tiles = routed
+
+    count = len(tokens)
+    size = max(1, BUFFER_BYTES // (4 * ops.hidden_size)) if needs.of_hidden else max(count, 1)
+    # Adding token ranges up in a half-precision dweight would round at every range: then dweight has its own sweep.
+    joint = needs.of_weight and (count <= size or not needs.weight or head.weight.dtype == torch.float32)
+    for start in range(0, count, size):
+        sums = _TokenSums(ops, grads, start, min(start + size, count)) if needs.of_hidden else None
+        add_tiles(start, min(start + size, count), sums, grads if joint else None)
+        if sums is not None:
+            sums.finish()
+    if needs.of_weight and not joint:
+        add_tiles(0, count, None, grads)
+    for name, like in (("bias", head.bias), ("lora_a", head.lora_a), ("lora_b", head.lora_b)):
+        if getattr(grads, name) is not None:
+            setattr(grads, name, getattr(grads, name).to(like.dtype))
+    return grads
+
+
+class _TokenSums:
+    """fp32 sums over the vocabulary for tokens [start, stop): dz @ weight and, for a low-rank head, dz @ lora_b."""
+
+    def __init__(self, ops: Operands, grads: Gradients, start: int, stop: int):
+        self.ops, self.grads, self.start, self.stop = ops, grads, start, stop
+        self.dhidden = torch.zeros(stop - start, ops.hidden_size)
+        self.drank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0])
+
+    def products(self, dz: Tensor, weight: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
+        lora_b = self.ops.lora_b
+        dhidden = None if self.grads.hidden is None else matmul(dz, weight.T)
+        drank = None if lora_b is None else dz @ lora_b[first : first + weight.shape[0]]
+        return dhidden, drank
+
+    def add(self, products: tuple[Tensor | None, Tensor | None], token_list: Tensor | None, start: int = 0) -> None:
+        """Adds the rows of `products` to the listed int32 tokens, or to consecutive ones from `start`."""
+        for target, product in zip((self.dhidden, self.drank), products):
+            if product is None:
+                continue
+            if token_list is None:
+                target[start - self.start : start - self.start + product.shape[0]] += product
+                continue
+            self.ops.native.scatter_add_rows(
+                target.data_ptr() - 4 * self.start * target.stride(0),
+                target.stride(0),
+                product.data_ptr(),
+                product.stride(0),
+                token_list.data_ptr(),
+                0,
+                token_list.shape[0],
+                target.shape[1],
+                1,
+            )
+
+    def finish(self) -> None:
+        ops, grads, start, stop = self.ops, self.grads, self.start, self.stop
+        if self.drank is not None:
+            if grads.lora_a is not None:
+                size = ops.chunk_rows()
+                for first in range(start, stop, size):
+                    last = min(first + size, stop)
+                    part = self.drank[first - start : last - start]
+                    grads.lora_a.addmm_(part.T, ops.hidden(first, last), alpha=ops.head.lora_scale)
+            self.dhidden.addmm_(self.drank, ops.lora_a)
+        if grads.hidden is not None:
+            rows = slice(start, stop) if ops.tokens.rows is None else ops.tokens.rows[start:stop]
+            grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
+
+
+def _add_to_rest(grads: Gradients, first: int, dz: Tensor, rank: Tensor | None) -> None:
+    """dz's share of dbias and dlora_b, whose rows from `first` belong to these columns."""
+    columns = slice(first, first + dz.shape[1])
+    if grads.bias is not None:
+        grads.bias[columns] += dz.sum(0)
+    if grads.lora_b is not None:
+        grads.lora_b[columns].addmm_(dz.T, rank)
+
+
+class _Exact:
+    """Every column of every token."""
+
+    def __init__(self, ops: Operands, saved: Forward, upstream: Upstream):
+        self.ops, self.saved, self.upstream = ops, saved, upstream
+
+    def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
+        ops, size = self.ops, self.ops.chunk_rows()
+        chunks = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
+        cols = ops.slab_cols(min(size, stop - start))
+        hidden = rank = None
+        for first in range(0, ops.vocab_size, cols):
+            weight = ops.weight(first, min(first + cols, ops.vocab_size))
+            dweight = None
+            for chunk in chunks:
+                if hidden is None or len(chunks) > 1:
+                    hidden = ops.hidden(chunk.start, chunk.stop)
+                    rank = ops.rank(hidden)
+                dz = ops.products(hidden, rank, weight, first)
+                self._to_dz(dz, chunk, first)
+                if sums is not None:
+                    sums.add(sums.products(dz, weight, first), None, chunk.start)
+                if grads is not None:
+                    if grads.weight is not None:
+                        product = matmul(dz.T, hidden.T)
+                        dweight = product if dweight is None else dweight.add_(product)
+                    _add_to_rest(grads, first, dz, rank)
+            if dweight is not None:
+                grads.weight[first : first + dweight.shape[0]] += dweight
+
+    def _to_dz(self, products: Tensor, chunk: slice, first: int) -> None:
+        ops, saved, upstream = self.ops, self.saved, self.upstream
+        entropy = coef_entropy = 0
+        if upstream.coef_entropy is not None:
+            entropy, coef_entropy = address(saved.entropy[chunk]), address(upstream.coef_entropy[chunk])
+        ops.native.grad(
+            ops.tile(products, products.shape[0], first),
+            address(ops.tokens.labels[chunk]),
+            address(saved.lse[chunk]),
+            address(saved.logps[chunk]),
+            address(upstream.coef[chunk]),
+            entropy,
+            coef_entropy,
+            ops.threads,
+        )
+
+
+class _Routed:
+    """The kept pairs: per block gather its tokens' rows, recompute 128 columns, weight them by 1 / q.
+
+    A block's rows of dweight are its own, so the thread that has the block writes them. dhidden crosses blocks: the
+    calling thread adds up what the others return, in order.
+    """
+
+    def __init__(self, ops: Operands, saved: Forward, upstream: Upstream, routing: Routing):
+        self.ops, self.saved, self.upstream, self.routing = ops, saved, upstream, routing
+        self.num_blocks = num_blocks(ops.vocab_size)
+        self.counts = torch.empty(self.num_blocks, dtype=torch.int64)
+        ops.native.count_pairs(
+            saved.bitmap.data_ptr(),
+            saved.bitmap.stride(0),
+            upstream.coef.data_ptr(),
+            len(ops.tokens),
+            self.num_blocks,
+            self.counts.data_ptr(),
+            ops.threads,
+        )
+
+    @property
+    def live_share(self) -> float:
+        return self.counts.sum().item() / max(1, len(self.ops.tokens) * self.num_blocks)
+
+    def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
+        ops = self.ops.serial()
+        # Rows a thread works on at once, so that all threads together stay within a few tiles.
+        size = max(256, min(ops.chunk_rows(), 2 * ops.chunk_rows() // self.ops.threads))
+
+        def block_gradient(block: int, token_list: Tensor):
+            return [self._tile(ops, block, part, sums, grads) for part in token_list.split(size)]
+
+        for tiles in in_order(block_gradient, self._lists(start, stop), self.ops.threads):
+            if sums is not None:
+                for products, token_list in tiles:
+                    sums.add(products, token_list)
+
+    def _tile(self, ops: Operands, block: int, token_list: Tensor, sums, grads):
+        """Adds to `grads` and returns (products for `sums`, int32 tokens of their rows)."""
+        saved, routing = self.saved, self.routing
+        first = block * BLOCK
+        weight = ops.weight(first, min(first + BLOCK, ops.vocab_size))
+        tau_hidden = routing.tau_hidden if sums is not None else -1.0
+        tau_weight = routing.tau_weight if grads is not None else -1.0
+        two_sets = sums is not None and grads is not None and tau_hidden != tau_weight
+        count = token_list.shape[0]
+        padded = padded_rows(count)
+        hidden = ops.hidden_of(token_list, padded)
+        rank = ops.rank(hidden)
+        dz = ops.products(hidden, rank, weight, first)
+        weights = torch.empty(2, count)
+        dz_hidden, hidden_tokens = dz, token_list
+        if two_sets:
+            dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
+        kept = ops.native.routed_grad(
+            ops.tile(dz, count, first),
+            token_list.data_ptr(),
+            ops.tokens.labels.data_ptr(),
+            saved.lse.data_ptr(),
+            saved.logps.data_ptr(),
+            self.upstream.coef.data_ptr(),
+            block + ops.head.first_block,
+            routing.seed,
+            tau_hidden,
+            tau_weight,
+            weights.data_ptr(),
+            dz_hidden.data_ptr() if two_sets else 0,
+            hidden_tokens.data_ptr() if two_sets else 0,
+            ops.threads,
+        )
+        dz[count:] = 0
+        if two_sets:
+            dz_hidden = dz_hidden[: padded_rows(kept)]
+            dz_hidden[kept:] = 0
+            hidden_tokens = hidden_tokens[:kept]
+        if grads is not None:
+            if grads.weight is not None:
+                grads.weight[first : first + weight.shape[0]] += matmul(dz.T, hidden.T)
+            _add_to_rest(grads, first, dz, rank)
+        if sums is None or hidden_tokens.shape[0] == 0:
+            return (None, None), hidden_tokens
+        return sums.products(dz_hidden, weight, first), hidden_tokens
+
+    def _lists(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(block, int32 tokens) for every block with kept pairs among tokens [start, stop), lists in bounded pieces."""
+        counts = self.counts.tolist()
+        limit = TILE_BYTES // 4
+        first = 0
+        while first < self.num_blocks:
+            last, total = first, 0
+            while last < self.num_blocks and (last == first or total + counts[last] <= limit):
+                total += counts[last]
+                last += 1
+            # Room for all tokens' pairs: those of [start, stop) are a part of each block's list.
+            offsets = torch.zeros(last - first + 1, dtype=torch.int64)
+            torch.cumsum(self.counts[first:last], 0, out=offsets[1:])
+            pairs = torch.empty(total, dtype=torch.int32)
+            self.ops.native.fill_pairs(
+                self.saved.bitmap.data_ptr(),
+                self.saved.bitmap.stride(0),
+                self.upstream.coef.data_ptr(),
+                0,
+                len(self.ops.tokens),
+                first,
+                last - first,
+                offsets.data_ptr(),
+                pairs.data_ptr(),
+                self.ops.threads,
+            )
+            ends = offsets.tolist()
+            for block in range(first, last):
+                token_list = pairs[ends[block - first] : ends[block - first + 1]]
+                if start > 0 or stop < len(self.ops.tokens):
+                    bounds = torch.searchsorted(token_list, torch.tensor([start, stop], dtype=torch.int32))
+                    token_list = token_list[bounds[0] : bounds[1]]
+                if token_list.shape[0]:
+                    yield block, token_list
+            first = last
