@@ -9,6 +9,8 @@ dhidden is summed block by block in vocabulary order either way, so its bits do 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from .gemm import matmul, padded_rows
 from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 from .workers import in_order
 
-BUFFER_BYTES = 32 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
+BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
 # Above this share of live pairs the exact backward is cheaper: gathered rows cost about 1.2 times dense ones, and it
 # reads nothing twice. Flat distributions end here.
 CROSSOVER = 0.7
@@ -108,13 +110,33 @@ class _TokenSums:
             grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
 
 
-def _add_to_rest(grads: Gradients, first: int, dz: Tensor, rank: Tensor | None) -> None:
-    """dz's share of dbias and dlora_b, whose rows from `first` belong to these columns."""
-    columns = slice(first, first + dz.shape[1])
-    if grads.bias is not None:
-        grads.bias[columns] += dz.sum(0)
-    if grads.lora_b is not None:
-        grads.lora_b[columns].addmm_(dz.T, rank)
+class _WeightProducts(NamedTuple):
+    """What one tile adds to the rows from `first` of dweight, dbias and dlora_b."""
+
+    first: int
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dlora_b: Tensor | None
+
+    @staticmethod
+    def of(grads: Gradients, first: int, dz: Tensor, hidden: Tensor, rank: Tensor | None) -> _WeightProducts:
+        return _WeightProducts(
+            first,
+            None if grads.weight is None else matmul(dz.T, hidden.T),
+            None if grads.bias is None else dz.sum(0),
+            None if grads.lora_b is None else dz.T @ rank,
+        )
+
+    def plus(self, other: _WeightProducts | None) -> _WeightProducts:
+        for mine, product in zip(self[1:], other[1:] if other is not None else ()):
+            if mine is not None:
+                mine += product
+        return self
+
+    def add_to(self, grads: Gradients) -> None:
+        for target, product in zip((grads.weight, grads.bias, grads.lora_b), self[1:]):
+            if product is not None:
+                target[self.first : self.first + product.shape[0]] += product
 
 
 class _Exact:
@@ -130,7 +152,7 @@ class _Exact:
         hidden = rank = None
         for first in range(0, ops.vocab_size, cols):
             weight = ops.weight(first, min(first + cols, ops.vocab_size))
-            dweight = None
+            slab = None  # summed over the chunks in fp32, rounded once
             for chunk in chunks:
                 if hidden is None or len(chunks) > 1:
                     hidden = ops.hidden(chunk.start, chunk.stop)
@@ -140,12 +162,9 @@ class _Exact:
                 if sums is not None:
                     sums.add(sums.products(dz, weight, first), None, chunk.start)
                 if grads is not None:
-                    if grads.weight is not None:
-                        product = matmul(dz.T, hidden.T)
-                        dweight = product if dweight is None else dweight.add_(product)
-                    _add_to_rest(grads, first, dz, rank)
-            if dweight is not None:
-                grads.weight[first : first + dweight.shape[0]] += dweight
+                    slab = _WeightProducts.of(grads, first, dz, hidden, rank).plus(slab)
+            if slab is not None:
+                slab.add_to(grads)
 
     def _to_dz(self, products: Tensor, chunk: slice, first: int) -> None:
         ops, saved, upstream = self.ops, self.saved, self.upstream
@@ -168,7 +187,7 @@ class _Routed:
     """The kept pairs: per block gather its tokens' rows, recompute 128 columns, weight them by 1 / q.
 
     A block's rows of dweight are its own, so the thread that has the block writes them. dhidden crosses blocks: the
-    calling thread adds up what the others return, in order.
+    calling thread adds up what the others return, in order; so it does for a block of more tokens than one piece.
     """
 
     def __init__(self, ops: Operands, saved: Forward, upstream: Upstream, routing: Routing):
@@ -191,19 +210,28 @@ class _Routed:
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops = self.ops.serial()
-        # Rows a thread works on at once, so that all threads together stay within a few tiles.
-        size = max(256, min(ops.chunk_rows(), 2 * ops.chunk_rows() // self.ops.threads))
-
-        def block_gradient(block: int, token_list: Tensor):
-            return [self._tile(ops, block, part, sums, grads) for part in token_list.split(size)]
-
-        for tiles in in_order(block_gradient, self._lists(start, stop), self.ops.threads):
+        # Tokens a thread works on at once, so that all threads together stay within a few tiles.
+        size = max(64, ops.chunk_rows() // self.ops.threads)
+        pieces = (
+            (block, part, sums, grads, token_list.shape[0] <= size)
+            for block, token_list in self._lists(start, stop)
+            for part in token_list.split(size)
+        )
+        several: _WeightProducts | None = None
+        for products, token_list, weight_products in in_order(partial(self._tile, ops), pieces, self.ops.threads):
             if sums is not None:
-                for products, token_list in tiles:
-                    sums.add(products, token_list)
+                sums.add(products, token_list)
+            if weight_products is None or several is None or weight_products.first != several.first:
+                if several is not None:
+                    several.add_to(grads)
+                several = weight_products
+            else:
+                several = several.plus(weight_products)
+        if several is not None:
+            several.add_to(grads)
 
-    def _tile(self, ops: Operands, block: int, token_list: Tensor, sums, grads):
-        """Adds to `grads` and returns (products for `sums`, int32 tokens of their rows)."""
+    def _tile(self, ops: Operands, block: int, token_list: Tensor, sums, grads, whole_block: bool):
+        """(products for `sums`, int32 tokens of their rows, products for `grads` or None when they are in there)."""
         saved, routing = self.saved, self.routing
         first = block * BLOCK
         weight = ops.weight(first, min(first + BLOCK, ops.vocab_size))
@@ -240,13 +268,15 @@ class _Routed:
             dz_hidden = dz_hidden[: padded_rows(kept)]
             dz_hidden[kept:] = 0
             hidden_tokens = hidden_tokens[:kept]
+        weight_products = None
         if grads is not None:
-            if grads.weight is not None:
-                grads.weight[first : first + weight.shape[0]] += matmul(dz.T, hidden.T)
-            _add_to_rest(grads, first, dz, rank)
+            weight_products = _WeightProducts.of(grads, first, dz, hidden, rank)
+            if whole_block:
+                weight_products.add_to(grads)
+                weight_products = None
         if sums is None or hidden_tokens.shape[0] == 0:
-            return (None, None), hidden_tokens
-        return sums.products(dz_hidden, weight, first), hidden_tokens
+            return (None, None), hidden_tokens, weight_products
+        return sums.products(dz_hidden, weight, first), hidden_tokens, weight_products
 
     def _lists(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """(block, int32 tokens) for every block with kept pairs among tokens [start, stop), lists in bounded pieces."""
