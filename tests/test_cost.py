@@ -57,6 +57,18 @@ def test_routed_passes_follow_the_kept_pairs(frozen):
     assert count < (3.0 if frozen else 3.5)
 
 
+def test_the_first_call_of_a_process_is_counted():
+    script = (
+        "import torch, fastdpo\n"
+        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "with FlopCounterMode(display=False) as counter:\n"
+        "    fastdpo.linear_logps(torch.randn(4, 8), torch.randn(256, 8), torch.arange(4))\n"
+        "print(counter.get_total_flops())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) == 2 * 4 * 8 * 256
+
+
 def test_flat_distributions_cost_no_more_than_exact():
     head = peaked_head(N=128, V=4096)
     head.hidden *= 1e-3

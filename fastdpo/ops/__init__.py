@@ -66,7 +66,7 @@ def backends() -> dict:
     context.
     """
     from .._version import __version__
-    from .gemm import uses_onednn
+    from .gemm import USES_ONEDNN
 
     info = native.build_info()
     extension = native.extension()
@@ -103,7 +103,7 @@ def backends() -> dict:
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "matrix products": "oneDNN" if uses_onednn() else "torch.mm",
+            "matrix products": "oneDNN" if USES_ONEDNN else "torch.mm",
         },
         "native": {
             "available": native.available(),
