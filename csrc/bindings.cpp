@@ -65,6 +65,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("BLOCK") = fastdpo::kBlock;
   m.attr("ROW_STATS_BYTES") = sizeof(fastdpo::RowStats);
   m.def("isa", [] { return fastdpo::cpu_kernels().isa; });
+  m.def("supported_isas", &fastdpo::supported_isas);
+  m.def("use_isa", &fastdpo::use_isa);
   m.def("parallel_backend", &fastdpo::parallel_backend);
 
   py::class_<PyTile>(m, "Tile").def(py::init(&make_tile), py::arg("data"), py::arg("stride"), py::arg("num_rows"),

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "cpu_folds.h"
 #include "parallel.h"
@@ -24,19 +25,45 @@ namespace baseline {
 extern const CpuKernels kernels;
 }
 
-const CpuKernels& cpu_kernels() {
-  static const CpuKernels& chosen = []() -> const CpuKernels& {
+namespace {
+
+// What this processor can run, best first.
+std::vector<const CpuKernels*> supported_kernels() {
+  std::vector<const CpuKernels*> found;
 #ifdef FASTDPO_HAVE_AVX512
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-      return avx512::kernels;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    found.push_back(&avx512::kernels);
 #endif
 #ifdef FASTDPO_HAVE_AVX2
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);
 #endif
-    return baseline::kernels;
-  }();
+  found.push_back(&baseline::kernels);
+  return found;
+}
+
+const CpuKernels*& chosen_kernels() {
+  static const CpuKernels* chosen = supported_kernels().front();
   return chosen;
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() { return *chosen_kernels(); }
+
+std::vector<const char*> supported_isas() {
+  std::vector<const char*> names;
+  for (const CpuKernels* kernels : supported_kernels()) names.push_back(kernels->isa);
+  return names;
+}
+
+bool use_isa(const char* name) {
+  for (const CpuKernels* kernels : supported_kernels()) {
+    if (std::strcmp(kernels->isa, name)) continue;
+    chosen_kernels() = kernels;
+    return true;
+  }
+  return false;
 }
 
 namespace {

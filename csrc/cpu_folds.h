@@ -1,6 +1,8 @@
 // The vectorised loops over logits tiles, one table per instruction set; `cpu_kernels()` picks at run time.
 #pragma once
 
+#include <vector>
+
 #include "launch.h"
 
 namespace fastdpo {
@@ -19,6 +21,8 @@ struct CpuKernels {
 };
 
 const CpuKernels& cpu_kernels();
+std::vector<const char*> supported_isas();
+bool use_isa(const char* name);  // for tests of every instruction set on one machine; not while a call runs
 
 void fold(const FoldArgs&, int num_threads);
 void finish(const FinishArgs&, int num_threads);
