@@ -1,4 +1,4 @@
-"""What the autograd Functions share: a backward that refuses to be differentiated, never a silently constant one."""
+"""What the autograd Functions share: how they are called, and a backward that refuses to be differentiated."""
 
 from __future__ import annotations
 
@@ -36,3 +36,13 @@ def once_differentiable(backward):
         return tuple(None if g is None else _FirstDerivative.apply(g, *inputs) for g in gradients)
 
     return wrapper
+
+
+@torch._disable_dynamo
+def _uncompiled(function, *arguments):
+    return function.apply(*arguments)
+
+
+def apply(function: type[torch.autograd.Function], *arguments):
+    """`function.apply`; torch.compile breaks its graph here, since it cannot look into the engines' loops."""
+    return _uncompiled(function, *arguments) if torch.compiler.is_compiling() else function.apply(*arguments)

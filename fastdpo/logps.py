@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import once_differentiable
+from .autograd import apply, once_differentiable
 from .distributed import VocabShards
 from .ops import engine_for
 from .ops.problem import STATS, Forward, Head, Needs, Tokens, Upstream
@@ -228,16 +228,8 @@ def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats
     differentiable = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (hidden, weight, bias, lora_a, lora_b)
     )
-    outputs = LinearLogpsFunction.apply(
-        hidden,
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        labels.reshape(-1),
-        options,
-        stats,
-        differentiable,
+    outputs = apply(
+        LinearLogpsFunction, hidden, weight, bias, lora_a, lora_b, labels.reshape(-1), options, stats, differentiable
     )
     return TokenStats(*(None if x is None else x.view(labels.shape) for x in outputs))
 

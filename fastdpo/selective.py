@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import once_differentiable
+from .autograd import apply, once_differentiable
 from .logps import FLOATS, _number
 from .ops import logits_engine
 
@@ -81,7 +81,8 @@ def selective_log_softmax(
             raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-    return _SelectiveLogSoftmax.apply(flat, flat_index.long(), float(temperature), inplace_backward).view(index.shape)
+    arguments = (flat, flat_index.long(), float(temperature), inplace_backward)
+    return apply(_SelectiveLogSoftmax, *arguments).view(index.shape)
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):

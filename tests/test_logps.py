@@ -247,6 +247,21 @@ def test_double_backward_raises(engine, power):
         grad.pow(2).sum().backward()
 
 
+def test_a_compiled_caller_gets_the_same(engine):
+    """pytorch#132196, #120802: kernels that mutate give wrong results under torch.compile."""
+    head = small_head(masked=True).leaves(torch.float32)
+
+    def step(hidden, weight):
+        logps = fastdpo.linear_logps(hidden * 2, weight, head.labels, backward="exact")
+        logits = (hidden @ weight.T).tanh()
+        return (logps * 1.5).sum() + fastdpo.selective_log_softmax(logits, head.labels).sum()
+
+    eager = torch.autograd.grad(step(head.hidden, head.weight), [head.hidden, head.weight])
+    compiled = torch.autograd.grad(torch.compile(step)(head.hidden, head.weight), [head.hidden, head.weight])
+    for ours, expected in zip(compiled, eager):
+        assert relative_error(ours, expected) < 1e-5
+
+
 def test_a_head_released_before_the_backward_raises(engine):
     """ZeRO-3 empties a gathered parameter in place: a silent zero gradient otherwise."""
     head = small_head().leaves(torch.float32)

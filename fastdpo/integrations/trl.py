@@ -17,6 +17,7 @@ from types import CodeType, FunctionType, ModuleType
 
 import torch
 
+from ..autograd import apply
 from ..logps import HeadOptions, LinearLogpsFunction, TokenStats
 
 OPTIONS = ("backward", "tau", "seed")
@@ -176,9 +177,8 @@ class _Replacement:
         differentiable = torch.is_grad_enabled() and any(
             x is not None and x.requires_grad for x in (hidden, weight, bias)
         )
-        return TokenStats(
-            *_RegatheringLogps.apply(hidden, weight, bias, None, None, call["labels"], options, stats, differentiable)
-        )
+        arguments = (hidden, weight, bias, None, None, call["labels"], options, stats, differentiable)
+        return TokenStats(*apply(_RegatheringLogps, *arguments))
 
 
 class _RegatheringLogps(LinearLogpsFunction):
