@@ -7,7 +7,6 @@ each keeps the memory figures apart. The parent shows progress, compares the run
 
 import argparse
 import importlib.util
-import itertools
 import json
 import os
 import platform
@@ -15,26 +14,32 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+from .demo_meters import HeadTimer, MemoryPeak
+from .demo_setup import (
+    CHAT_TEMPLATE,
+    DemoError,
+    build_model,
+    build_tokenizer,
+    is_conversational,
+    load_model,
+    load_preferences,
+    load_tokenizer,
+    looks_like_path,
+    make_trainer,
+    reason,
+    show_step,
+    texts_of,
+    warm_up,
+)
+
 DEMO_DATA = Path(__file__).parent / "demo_data" / "preferences.jsonl"
-DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 NEEDED = ("trl", "transformers", "datasets", "matplotlib", "rich")
 PHASES = {"prepare": "data and model", "trl": "DPO with TRL", "fastdpo": "DPO with TRL and fastdpo"}
 METRICS = ("loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins")
 LAST_STEPS = 5  # the table shows the mean of this many steps at the end of a run
-CHAT_TEMPLATE = (  # for conversational data and the built-in tokenizer, which has no template of its own
-    "{% for message in messages %}"
-    "{{ message['role'] }}: {{ message['content'] }}{{ eos_token }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-class DemoError(Exception):
-    """A mistake in the arguments or the data: shown as one line, without a traceback."""
 
 
 def parse_arguments(argv):
@@ -67,293 +72,6 @@ def parse_arguments(argv):
     if settings.learning_rate is None:
         settings.learning_rate = 2e-4 if settings.model is None else 1e-6
     return settings
-
-
-def reason(error):
-    """The first line of what an exception has to say."""
-    while type(error).__name__ == "DatasetGenerationError" and error.__cause__:  # says only that there was one
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
-
-
-def looks_like_path(source):
-    return source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).suffix in DATA_FILES
-
-
-def load_preferences(source, split="train", cache_dir=None):
-    """The dataset at a path (data file, folder of data files, `save_to_disk` folder) or of a hub id, with its
-    preference columns only.
-
-    Raises:
-        DemoError: nothing is there, it cannot be read, or it has no preference pairs in one of TRL's forms.
-    """
-    import datasets
-
-    path = Path(source).expanduser()
-    name = f"--dataset {source}"
-    if path.is_file() and path.suffix not in DATA_FILES:
-        raise DemoError(f"{name}: unknown file type {path.suffix!r}; known are {', '.join(DATA_FILES)}")
-    if not path.exists() and looks_like_path(source):
-        raise DemoError(f"{name}: no such file or folder")
-    try:
-        if path.is_file():
-            kind = DATA_FILES[path.suffix]
-            dataset = datasets.load_dataset(kind, data_files=str(path), split="train", cache_dir=cache_dir)
-        elif any((path / marker).is_file() for marker in ("state.json", "dataset_dict.json")):
-            dataset = datasets.load_from_disk(str(path))
-            dataset = dataset[split] if isinstance(dataset, datasets.DatasetDict) else dataset
-        elif path.is_dir():
-            dataset = datasets.load_dataset(str(path), split=split, cache_dir=cache_dir)
-        else:
-            dataset = datasets.load_dataset(source, split=split)
-    except Exception as error:
-        raise DemoError(f"{name}: {reason(error)}") from error
-
-    columns = dataset.column_names
-    if not {"chosen", "rejected"} <= set(columns):
-        found = ", ".join(columns) or "none"
-        raise DemoError(f"{name}: needs columns chosen and rejected (and prompt), found {found}")
-    dataset = dataset.select_columns([name for name in ("prompt", "chosen", "rejected") if name in columns])
-    for column in dataset.column_names if len(dataset) else ():
-        if not isinstance(dataset[0][column], str | list | None):
-            kind = type(dataset[0][column]).__name__
-            raise DemoError(f"{name}: column {column} must hold text or messages, not {kind}")
-    return dataset
-
-
-def is_conversational(dataset):
-    return isinstance(dataset[0]["chosen"], list)
-
-
-def texts_of(dataset):
-    """Every text of a preference dataset, for the tokenizer's training."""
-    for row in dataset:
-        for value in row.values():
-            yield from ([value] if isinstance(value, str) else (message["content"] for message in value))
-
-
-def build_tokenizer(texts, vocab_size):
-    """A byte-level BPE tokenizer trained on `texts`; it may find fewer tokens than `vocab_size`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>")
-
-
-def build_model(settings, tokenizer):
-    """A randomly initialised Llama. Its vocabulary is padded past the tokenizer's, as real models' are."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    if settings.vocab_size < len(tokenizer):
-        raise DemoError(f"--vocab-size must be at least {len(tokenizer)} here, not {settings.vocab_size}")
-    config = LlamaConfig(
-        vocab_size=settings.vocab_size,
-        hidden_size=settings.hidden_size,
-        intermediate_size=3 * settings.hidden_size,
-        num_hidden_layers=settings.layers,
-        num_attention_heads=settings.hidden_size // 64,
-        max_position_embeddings=max(1024, settings.max_length),
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    torch.manual_seed(settings.seed)
-    return LlamaForCausalLM(config)
-
-
-def load_tokenizer(source):
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except Exception as error:
-        raise DemoError(f"--model {source}: no tokenizer: {reason(error)}") from error
-
-
-def load_model(source):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:
-        raise DemoError(f"--model {source}: {reason(error)}") from error
-
-
-def make_trainer(settings, folder, model, reference, tokenizer, pairs):
-    """TRL's DPOTrainer on `pairs`; everything not named here is TRL's default."""
-    import torch
-    from transformers.trainer_callback import PrinterCallback
-    from trl import DPOConfig, DPOTrainer
-
-    on_gpu = torch.cuda.is_available()
-    precision = settings.precision or ("bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32")
-    config = DPOConfig(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        dataloader_drop_last=True,
-        dataloader_pin_memory=on_gpu,
-        learning_rate=settings.learning_rate,
-        beta=settings.beta,
-        max_length=settings.max_length,
-        # recomputing a model this small saves nothing; a model of the user's keeps TRL's default
-        gradient_checkpointing=settings.model is not None,
-        bf16=precision == "bf16",
-        use_cpu=not on_gpu,
-        seed=settings.seed,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer = DPOTrainer(model, reference, config, train_dataset=pairs, processing_class=tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def warm_up(trainer, num_steps, learning_rate=2e-3):
-    """Supervised steps on chosen and rejected completions alike, so that DPO starts peaked but without a
-    preference. Returns the first and the last loss."""
-    import torch
-
-    model = trainer.model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))
-    batches = itertools.chain.from_iterable(trainer.get_train_dataloader() for _ in itertools.count())
-    losses = []
-    for step, batch in zip(range(num_steps), batches):
-        mask = batch["completion_mask"][:, 1:].bool()
-        outputs = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        logits = model.lm_head(outputs.last_hidden_state[:, :-1][mask])
-        loss = torch.nn.functional.cross_entropy(logits, batch["input_ids"][:, 1:][mask])
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-        show_step(step + 1, num_steps)
-    return losses[:1] + losses[-1:]
-
-
-class HeadTimer:
-    """Takes the place of the autograd Function that TRL scores tokens with, and times it from outside.
-
-    The forward is the time of `apply`; the backward is the sum over the graph nodes between its outputs and
-    inputs, so that a replacement may consist of any number of them.
-    """
-
-    def __init__(self, function):
-        self.function = function
-        self.calls = 0
-        self.rows = 0
-        self.seconds = 0.0
-        self._started = 0.0
-
-    @staticmethod
-    def now():
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def apply(self, *arguments):
-        import torch
-
-        start = self.now()
-        outputs = self.function.apply(*arguments)
-        self.seconds += self.now() - start
-        self.calls += 1
-        self.rows += arguments[0].shape[0]
-        if torch.is_grad_enabled():
-            self._watch_backward(outputs, [x for x in arguments if getattr(x, "requires_grad", False)])
-        return outputs
-
-    def _watch_backward(self, outputs, inputs):
-        import torch
-
-        ends = {torch.autograd.graph.get_gradient_edge(tensor).node for tensor in inputs}
-        found, pending = set(), [output.grad_fn for output in outputs if output is not None]
-        while pending:
-            node = pending.pop()
-            if node is not None and node not in ends and node not in found:
-                found.add(node)
-                pending += [following for following, _ in node.next_functions]
-        for node in found:
-            node.register_prehook(self._start)
-            node.register_hook(self._stop)
-
-    def _start(self, grad_outputs):
-        self._started = self.now()
-
-    def _stop(self, grad_inputs, grad_outputs):
-        self.seconds += self.now() - self._started
-
-
-class MemoryPeak:
-    """Highest memory above the value on entry: bytes allocated on the GPU, or else resident memory.
-
-    That is sampled every 2 ms; where the system's own high-water mark rose, this exact value counts.
-    """
-
-    def __enter__(self):
-        import torch
-
-        self.on_gpu = torch.cuda.is_available()
-        if self.on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-            return self
-        import psutil
-
-        self._resident = lambda: psutil.Process().memory_info().rss
-        self._mark_before = self._high_water_mark()
-        self.before = self._sampled = self._resident()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception):
-        import torch
-
-        if self.on_gpu:
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-            return
-        self._done.set()
-        self._thread.join()
-        mark = self._high_water_mark()
-        self.bytes = max(self._sampled, mark if mark > self._mark_before else 0) - self.before
-
-    def _sample(self):
-        while not self._done.wait(0.002):
-            self._sampled = max(self._sampled, self._resident())
-
-    @staticmethod
-    def _high_water_mark():
-        try:
-            import resource
-        except ImportError:  # Windows
-            return 0
-        mark = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return mark if sys.platform == "darwin" else mark * 1024  # Linux counts KiB
-
-
-def show_step(step, num_steps):
-    """One progress line; the parent turns it into its bar."""
-    print(f"step {step}/{num_steps}", flush=True)
 
 
 def prepare(settings, work):

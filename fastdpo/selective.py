@@ -45,7 +45,8 @@ def selective_log_softmax(
 
     Guarantees:
         All arithmetic is fp32 or wider; the gradient is rounded once, to the logits' type, and is exact for confident
-        tokens (1 - p from expm1). Rows without an index are not written to by NaN or Inf of their logits.
+        tokens (1 - p from expm1). NaN or Inf in the logits of a row that is left out does not
+        reach the result.
 
     Source: TRL's function of the same name, whose call this accepts.
     """

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastdpo import __main__ as report
-from fastdpo import demo
+from fastdpo import demo, demo_meters, demo_setup
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = [json.loads(line) for line in demo.DEMO_DATA.read_text().splitlines()]
@@ -96,7 +96,7 @@ class TestLoading:
         pytest.importorskip("datasets")
 
     def check(self, source, tmp_path, split="train"):
-        loaded = demo.load_preferences(str(source), split, str(tmp_path / "cache"))
+        loaded = demo_setup.load_preferences(str(source), split, str(tmp_path / "cache"))
         assert [dict(row) for row in loaded] == ROWS
 
     @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
@@ -139,8 +139,8 @@ class TestLoading:
         path = tmp_path / name
         if content is not None:
             path.write_text(content)
-        with pytest.raises(demo.DemoError) as raised:
-            demo.load_preferences(str(path), "train", str(tmp_path / "cache"))
+        with pytest.raises(demo_setup.DemoError) as raised:
+            demo_setup.load_preferences(str(path), "train", str(tmp_path / "cache"))
         assert message in str(raised.value) and str(path) in str(raised.value)
         assert "\n" not in str(raised.value)
 
@@ -149,9 +149,9 @@ class TestLoading:
         turn = {"role": "user", "content": "Hello?"}
         row = {side: [turn, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
         path.write_text(json.dumps(row) + "\n")
-        loaded = demo.load_preferences(str(path), "train", str(tmp_path / "cache"))
-        assert demo.is_conversational(loaded)
-        assert sorted(demo.texts_of(loaded)) == ["Hello?", "Hello?", "chosen", "rejected"]
+        loaded = demo_setup.load_preferences(str(path), "train", str(tmp_path / "cache"))
+        assert demo_setup.is_conversational(loaded)
+        assert sorted(demo_setup.texts_of(loaded)) == ["Hello?", "Hello?", "chosen", "rejected"]
 
 
 class SlowIdentity(torch.autograd.Function):
@@ -175,7 +175,7 @@ class TestMeasuring:
                 time.sleep(0.05)
                 return SlowIdentity.apply(SlowIdentity.apply(hidden) * weight.sum()), None
 
-        timer = demo.HeadTimer(Head)
+        timer = demo_meters.HeadTimer(Head)
         hidden, weight = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
         before = SlowIdentity.apply(hidden)
         SlowIdentity.apply(timer.apply(before, weight, None)[0]).sum().backward()
@@ -184,7 +184,7 @@ class TestMeasuring:
         assert hidden.grad.tolist() == [2, 2, 2] and weight.grad.tolist() == [3, 3]
 
     def test_head_timer_without_gradients(self):
-        timer = demo.HeadTimer(SlowIdentity)
+        timer = demo_meters.HeadTimer(SlowIdentity)
         with torch.no_grad():
             timer.apply(torch.ones(3, requires_grad=True))
         assert timer.calls == 1 and timer.seconds < 0.05
@@ -192,7 +192,7 @@ class TestMeasuring:
     @pytest.mark.skipif(torch.cuda.is_available(), reason="measures GPU memory there")
     def test_memory_peak_sees_what_is_freed_again(self):
         pytest.importorskip("psutil")
-        with demo.MemoryPeak() as memory:
+        with demo_meters.MemoryPeak() as memory:
             torch.ones(64 * 2**20, dtype=torch.uint8)
         assert 60 * 2**20 < memory.bytes < 128 * 2**20
 
@@ -279,15 +279,15 @@ class TestWholeDemo:
         data = tmp_path / "pairs.csv"
         data.write_text("prompt,chosen,rejected\n" + "Why?,So.,\n" * rows)
         arguments = ["--dataset", data, "--batch-size", 2, "--output", tmp_path]
-        with pytest.raises(demo.DemoError, match=message):
+        with pytest.raises(demo_setup.DemoError, match=message):
             demo.prepare(demo.parse_arguments(list(map(str, arguments))), tmp_path)
 
     def test_unusable_models(self, finished, tmp_path):
         settings = demo.parse_arguments(["--model", "./no/such/model", "--output", str(tmp_path)])
-        with pytest.raises(demo.DemoError, match=r"--model \./no/such/model: no such folder"):
+        with pytest.raises(demo_setup.DemoError, match=r"--model \./no/such/model: no such folder"):
             demo.prepare(settings, tmp_path)
         settings.model = str(tmp_path)
-        with pytest.raises(demo.DemoError, match=re.escape(f"--model {tmp_path}: ")) as raised:
+        with pytest.raises(demo_setup.DemoError, match=re.escape(f"--model {tmp_path}: ")) as raised:
             demo.prepare(settings, tmp_path)
         assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
 
@@ -301,7 +301,7 @@ class TestWholeDemo:
         pytest.importorskip("rich")
         (tmp_path / "file").write_text("")
         settings = demo.parse_arguments(["--output", str(tmp_path / "file" / "folder")])
-        with pytest.raises(demo.DemoError, match=r"--output .*: Not a directory"):
+        with pytest.raises(demo_setup.DemoError, match=r"--output .*: Not a directory"):
             demo.run_demo(settings, [])
 
 
