@@ -31,6 +31,7 @@ lint: $(VENV)/installed-lint
 bench: $(VENV)/installed-bench
 	$(RUN) benchmarks/bench_cpu.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-cpu.json
 	$(RUN) benchmarks/bench_tau.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-tau.json
+	$(RUN) benchmarks/bench_memory.py --frozen --output benchmarks/results/local-memory.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output
