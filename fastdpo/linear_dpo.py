@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .logps import FLOATS, HeadOptions, linear_token_stats
-from .losses import LOSSES, RANKED, PreferenceOptions, check_number, check_options, check_reference_use
+from .logps import linear_token_stats
+from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
 from .sequences import Sequences, check_layout
+from .validation import FLOATS, HeadOptions, check_number
 
 
 class DPOOutput(NamedTuple):

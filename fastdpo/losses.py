@@ -6,11 +6,11 @@ ops/preference_reference.py.
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import NamedTuple
 
 from torch import Tensor
+
+from .validation import check_number
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -178,17 +178,6 @@ class PreferenceOptions(NamedTuple):
 
 
 DEFAULTS = PreferenceOptions()
-
-
-def check_number(name: str, value, low: float = -math.inf, *, above: bool = False) -> float:
-    """`value` as a finite float of at least `low` (more than `low` with `above`)."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or (above and value == low):
-        bound = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
-        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}")
-    return value
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
-from .logps import FLOATS
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import PreferenceLossFunction, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
+from .validation import FLOATS
 
 __all__ = [
     "DPOOutput",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .autograd import apply, once_differentiable
-from .logps import FLOATS, _number
 from .ops import logits_engine
+from .validation import FLOATS, check_number
 
 IGNORE_INDEX = -100
 
@@ -69,7 +69,7 @@ def selective_log_softmax(
             f"index must be shaped {tuple(logits.shape[:-1])}, or that with one more dimension; "
             f"got {tuple(index.shape)}"
         )
-    _number("temperature", temperature, positive=True)
+    check_number("temperature", temperature, 0, above=True)
     flat_index = index.reshape(-1, index.shape[-1]) if index.ndim == logits.ndim else index.reshape(-1)
     if flat_index.ndim == 2 and flat_index.shape[1] == 1:
         flat_index = flat_index[:, 0]

@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..logps import HeadOptions, TokenStats, linear_token_stats
+from ..logps import TokenStats, linear_token_stats
 from ..ops.problem import STATS
+from ..validation import HeadOptions
 
 OPTIONS = ("backward", "tau", "seed", "temperature", "ignore_index", "check_labels", "stats")
 

@@ -18,7 +18,8 @@ from types import CodeType, FunctionType, ModuleType
 import torch
 
 from ..autograd import apply
-from ..logps import HeadOptions, LinearLogpsFunction, TokenStats
+from ..logps import LinearLogpsFunction, TokenStats
+from ..validation import HeadOptions
 
 OPTIONS = ("backward", "tau", "seed")
 SUPPORTED = "1.1 to 1.16"
