@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+NO_SECOND_DERIVATIVE = "fastdpo's functions are once differentiable: their gradients have no gradient"
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -16,7 +20,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("fastdpo's functions are once differentiable: their gradients have no gradient")
+        raise RuntimeError(NO_SECOND_DERIVATIVE)
 
 
 def once_differentiable(backward):
@@ -38,11 +42,21 @@ def once_differentiable(backward):
     return wrapper
 
 
+_TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake tensors, make_fx, functionalization
+
+
+def traced(*tensors: torch.Tensor | None) -> bool:
+    """Whether the call is recorded, or followed by shape, instead of computed: values cannot be read then."""
+    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
+        return True
+    return any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in tensors)
+
+
 @torch._disable_dynamo
 def _uncompiled(function, *arguments):
     return function.apply(*arguments)
 
 
 def apply(function: type[torch.autograd.Function], *arguments):
-    """`function.apply`; torch.compile breaks its graph here, since it cannot look into the engines' loops."""
+    """`function.apply`, where torch.compile breaks its graph: it cannot look into the engines' loops."""
     return _uncompiled(function, *arguments) if torch.compiler.is_compiling() else function.apply(*arguments)

@@ -46,11 +46,9 @@ class VocabShards:
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
 
-    def common_seed(self, seed: int) -> int:
-        """Rank 0's draw, so that `seed=None` gives one step one key."""
-        if self.size == 1:
-            return seed
-        return int(self._gather(torch.tensor(seed))[0])
+    def common_seed(self, seed: Tensor) -> Tensor:
+        """Rank 0's draw, 0-d int64, so that `seed=None` gives one step one key."""
+        return seed if self.size == 1 else self._gather(seed)[0]
 
     def sum(self, x: Tensor) -> Tensor:
         # gather and add in rank order: an all_reduce may add in another order from run to run

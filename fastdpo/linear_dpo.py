@@ -105,7 +105,7 @@ def linear_dpo_loss(
             are whatever `ld_alpha` and `average_log_prob` say; or per token, shaped like `labels`. (``[N]``
             with N = 2B is read as per sequence.) Without any reference the loss is reference-free.
         cu_seqlens: ``[2B + 1]`` int32 or int64 offsets into the packed rows: the first 0, the last N. On a
-            GPU their values are checked only with ``check_labels=True``, which waits.
+            GPU, and under torch.compile, their values are checked only with ``check_labels=True``, which waits.
         ld_alpha: LD-DPO, in [0, 1]: weight of the tokens past the shorter length of chosen and rejected.
         use_weighting: WPO: rows are weighted by ``exp(mean(logp - log sum p^2))`` of chosen times rejected,
             detached.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import traced
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import PreferenceLossFunction, mean_loss, rewards, sequence_losses
@@ -193,7 +194,6 @@ def _check_lengths(options: PreferenceOptions, like: Tensor, **lengths: Tensor |
             raise TypeError(f"{name} must be a tensor of integers; got {kind}")
         _check_rows(name, x, like)
         # Reading values would wait for a GPU and break a compiled graph; there 0 or less counts as 1.
-        readable = x.device.type == "cpu" and not torch.compiler.is_compiling()
-        if readable and x.numel() and x.min() < 0:
+        if x.device.type == "cpu" and not traced(x) and x.numel() and x.min() < 0:
             raise ValueError(f"{name} must not be negative; got {int(x.min())}")
     return [None if x is None else x.to(torch.int64) for x in lengths.values()]

@@ -20,6 +20,8 @@ BLOCK = 128  # vocabulary columns per block
 # Adam amplifies noise in rows of the head with tiny gradients, stays with the exact run: benchmarks/results/.
 DEFAULT_TAU = (2.0**-10, 2.0**-12)  # (dhidden, dweight)
 
+SECOND_SET_BYTES = 8 << 20
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -27,7 +29,7 @@ class Routing:
 
     tau_hidden: float
     tau_weight: float
-    seed: int
+    seed: torch.Tensor | int  # 0-d int64 on hidden's device, the key's 64 bits; for engines that take tokens their int
 
     @property
     def tau(self) -> float:
@@ -52,6 +54,17 @@ def parse_tau(tau) -> tuple[float, float]:
 
 def num_blocks(vocab_size: int) -> int:
     return -(-vocab_size // BLOCK)
+
+
+def bitmap_bytes(num_rows: int, num_blocks: int, routing: Routing) -> int:
+    """Of one row of a bitmap with room for the pairs kept at the smaller `tau` and, if it takes little memory, for
+    those kept at the larger too: dhidden and dweight, swept separately, then each visit only their own pairs.
+
+    A function of a call's arguments alone, and not of the engine: torch.compile keeps graphs by these.
+    """
+    one = -(-num_blocks // 8)
+    two = min(routing.tau_hidden, routing.tau_weight) >= 0 and routing.tau_hidden != routing.tau_weight
+    return 2 * one if two and num_rows * one <= SECOND_SET_BYTES else one
 
 
 def philox(seed: int, token: torch.Tensor, group: torch.Tensor) -> torch.Tensor:

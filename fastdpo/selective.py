@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import apply, once_differentiable
-from .ops import logits_engine
+from .autograd import apply, once_differentiable, traced
+from .ops.logits import backward as logits_backward
+from .ops.logits import forward as logits_forward
+from .ops.logits import selective_op
 from .validation import FLOATS, check_number
-
-IGNORE_INDEX = -100
 
 
 def selective_log_softmax(
@@ -36,6 +36,7 @@ def selective_log_softmax(
         temperature: divides the logits.
         inplace_backward: write the gradient over the logits' storage instead of allocating it. The logits are gone
             after the backward: their version counter moves, and a later use in autograd raises RuntimeError.
+            torch.compile breaks its graph here.
 
     Returns:
         fp32 (fp64 for fp64 logits), shaped like `index`; 0 where it is -100, NaN where it is out of range.
@@ -82,61 +83,31 @@ def selective_log_softmax(
             raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments = (flat, flat_index.long(), float(temperature), inplace_backward)
-    return apply(_SelectiveLogSoftmax, *arguments).view(index.shape)
+    arguments = (flat, flat_index.long(), float(temperature))
+    if traced(logits, index) and not (inplace_backward and torch.compiler.is_compiling()):
+        return selective_op(*arguments)[0].view(index.shape)
+    return apply(_SelectiveLogSoftmax, *arguments, inplace_backward).view(index.shape)
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
-    """[N, V] logits and [N] or [N, K] columns. With K columns, dz = sum_k coef_k * (1[v = k] - p)."""
+    """[N, V] logits and [N] or [N, K] int64 columns."""
 
     @staticmethod
     def forward(ctx, logits, index, temperature, inplace_backward):
-        vocab_size = logits.shape[1]
-        ignored = index == IGNORE_INDEX
-        invalid = ((index < 0) | (index >= vocab_size)) & ~ignored
-        safe = index.masked_fill(ignored | invalid, -1)
-        engine_forward, _ = logits_engine(logits.device, logits.dtype)
-        rows = logits if logits.stride(1) == 1 else logits.contiguous()
-        if index.ndim == 1:
-            logps, lse = engine_forward(rows, safe, temperature)
-        else:
-            none = torch.full(logits.shape[:1], -1, device=logits.device)
-            _, lse = engine_forward(rows, none, temperature)
-            logps = logits.gather(1, safe.clamp(min=0)).to(lse.dtype) / temperature - lse[:, None]
-        result = logps.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan)
-        ctx.save_for_backward(logits, safe, logps, lse, invalid if invalid.any() else None)
+        result, logps, lse = logits_forward(logits, index, temperature)
+        ctx.save_for_backward(logits, index, logps, lse)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogps):
-        logits, index, label_logps, lse, invalid = ctx.saved_tensors
-        temperature = ctx.temperature
-        coef = dlogps.to(lse.dtype).masked_fill(index < 0, 0.0)
+        logits, *saved = ctx.saved_tensors
         dlogits = (
             logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         )
-        _, engine_backward = logits_engine(logits.device, logits.dtype)
-        source = logits if logits.stride(1) == 1 else logits.contiguous()
-        if index.ndim == 1:
-            engine_backward(source, index, label_logps, lse, coef, temperature, dlogits)
-            silent = index < 0
-        else:
-            none = torch.full(logits.shape[:1], -1, device=logits.device)
-            engine_backward(source, none, torch.zeros_like(lse), lse, coef.sum(1), temperature, dlogits)
-            # A column named twice gets both coefficients; written, not added, so that it is rounded once.
-            total = ((index[:, :, None] == index[:, None, :]) * coef[:, None, :]).sum(2)
-            label_dz = (total - coef.sum(1, keepdim=True) * label_logps.exp()) / temperature
-            column = torch.where(index < 0, index.amax(1, keepdim=True).clamp(min=0), index)
-            value = torch.where(index < 0, label_dz.gather(1, index.argmax(1, keepdim=True)), label_dz)
-            dlogits.scatter_(1, column, value.to(dlogits.dtype))
-            silent = (index < 0).all(1)
-        if silent.any():  # by assignment: 0 * NaN would let a masked row's NaN out
-            dlogits[silent] = 0
-        if invalid is not None:
-            dlogits[invalid if invalid.ndim == 1 else invalid.any(1)] = torch.nan
+        logits_backward(logits, *saved, dlogps, ctx.temperature, dlogits)
         if ctx.inplace_backward:
             torch.autograd.graph.increment_version(logits)
-            return dlogits.detach(), None, None, None
+            dlogits = dlogits.detach()
         return dlogits, None, None, None

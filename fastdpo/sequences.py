@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .autograd import traced
 from .ops.preference_reference import cast, wide_dtype
 
 
@@ -63,7 +64,7 @@ class Sequences:
 def check_layout(hidden, labels, cu_seqlens, read_offsets: bool) -> None:
     """Raises unless `hidden`, `labels` and `cu_seqlens` hold B chosen and B rejected sequences.
 
-    The values of `cu_seqlens` are read where that needs no wait for a device, or with `read_offsets`.
+    The values of `cu_seqlens` are read on the CPU, outside torch.compile, or with `read_offsets`, which waits.
     """
     for name, x in (("hidden", hidden), ("labels", labels)):
         if not isinstance(x, Tensor):
@@ -93,7 +94,7 @@ def check_layout(hidden, labels, cu_seqlens, read_offsets: bool) -> None:
             "cu_seqlens must hold 2B + 1 offsets, B chosen sequences and then B rejected ones; got shape "
             f"{tuple(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device.type == "cpu" or read_offsets:
+    if read_offsets or (cu_seqlens.device.type == "cpu" and not traced(cu_seqlens)):
         _check_offsets(cu_seqlens.tolist(), labels.shape[0])
 
 

@@ -8,9 +8,12 @@ import random
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it decides when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import fastdpo
 
-ENGINES = ("reference", "cpu")  # a new engine joins the whole suite by its name here
+ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
 
 
 def _why_unavailable(name: str) -> str | None:

@@ -84,7 +84,7 @@ def test_frozen_and_no_grad_calls_save_nothing_to_route():
 
 
 def test_a_shifted_slice_of_hidden_is_not_copied():
-    from fastdpo.logps import _as_rows
+    from fastdpo.ops.rows import _as_rows
 
     hidden = torch.randn(3, 9, 32)
     rows, source = _as_rows(hidden[:, :-1])

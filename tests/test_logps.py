@@ -190,8 +190,9 @@ def test_autocast_multiplies_in_its_type_and_keeps_fp32_logits(engine):
     expected_logps.sum().backward()
     torch.testing.assert_close(logps.double(), expected_logps, rtol=1e-5, atol=2e-6)
     assert leaves.weight.grad.dtype == torch.float32
-    assert relative_error(leaves.hidden.grad, expected.hidden.grad) < 1e-5
-    assert relative_error(leaves.weight.grad, expected.weight.grad) < 1e-5
+    tolerance = 4e-3 if engine == "triton" else 1e-5  # tensor cores take dz, too, in the type to multiply in
+    assert relative_error(leaves.hidden.grad, expected.hidden.grad) < tolerance
+    assert relative_error(leaves.weight.grad, expected.weight.grad) < tolerance
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
@@ -236,6 +237,18 @@ def test_retain_graph_and_inputs_untouched(engine, how):
     second = torch.autograd.grad(logps.sum(), [head.hidden, head.weight])
     assert all(torch.equal(a, b) for a, b in zip(first, second))
     assert all(torch.equal(x, before[name]) for name, x in head.tensors().items())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_is_returned_may_be_changed_in_place(engine, masked):
+    head = small_head(masked=masked).leaves(torch.float32)
+
+    def gradient(change):
+        stats = fastdpo.linear_token_stats(head.hidden, head.weight, head.labels, stats=("entropy",), backward="exact")
+        loss = sum(change(x) for x in (stats.logps, stats.entropy))
+        return torch.autograd.grad(loss.sum(), head.hidden)[0]
+
+    assert torch.equal(gradient(lambda x: x.mul_(3)), gradient(lambda x: x * 3))
 
 
 @pytest.mark.parametrize("power", [1, 2])  # an upstream gradient that is a constant, and one that is not

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
 
 import torch
 
 from . import cpu, cpu_logits, native, reference
+from .rows import RowEngine, adapt
 
 ENGINES = ("reference", "cpu", "triton")
+TRITON_VERSION = (3, 6)  # the oldest whose kernels are tested
+_ADAPTED = {"reference": adapt(reference), "cpu": adapt(cpu)}
 
 
 def _unavailable(engine: str, device: str) -> str | None:
@@ -22,7 +27,25 @@ def _unavailable(engine: str, device: str) -> str | None:
         if device != "cpu":
             return f"the cpu engine takes CPU tensors, not {device}"
         return None if native.available() else f"the native extension is missing ({native.reason()})"
-    return "the triton engine is not part of this version"
+    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        hint = ", unless TRITON_INTERPRET=1" if device == "cpu" else ""
+        return f"the triton engine takes CUDA tensors, not {device}{hint}"
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
+        return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
+    return None
+
+
+@cache
+def _triton_version() -> str | None:
+    try:  # not at import: it takes a second, and the CPU does without
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
 
 
 def _choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
@@ -42,17 +65,25 @@ def _choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
     return (wanted, f"fastest for {device}") if problem is None else ("reference", problem)
 
 
-def engine_for(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    """The module whose `forward` and `backward` serve tensors of this device and type."""
+def engine_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Which of ENGINES serves tensors of this device and type."""
     name, _ = _choose(device.type, dtype)
-    if dtype == torch.float64:
-        name = "reference"
-    return {"cpu": cpu, "reference": reference}[name]
+    return "reference" if dtype == torch.float64 else name
+
+
+def engine_for(device: torch.device, dtype: torch.dtype) -> RowEngine | ModuleType:
+    """What has the `forward` and `backward` of rows.py for tensors of this device and type."""
+    name = engine_name(device, dtype)
+    if name == "triton":
+        from . import triton_engine
+
+        return triton_engine
+    return _ADAPTED[name]
 
 
 def logits_engine(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
     """(forward, backward) from logits to logps for tensors of this device and type."""
-    if engine_for(device, dtype) is cpu:
+    if engine_name(device, dtype) == "cpu":
         return cpu_logits.forward, cpu_logits.backward
     return reference.logits_forward, reference.logits_backward
 
@@ -79,6 +110,8 @@ def backends() -> dict:
                 engine, why = _choose(device, torch.float32)
             except (RuntimeError, ValueError) as error:
                 engine, why = "none", str(error)
+            if operation == "selective_log_softmax" and engine == "triton":
+                engine, why = "reference", "the triton engine starts from hidden states"
             operations[operation][device] = f"{engine} ({why})"
     from .preference_native import AVAILABLE
 
@@ -87,18 +120,12 @@ def backends() -> dict:
         "cpu": "native templates" if has_native else "reference (plain torch)",
         "cuda": "reference (plain torch)",
     }
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
     return {
         "versions": {
             "fastdpo": __version__,
             "python": sys.version.split()[0],
             "torch": torch.__version__,
-            "triton": triton_version,
+            "triton": _triton_version(),
         },
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),

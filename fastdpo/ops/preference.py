@@ -7,7 +7,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..autograd import once_differentiable, traced
 from ..losses import RANKED, PreferenceOptions
 from . import preference_native
 from .preference_reference import cast, preference_losses_ref, sft, wide_dtype
@@ -39,7 +39,9 @@ class PreferenceLossFunction(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _use_native(device: torch.device) -> bool:
+def _use_native(device: torch.device, options: PreferenceOptions) -> bool:
+    if isinstance(options.kto_kl, Tensor) and traced(options.kto_kl):
+        return False  # the templates take numbers
     return device.type == "cpu" and preference_native.AVAILABLE and os.environ.get("FASTDPO_ENGINE") != "reference"
 
 
@@ -57,7 +59,7 @@ def sequence_losses(
     """The weighted sum of the losses, [B]; `sft_logps` are sums of chosen tokens, whatever `chosen` is."""
     logps = (chosen, rejected, ref_chosen, ref_rejected)
     lengths = (chosen_lengths, rejected_lengths)
-    if not _use_native(chosen.device):
+    if not _use_native(chosen.device, options):
         return preference_losses_ref(options, *logps, *lengths, sft_logps)
     rowwise = [term for term in options.terms if term[0] != "sft" and term[0] not in RANKED]
     parts = []

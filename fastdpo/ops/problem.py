@@ -14,8 +14,8 @@ STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 class Head:
     """z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature, for some rows of hidden."""
 
-    hidden: Tensor  # [*, H], each row contiguous
-    weight: Tensor  # [V, H]
+    hidden: Tensor  # [..., H], any strides; for engines that take tokens [*, H] with contiguous rows
+    weight: Tensor  # [V, H], any strides; for engines that take tokens contiguous rows
     bias: Tensor | None  # [V]
     lora_a: Tensor | None  # [r, H]: weight + lora_scale * lora_b @ lora_a, never formed
     lora_b: Tensor | None  # [V, r]
@@ -28,6 +28,16 @@ class Head:
 
     def replace(self, **changes) -> Head:
         return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All M rows of a call, ignored ones included: how many are completion tokens stays on the device."""
+
+    labels: Tensor  # [M] int64 or int32, ids of the whole vocabulary
+    ignore_index: int
+    vocab_start: int  # first id of this rank's shard
+    vocab_size: int  # of all ranks
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,10 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Forward:
-    """Per completion token, fp32 (fp64 for fp64 inputs); None where not asked for."""
+    """Per token or row, fp32 (fp64 for fp64 inputs); None where not asked for.
+
+    Rows: 0 (False) where ignored, NaN (False, no bits) where the label is out of range.
+    """
 
     logps: Tensor  # [N]
     lse: Tensor  # [N]
@@ -53,12 +66,13 @@ class Forward:
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None  # bool
     log_sum_sq_probs: Tensor | None = None
-    bitmap: Tensor | None = None  # [N, ceil(num_blocks / 8)] uint8, kept pairs at the smaller wanted tau
+    # [N, ceil(num_blocks / 8)] uint8, kept pairs at the smaller wanted tau; an engine may append those at the larger
+    bitmap: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Upstream:
-    """Gradients arriving at the token level."""
+    """Gradients arriving per token or row, in the type of Forward.logps; what ignored rows hold has no meaning."""
 
     coef: Tensor  # [N] dL/dlogp
     coef_entropy: Tensor | None = None  # [N] dL/dentropy; takes the exact path
@@ -92,7 +106,7 @@ class Needs:
 class Gradients:
     """In the type of what they are the gradient of, rounded once; None where not asked for."""
 
-    hidden: Tensor | None = None  # [num_rows, H], zero outside the tokens' rows
+    hidden: Tensor | None = None  # [M, H], zero in ignored rows; rows: NaN where the label is out of range
     weight: Tensor | None = None
     bias: Tensor | None = None
     lora_a: Tensor | None = None

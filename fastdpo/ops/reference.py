@@ -108,8 +108,12 @@ def forward(
             uniforms = _uniforms(routing, head, token_ids)
             emit("bitmap", pack_bits(kept_pairs(_block_mass(z, lse), labels, routing.tau, uniforms)))
     if not columns:  # no completion tokens
-        empty = torch.empty(0, dtype=dtype, device=device)
-        columns = {name: [empty] for name in ("logps", "lse", *stats)}
+        columns = {name: [torch.empty(0, dtype=dtype, device=device)] for name in ("logps", "lse", *stats)}
+        if "is_top1" in stats:
+            columns["is_top1"] = [torch.empty(0, dtype=torch.bool, device=device)]
+        if routing is not None:
+            num_bytes = -(-num_blocks(head.weight.shape[0]) // 8)
+            emit("bitmap", torch.empty(0, num_bytes, dtype=torch.uint8, device=device))
     return Forward(**{name: torch.cat(values) for name, values in columns.items()})
 
 

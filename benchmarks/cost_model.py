@@ -1,0 +1,251 @@
+"""Operations, bytes and launches of every kernel of a step, from the launches the Triton engine makes and the number
+of live pairs. Nothing runs: the engine's launches are recorded on tensors without storage.
+
+A *pass* is 2 N V H operations, one lm_head product. Tiles count whole: padding is paid for. Bytes are those that must
+come from or go to device memory if the L2 cache serves every second use inside one tile column.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+BLOCK = 128
+
+
+@dataclass
+class Shape:
+    """One micro-batch: `num_tokens` completion tokens, all of them rows."""
+
+    num_tokens: int
+    vocab_size: int
+    hidden_size: int
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def one_pass(self) -> float:
+        return 2.0 * self.num_tokens * self.vocab_size * self.hidden_size
+
+
+@dataclass
+class Cost:
+    flops: float = 0.0  # of matrix products
+    bytes: float = 0.0
+    launches: int = 0
+
+    def __iadd__(self, other: Cost) -> Cost:
+        self.flops += other.flops
+        self.bytes += other.bytes
+        self.launches += other.launches
+        return self
+
+
+@dataclass
+class StepCost:
+    kernels: dict[str, Cost] = field(default_factory=dict)
+    other_launches: Counter = field(default_factory=Counter)  # torch's own
+
+    def total(self) -> Cost:
+        whole = Cost(launches=sum(self.other_launches.values()))
+        for cost in self.kernels.values():
+            whole += cost
+        return whole
+
+
+class _CountTorch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Operations of torch that launch a kernel: everything but views and empty tensors."""
+
+    FREE = (
+        "empty", "new_empty", "view", "_unsafe_view", "as_strided", "reshape", "alias", "detach", "slice", "select",
+        "t.", "transpose", "permute", "unsqueeze", "squeeze", "expand", "unbind", "split", "is_same_size", "sym_",
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.calls: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1] + "."
+        if not any(name.startswith(free) for free in self.FREE):
+            self.calls[name[:-1]] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def record(shape: Shape, *, frozen: bool, backward: str, tau, target, reference: bool = True):
+    """(launches of Triton kernels, Counter of torch's) of one policy and reference forward and a backward."""
+    import fastdpo
+    from fastdpo.ops import triton_engine
+    from fastdpo.ops.problem import Head, Needs, Rows, Upstream
+    from fastdpo.ops.triton_launch import Recorder
+    from fastdpo.routing import Routing, parse_tau
+
+    def meta(*size, dtype=shape.dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    assert fastdpo.__version__
+    n, v, h = shape.num_tokens, shape.vocab_size, shape.hidden_size
+    head = Head(meta(n, h), meta(v, h), None, None, None, 1.0, 1.0, 0.0, 1.0, shape.dtype)
+    rows = Rows(meta(n, dtype=torch.int64), -100, 0, v)
+    routing = None
+    if backward == "routed":
+        tau_hidden, tau_weight = parse_tau(tau)
+        routing = Routing(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
+    with Recorder(target) as launches, _CountTorch() as torch_calls:
+        saved = triton_engine.forward(head, rows, stats=frozenset(), routing=routing, shards=None)
+        upstream = Upstream(meta(n, dtype=torch.float32))
+        triton_engine.backward(head, rows, saved, upstream, routing, Needs(True, not frozen, False, False, False))
+        if reference:
+            triton_engine.forward(head, rows, stats=frozenset(), routing=None, shards=None)
+    return launches, torch_calls.calls
+
+
+def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **options) -> StepCost:
+    """`live` [num_blocks]: how many of the tokens keep each block at the smaller tau, and at dhidden's; None: exact."""
+    launches, torch_calls = record(shape, **options)
+    sweeps_of_hidden = {}  # lists by whether they are dhidden's alone: then the larger tau's pairs are in them
+    for kernel, _, arguments, *_ in launches:
+        bound = dict(zip(kernel.arg_names, arguments))
+        if "lengths" in bound and "out" in bound:
+            lists, name = id(bound["lengths"]), kernel.fn.__name__
+            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name == "routed_dhidden_kernel"
+    step = StepCost(other_launches=torch_calls)
+    for kernel, grid, arguments, constants, *_ in launches:
+        name = kernel.fn.__name__.removesuffix("_kernel")
+        bound = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
+        alone = "lengths" in bound and sweeps_of_hidden.get(id(bound["lengths"]), False)
+        cost = _COSTS[name](bound, shape, live_hidden if alone else live)
+        cost.launches = 1
+        step.kernels.setdefault(name, Cost())
+        step.kernels[name] += cost
+    return step
+
+
+def _tokens(a: dict, shape: Shape) -> int:
+    return max(0, min(shape.num_tokens - a["first_token"], a["capacity"]))
+
+
+def _padded(n: float, tile: int) -> float:
+    return -(-n // tile) * tile
+
+
+def _does_nothing(a: dict, live: Tensor | None) -> bool:
+    """An exact kernel of a routed call whose pairs are few."""
+    return a["flag"] is not None and live is not None
+
+
+def _fold(a, shape, live):
+    m, n = _padded(_tokens(a, shape), a["BM"]), _padded(a["V"], a["BN"])
+    item = shape.dtype.itemsize
+    groups = -(-m // (a["BM"] * a["GROUP"]))
+    # per group of token tiles the head is read once; the tokens stay in the cache
+    traffic = item * (groups * a["V"] * a["H"] + m * a["H"]) + 4 * m * a["num_blocks"]
+    return Cost(2.0 * m * n * a["H"], traffic)
+
+
+def _dz(a, shape, live):
+    if _does_nothing(a, live):
+        return Cost()
+    m, columns = _padded(_tokens(a, shape), a["BM"]), _padded(a["last_column"] - a["first_column"], a["BN"])
+    item = shape.dtype.itemsize
+    return Cost(2.0 * m * columns * a["H"], item * (columns * a["H"] + m * a["H"] + m * columns))
+
+
+def _dhidden(a, shape, live):
+    if _does_nothing(a, live):
+        return Cost()
+    n, columns = _tokens(a, shape), a["last_column"] - a["first_column"]
+    m, h, item = _padded(n, a["BM"]), _padded(a["H"], a["BN"]), shape.dtype.itemsize
+    return Cost(2.0 * m * columns * h, item * (m * columns + columns * h) + 8 * n * a["H"])
+
+
+def _dweight(a, shape, live):
+    if _does_nothing(a, live):
+        return Cost()
+    n, m = _padded(_tokens(a, shape), a["BK"]), _padded(a["last_column"] - a["first_column"], a["BM"])
+    item, sums = shape.dtype.itemsize, 4 * (2 - a["FIRST"] - a["LAST"])
+    return Cost(
+        2.0 * m * n * _padded(a["H"], a["BN"]), item * n * (m + a["H"]) + (item * a["LAST"] + sums) * m * a["H"]
+    )
+
+
+def _lengths(a, shape, live, first_token, capacity, blocks) -> Tensor:
+    """Pairs per block of the tokens in range, if they are spread evenly."""
+    share = max(0, min(shape.num_tokens - first_token, capacity)) / shape.num_tokens
+    return (live[a["first_block"] : a["first_block"] + blocks].double() * share).ceil()
+
+
+def _routed(a, shape, live) -> tuple[Tensor, Tensor, float]:
+    """(pairs, padded pairs) per block and tiles of this launch's list; the first round stands for all of them."""
+    blocks = a["lengths"].shape[0]
+    lengths = _lengths(a, shape, live, a["first_token"], a.get("capacity", shape.num_tokens), blocks)
+    return lengths, (lengths / a["TILE"]).ceil() * a["TILE"], a["round"] == 0
+
+
+def _routed_dz(a, shape, live):
+    lengths, padded, first = _routed(a | {"capacity": _capacity(a)}, shape, live)
+    if not first:
+        return Cost()
+    pairs, item = padded.sum().item(), shape.dtype.itemsize
+    touched = (lengths > 0).sum().item() * BLOCK * a["H"]
+    return Cost(2.0 * pairs * BLOCK * a["H"], item * (lengths.sum().item() * a["H"] + touched + pairs * BLOCK))
+
+
+def _capacity(a: dict) -> int:
+    """Tokens of the range that a list covers, from the size of its room (triton_lists.build)."""
+    from fastdpo.ops import triton_gradients
+
+    blocks = a["lengths"].shape[0]
+    tiles = a["tile_block"].shape[0] - blocks if "tile_block" in a else a["tokens"].shape[0] // a["TILE"] - blocks
+    return round((tiles + 1) * a["TILE"] / (triton_gradients.CROSSOVER * blocks))
+
+
+def _routed_dhidden(a, shape, live):
+    first_token = a.get("first_token", 0)
+    lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": first_token}, shape, live)
+    if not first:
+        return Cost()
+    pairs, item = padded.sum().item(), shape.dtype.itemsize
+    touched = (lengths > 0).sum().item() * BLOCK * a["H"]
+    # rows are added in memory: read and written
+    return Cost(2.0 * pairs * BLOCK * _padded(a["H"], a["BN"]),
+                item * (pairs * BLOCK + touched) + 8 * lengths.sum().item() * a["H"])  # fmt: skip
+
+
+def _routed_dweight(a, shape, live):
+    lengths, _, first = _routed(a | {"capacity": _capacity(a)}, shape, live)
+    if not first:
+        return Cost()
+    item = shape.dtype.itemsize
+    depth = ((lengths / a["BK"]).ceil() * a["BK"]).sum().item()
+    columns = _padded(a["H"], a["BN"])
+    written = a["lengths"].shape[0] * BLOCK * a["H"]
+    return Cost(2.0 * depth * BLOCK * columns, item * (depth * BLOCK + depth * columns + written))
+
+
+def _rows(bytes_per_row):
+    def cost(a, shape, live):
+        return Cost() if a.get("flag") is not None and live is not None else Cost(0.0, float(bytes_per_row(a, shape)))
+
+    return cost
+
+
+_COSTS = {
+    "fold": _fold,
+    "dz": _dz,
+    "dhidden": _dhidden,
+    "dweight": _dweight,
+    "routed_dz": _routed_dz,
+    "routed_dhidden": _routed_dhidden,
+    "routed_dweight": _routed_dweight,
+    "compact": _rows(lambda a, s: 30 * s.num_tokens),
+    "gather": _rows(lambda a, s: 2 * s.dtype.itemsize * a["capacity"] * a["pitch"]),
+    "rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
+    "finish": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + a["bitmap_stride"] + 20)),
+    "count": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),
+    "plan": _rows(lambda a, s: 4 * a["running"].numel()),
+    "fill": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["running"].numel()),
+    "spread": _rows(lambda a, s: a["capacity"] * a["H"] * (4 + s.dtype.itemsize)),
+}

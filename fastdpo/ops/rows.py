@@ -1,0 +1,129 @@
+"""What a call passes to an engine, row by row, and the adapter for engines that take completion tokens.
+
+    forward(head, rows, *, stats, routing, shards) -> Forward
+    backward(head, rows, saved, upstream, routing, needs) -> Gradients
+
+By row nothing depends on how many labels are ignored, so nothing has to wait for the device. The adapter does count:
+its engines are the CPU's, and the reference for what no other engine takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..routing import Routing
+from .problem import Forward, Gradients, Head, Needs, Rows, Tokens, Upstream
+
+
+@dataclass(frozen=True)
+class RowEngine:
+    """An engine by row around one whose forward and backward take Tokens."""
+
+    engine: ModuleType
+
+    def forward(
+        self, head: Head, rows: Rows, *, stats: frozenset[str], routing: Routing | None, shards=None
+    ) -> Forward:
+        head, tokens, invalid = _completion_tokens(head, rows)
+        result = self.engine.forward(head, tokens, stats=stats, routing=_with_int_seed(routing), shards=shards)
+        return _each(result, lambda values: _spread(values, tokens, invalid))
+
+    def backward(
+        self, head: Head, rows: Rows, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+    ) -> Gradients:
+        head, tokens, invalid = _completion_tokens(head, rows)
+        if tokens.rows is not None:
+            saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
+        if routing is None:
+            tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
+        grads = self.engine.backward(head, tokens, saved, upstream, _with_int_seed(routing), needs)
+        if invalid is not None and grads.hidden is not None:
+            grads.hidden[invalid] = torch.nan
+        return grads
+
+
+def adapt(engine: ModuleType) -> RowEngine:
+    """`engine`, whose forward and backward take completion tokens, as an engine by row."""
+    return RowEngine(engine)
+
+
+def _each(tensors, function: Callable[[Tensor], Tensor]):
+    """`function` of every tensor of a Forward or an Upstream."""
+    values = {field.name: getattr(tensors, field.name) for field in fields(tensors)}
+    return replace(tensors, **{name: function(x) for name, x in values.items() if x is not None})
+
+
+def _with_int_seed(routing: Routing | None) -> Routing | None:
+    return None if routing is None else replace(routing, seed=int(routing.seed) % 2**64)
+
+
+def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+    """([*, H] with contiguous rows, row of it per flat row of `hidden` or None when they are the same).
+
+    The usual slice ``hidden[:, :-1]`` has no flat view, but its rows lie at whole multiples of one stride: address
+    them there instead of copying.
+    """
+    size = hidden.shape[-1]
+    if hidden.ndim <= 2 or hidden.is_contiguous():
+        return hidden.reshape(-1, size).contiguous(), None
+    step = hidden.stride(-2)
+    aligned = hidden.stride(-1) == 1 and step >= size and all(stride % step == 0 for stride in hidden.stride()[:-1])
+    if not aligned or hidden.numel() == 0:
+        return hidden.reshape(-1, size), None
+    rows = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    last = 0
+    for length, stride in zip(hidden.shape[:-1], hidden.stride()[:-1]):
+        rows = rows[..., None] + torch.arange(length, device=hidden.device) * (stride // step)
+        last += (length - 1) * (stride // step)
+    return hidden.as_strided((last + 1, size), (step, 1)), rows.reshape(-1)
+
+
+def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | None]:
+    """(head with contiguous rows, tokens to score, rows whose label is out of range or None)."""
+    hidden, source_rows = _as_rows(head.hidden)
+    ignored = rows.labels == rows.ignore_index
+    out_of_range = ((rows.labels < 0) | (rows.labels >= rows.vocab_size)) & ~ignored
+    invalid = out_of_range.nonzero()[:, 0] if out_of_range.any() else None
+    skipped = ignored | out_of_range
+    kept = (~skipped).nonzero()[:, 0] if skipped.any() else None
+    labels = rows.labels if kept is None else rows.labels[kept]
+    if source_rows is None:
+        source_rows = kept
+    elif kept is not None:
+        source_rows = source_rows[kept]
+    tokens = Tokens(labels.long() - rows.vocab_start, kept, source_rows, rows.labels.shape[0])
+    weight = head.weight if head.weight.stride(-1) == 1 else head.weight.contiguous()
+    return head.replace(hidden=hidden, weight=weight), tokens, invalid
+
+
+def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:
+    """Only the tokens with an upstream gradient: the exact backward of the others is zero."""
+    active = upstream.coef != 0
+    if upstream.coef_entropy is not None:
+        active |= upstream.coef_entropy != 0
+    if active.all():
+        return tokens, saved, upstream
+    keep = active.nonzero()[:, 0]
+
+    def pick_rows(rows: Tensor | None) -> Tensor:
+        return keep if rows is None else rows[keep]
+
+    tokens = Tokens(tokens.labels[keep], pick_rows(tokens.rows), pick_rows(tokens.source_rows), tokens.num_rows)
+    saved, upstream = (_each(x, lambda values: values.index_select(0, keep)) for x in (saved, upstream))
+    return tokens, saved, upstream
+
+
+def _spread(values: Tensor, tokens: Tokens, invalid: Tensor | None) -> Tensor:
+    """Per-token values -> per row: 0 where ignored, NaN (False, no bits) where the label is out of range."""
+    if tokens.rows is None:
+        return values
+    out = values.new_zeros(tokens.num_rows, *values.shape[1:])
+    out[tokens.rows] = values
+    if invalid is not None and values.is_floating_point():
+        out[invalid] = torch.nan
+    return out

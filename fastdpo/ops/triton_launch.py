@@ -1,0 +1,185 @@
+"""How kernels are launched, on what, and with which tiles: the one table of tile shapes is here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine that a call runs on."""
+
+    capability: int  # 80, 90, 100, 120; 0: Triton's interpreter
+    programs: int  # of a persistent kernel: one per multiprocessor
+
+    @property
+    def has_tma(self) -> bool:
+        return self.capability >= 90 or self.capability == 0
+
+    @property
+    def tiles(self) -> int:
+        """Whose tiles fit: sm_86 and sm_89 have the shared memory of sm_120, not of sm_80."""
+        if self.capability in (0, 80):
+            return self.capability
+        return next(known for known in (120, 100, 90) if self.capability >= known) if self.capability >= 90 else 120
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile of a matrix product: rows by columns, `k` deep in every step of the loop."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    group: int = 8  # tiles of tokens that go through the other dimension together
+    per_sm: int = 1  # programs of a persistent kernel on one multiprocessor
+
+
+@functools.cache
+def _target(device: torch.device) -> Target:
+    if device.type != "cuda":
+        return Target(0, 3)
+    properties = torch.cuda.get_device_properties(device)
+    capability = 80 if torch.version.hip else properties.major * 10 + properties.minor
+    return Target(capability, properties.multi_processor_count)
+
+
+def on_device(device: torch.device):
+    """Makes `device` the current one, where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+class Recorder:
+    """Inside `with Recorder(target) as launches`, kernels are listed with their arguments instead of run.
+
+    The tools that compile kernels ahead of time and count what a step costs see through it exactly what the engine
+    launches.
+    """
+
+    active: Recorder | None = None
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.launches: list[tuple] = []
+
+    def __enter__(self) -> list[tuple]:
+        Recorder.active = self
+        return self.launches
+
+    def __exit__(self, *_):
+        Recorder.active = None
+
+
+def target_of(device: torch.device) -> Target:
+    return Recorder.active.target if Recorder.active is not None else _target(device)
+
+
+def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, stages: int = 2, **constants) -> None:
+    """kernel[grid](*arguments, **constants); an empty grid launches nothing."""
+    if 0 in grid:
+        return
+    if Recorder.active is not None:
+        Recorder.active.launches.append((kernel, grid, arguments, constants, warps, stages))
+        return
+    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
+
+
+def descriptor(x: Tensor, rows: int, columns: int):
+    """A TMA descriptor of the 2-d tensor `x` in boxes of [rows, columns]."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+
+
+def can_use_tma(target: Target, *tensors: Tensor) -> bool:
+    """TMA wants 16-byte aligned rows."""
+    return target.has_tma and all(
+        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1 for x in tensors
+    )
+
+
+def precision(compute_dtype: torch.dtype) -> str:
+    """fp32 products on tensor cores in three TF32 products, which keep fp32's accuracy."""
+    return "tf32x3" if compute_dtype == torch.float32 else "tf32"
+
+
+def tile(kernel: str, target: Target, compute_dtype: torch.dtype, out_columns: int | None = None) -> Tile:
+    """The tile of a kernel by architecture and type, no wider than its output.
+
+    Chosen by ahead-of-time compilation: no spills, most tensor-core work per byte of shared memory. `make kernels`
+    prints what they use.
+    """
+    by_architecture = _TILES[kernel]["fp32" if compute_dtype == torch.float32 else "half"]
+    shape = by_architecture.get(target.tiles, by_architecture[80])
+    if out_columns is not None:
+        shape = replace(shape, n=min(shape.n, max(16, triton.next_power_of_2(out_columns))))
+    return shape
+
+
+_INTERPRETED = Tile(64, 1024, 64, 4, 1, group=2)
+_TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "fold": {
+        "half": {
+            0: _INTERPRETED,
+            80: Tile(128, 128, 32, 4, 4),
+            90: Tile(128, 256, 64, 8, 3),
+            100: Tile(128, 256, 64, 8, 3),
+            120: Tile(128, 128, 64, 8, 2),
+        },
+        "fp32": {0: _INTERPRETED, 80: Tile(128, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 3)},
+    },
+    "dz": {
+        "half": {
+            0: _INTERPRETED,
+            80: Tile(128, 128, 32, 4, 4),
+            90: Tile(128, 256, 64, 8, 3),
+            100: Tile(128, 256, 64, 8, 3),
+            120: Tile(128, 128, 64, 8, 2),
+        },
+        "fp32": {0: _INTERPRETED, 80: Tile(128, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 3)},
+    },
+    "dhidden": {
+        "half": {0: Tile(64, 64, 128, 4, 1, group=2), 80: Tile(128, 128, 32, 4, 4), 90: Tile(128, 256, 64, 8, 3)},
+        "fp32": {0: Tile(64, 64, 128, 4, 1, group=2), 80: Tile(128, 128, 32, 8, 2)},
+    },
+    "dweight": {
+        "half": {0: Tile(512, 64, 64, 4, 1, group=2), 80: Tile(128, 128, 32, 4, 4), 90: Tile(128, 256, 64, 8, 3)},
+        "fp32": {0: Tile(512, 64, 64, 4, 1, group=2), 80: Tile(128, 128, 32, 8, 2)},
+    },
+    "dlora_a": {
+        "half": {0: Tile(16, 64, 64, 4, 1), 80: Tile(16, 128, 64, 4, 2)},
+        "fp32": {0: Tile(16, 64, 64, 4, 1), 80: Tile(16, 128, 64, 4, 2)},
+    },
+    "rank": {
+        "half": {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 64, 4, 3)},
+        "fp32": {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 32, 4, 3)},
+    },
+    # Rows of partial sums: m tokens by n blocks at a time.
+    "finish": {
+        "half": {0: Tile(64, 1024, 0, 4, 1), 80: Tile(1, 2048, 0, 4, 1)},
+        "fp32": {0: Tile(64, 1024, 0, 4, 1), 80: Tile(1, 2048, 0, 4, 1)},
+    },
+    # The routed kernels: m pairs of one block of 128 columns.
+    "routed_dz": {
+        "half": {0: Tile(128, 128, 64, 4, 1), 80: Tile(64, 128, 64, 4, 3, per_sm=2)},
+        "fp32": {0: Tile(128, 128, 64, 4, 1), 80: Tile(64, 128, 32, 4, 2, per_sm=2)},
+    },
+    "routed_dhidden": {
+        "half": {0: Tile(64, 64, 128, 4, 1), 80: Tile(64, 128, 128, 4, 2, per_sm=2)},
+        "fp32": {0: Tile(64, 64, 128, 4, 1), 80: Tile(64, 64, 128, 4, 1, per_sm=2)},
+    },
+    "routed_dweight": {
+        "half": {0: Tile(128, 64, 64, 4, 1), 80: Tile(128, 128, 64, 4, 3)},
+        "fp32": {0: Tile(128, 64, 64, 4, 1), 80: Tile(128, 64, 32, 4, 2)},
+    },
+}

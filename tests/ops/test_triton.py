@@ -1,0 +1,270 @@
+"""The Triton engine beyond what the shared suite sees: its ranges, rounds and slabs, both sides of the crossover, what
+it launches, and that nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+from heads import peaked_head, relative_error, small_head
+
+import fastdpo
+from fastdpo import routing
+from fastdpo.ops import reference
+from fastdpo.ops.problem import STATS, Forward, Head, Needs, Rows, Tokens, Upstream
+
+if fastdpo.backends()["engines"]["triton"]["reason"]:
+    pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
+
+from fastdpo.ops import triton_engine, triton_gradients, triton_lists
+from fastdpo.ops.triton_launch import Recorder, Target
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+SEED = 2**63 + 12345
+
+
+@pytest.fixture
+def small_workspaces(monkeypatch):
+    """A few tokens, blocks and pairs at a time, as a large problem has them."""
+    monkeypatch.setattr(triton_engine, "FORWARD_HIDDEN_BYTES", 1)
+    monkeypatch.setattr(triton_gradients, "SUMS_BYTES", 128 * 48 * 4)
+    monkeypatch.setattr(triton_gradients, "HIDDEN_BYTES", 1)
+    monkeypatch.setattr(triton_gradients, "DZ_BYTES", 128 * 128 * 2 * 3)
+    monkeypatch.setattr(triton_gradients, "LIST_BYTES", 4 * 128 * 6)
+
+
+class Case:
+    """One problem for both engines: the Triton engine by row, the reference in fp64 by token."""
+
+    def __init__(self, head, dtype=torch.float32, routed=None, weight_dtype=None, first_block=0, **transform):
+        transform = {"logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0, **transform}
+        self.labels, self.vocab_size = head.labels, head.weight.shape[0]
+        leaves = head.leaves(dtype, False)
+        if weight_dtype is not None:
+            leaves.weight = head.weight.to(weight_dtype)
+        self.dtype, self.routed = dtype, routed
+
+        def build(x, compute):
+            lora = x.lora or (None, None, 1.0)
+            tensors = [None if t is None else t.to(DEVICE) for t in (x.hidden, x.weight, x.bias, *lora[:2])]
+            head = Head(*tensors, lora[2], *transform.values(), compute)
+            return head.replace(first_block=first_block)
+
+        self.head = build(leaves, dtype)
+        exact = head.rounded(dtype)
+        self.keep = ((head.labels >= 0) & (head.labels < self.vocab_size)).nonzero()[:, 0].to(DEVICE)
+        self.oracle = build(exact, torch.float64).replace(hidden=exact.hidden.to(DEVICE)[self.keep])
+        self.tokens = Tokens(
+            self.labels.to(DEVICE)[self.keep], self.keep, torch.arange(len(self.keep), device=DEVICE), len(self.labels)
+        )
+        self.rows = Rows(self.labels.to(DEVICE), -100, 0, self.vocab_size)
+
+    def routing(self, as_tensor: bool, needs: Needs):
+        if self.routed is None:
+            return None
+        taus = (self.routed[0] if needs.of_hidden else -1.0, self.routed[1] if needs.of_weight else -1.0)
+        return routing.Routing(*taus, torch.tensor(SEED - 2**64, device=DEVICE) if as_tensor else SEED)
+
+    def run(self, coef, coef_entropy=None, needs=None, stats=STATS) -> tuple:
+        needs = needs or Needs(
+            True, True, *(x is not None for x in (self.head.bias, self.head.lora_a, self.head.lora_b))
+        )
+        coef = coef.to(DEVICE)
+        coef_entropy = None if coef_entropy is None else coef_entropy.to(DEVICE)
+        mine = self.routing(True, needs) if coef_entropy is None else None
+        saved = triton_engine.forward(self.head, self.rows, stats=frozenset(stats), routing=mine, shards=None)
+        ours = triton_engine.backward(self.head, self.rows, saved, Upstream(coef, coef_entropy), mine, needs)
+        plain = self.routing(False, needs) if coef_entropy is None else None
+        expected = reference.forward(self.oracle, self.tokens, stats=frozenset(stats), routing=plain)
+        upstream = Upstream(*(None if c is None else c[self.keep].double() for c in (coef, coef_entropy)))
+        grads = reference.backward(self.oracle, self.tokens, expected, upstream, plain, needs)
+        return saved, expected, ours, grads
+
+    def check(self, coef, coef_entropy=None, needs=None, tolerance=5e-6) -> None:
+        saved, expected, ours, grads = self.run(coef, coef_entropy, needs)
+        for name in ("logps", "lse", "entropy", "mean_logit", "log_sum_sq_probs"):
+            mine = getattr(saved, name)[self.keep].double()
+            torch.testing.assert_close(mine, getattr(expected, name), rtol=1e-5, atol=5e-6)
+        assert torch.equal(saved.is_top1[self.keep], expected.is_top1)
+        if saved.bitmap is not None:
+            assert torch.equal(saved.bitmap[self.keep, : expected.bitmap.shape[1]], expected.bitmap)
+        for name, gradient in vars(grads).items():
+            mine = getattr(ours, name)
+            assert (mine is None) == (gradient is None), name
+            if gradient is None:
+                continue
+            rounding = 2 * relative_error(gradient.to(mine.dtype), gradient)
+            assert relative_error(mine, gradient) < (tolerance if mine.dtype == torch.float32 else rounding), name
+
+
+ROUTED = {"exact": None, "routed": (0.2, 0.05), "one tau": (0.1, 0.1), "smaller tau for dhidden": (0.02, 0.1)}
+
+
+@pytest.mark.parametrize("how", ROUTED)
+@pytest.mark.parametrize("crossover", [1.0, 0.0])
+def test_many_ranges_rounds_and_slabs(small_workspaces, monkeypatch, how, crossover):
+    """300 tokens in ranges of 128, 8 blocks in lists of a few, dweight in slabs summed over three chunks of tokens."""
+    if ROUTED[how] is None and crossover == 0.0:
+        pytest.skip("the exact backward has no crossover")
+    monkeypatch.setattr(triton_gradients, "CROSSOVER", crossover)
+    head = peaked_head(N=300, V=1000, H=48)
+    head.bias = torch.randn(1000, dtype=torch.float64)
+    head.lora = (torch.randn(4, 48).double() * 0.1, torch.randn(1000, 4).double() * 0.1, 0.7)
+    head.labels[torch.rand(300) < 0.2] = -100
+    case = Case(head, routed=ROUTED[how] if crossover else None, softcap=20.0)
+    if crossover == 0.0:  # every call finds too many pairs: the exact gradient, from the routed call's launches
+        needs = Needs(True, True, True, True, True)
+        case.routed = ROUTED[how]
+        mine = case.routing(True, needs)
+        coef = torch.randn(300).to(DEVICE)
+        saved = triton_engine.forward(case.head, case.rows, stats=frozenset(), routing=mine, shards=None)
+        ours = triton_engine.backward(case.head, case.rows, saved, Upstream(coef), mine, needs)
+        expected = reference.forward(case.oracle, case.tokens)
+        grads = reference.backward(
+            case.oracle, case.tokens, expected, Upstream(coef[case.keep].double()), None, needs
+        )  # fmt: skip
+        for name, gradient in vars(grads).items():
+            assert relative_error(getattr(ours, name), gradient) < 5e-6, name
+        return
+    case.check(torch.randn(300))
+
+
+@pytest.mark.parametrize("how", ["exact", "routed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("H", [48, 33])  # 33: rows that TMA cannot address
+def test_types_and_alignments(monkeypatch, how, dtype, H):
+    monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
+    head = small_head(N=50, V=700, H=H, bias=True, masked=True)
+    Case(head, dtype, ROUTED[how], logit_scale=0.5, temperature=1.2).check(torch.randn(50))
+
+
+@pytest.mark.parametrize("how", ["exact", "routed"])
+def test_small_upstream_gradients_survive_fp16(monkeypatch, how):
+    monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
+    head = small_head(N=20, V=300)
+    head.hidden *= 0.3
+    Case(head, torch.float16, ROUTED[how]).check(torch.randn(20).abs() * 1e-4 + 1e-4)
+
+
+@pytest.mark.parametrize("how", ["exact", "routed"])
+@pytest.mark.parametrize("needs", [(True, False), (False, True)])
+def test_only_what_is_asked_for(monkeypatch, how, needs):
+    monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
+    head = small_head(N=40, V=700)
+    Case(head, routed=ROUTED[how]).check(torch.randn(40), needs=Needs(*needs, False, False, False))
+
+
+def test_entropy_gradient_of_rows_without_a_logp_gradient():
+    head = small_head(N=40, V=700, bias=True, masked=True)
+    coef = torch.randn(40)
+    coef[::3] = 0
+    Case(head, softcap=5.0).check(coef, torch.randn(40))
+
+
+@pytest.mark.parametrize("first_block", [4, 3])
+def test_draws_follow_the_block_of_the_whole_vocabulary(monkeypatch, first_block):
+    monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
+    Case(peaked_head(N=60, V=1500), routed=(0.2, 0.1), first_block=first_block).check(torch.randn(60))
+
+
+def test_weight_of_another_type():
+    head = small_head(N=30, V=300)
+    case = Case(head, torch.bfloat16, weight_dtype=torch.float32)
+    saved, expected, ours, grads = case.run(torch.randn(30))
+    torch.testing.assert_close(saved.logps.double(), expected.logps, rtol=1e-5, atol=5e-6)
+    assert ours.weight.dtype == torch.float32 and ours.hidden.dtype == torch.bfloat16
+    assert relative_error(ours.weight, grads.weight) < 5e-3
+
+
+def test_deterministic_algorithms_add_dhidden_in_order(monkeypatch):
+    monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
+    names = []
+    launch = triton_gradients.launch
+
+    def spy(kernel, grid, *arguments, **constants):
+        names.append((kernel.__name__, constants.get("ORDERED")))
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(triton_gradients, "launch", spy)
+    case = Case(peaked_head(N=100, V=1500), routed=(0.1, 0.05))
+    for deterministic in (True, False):
+        names.clear()
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            case.check(torch.randn(100))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert {ordered for name, ordered in names if name == "routed_dhidden_kernel"} == {deterministic}
+
+
+@pytest.mark.parametrize("kind", ["random", "flat", "one-hot", "empty"])
+def test_lists_hold_the_pairs_of_the_bitmap_in_the_order_of_the_tokens(kind):
+    tokens, blocks, tile = 300, 21, 16
+    share = {"random": 0.2, "flat": 1.0, "one-hot": 0.0, "empty": 0.0}[kind]
+    kept = torch.rand(tokens, blocks) < share
+    if kind == "one-hot":
+        kept[torch.arange(tokens), torch.randint(0, blocks, (tokens,))] = True
+    coef = torch.ones(tokens)
+    coef[7] = 0
+    shuffled = torch.randperm(tokens)
+    bitmap = torch.empty(tokens, 3, dtype=torch.uint8)
+    bitmap[shuffled] = routing.pack_bits(kept)
+    coef_rows = torch.empty(tokens)
+    coef_rows[shuffled] = coef
+    count = torch.tensor([tokens - 5], dtype=torch.int32)
+    lists = triton_lists.build(
+        bitmap.to(DEVICE), coef_rows.to(DEVICE), shuffled.int().to(DEVICE), count.to(DEVICE),
+        128, 256, 5, 13, tile=tile, max_pairs_in_memory=100, crossover=1.0,
+    )  # fmt: skip
+    wanted = kept & (coef != 0)[:, None]
+    first_tile, in_rounds = lists.first_tile.tolist(), []
+    for b in range(13):
+        expected = wanted[128 : tokens - 5, 5 + b].nonzero()[:, 0].tolist()
+        assert lists.lengths[b] == len(expected)
+        start = first_tile[b] * tile
+        assert lists.tokens[start : start + len(expected)].tolist() == expected
+        assert first_tile[b + 1] - first_tile[b] == -(-len(expected) // tile)
+        assert (lists.tile_block[first_tile[b] : first_tile[b + 1]] == b).all()
+    edges = lists.round_block.tolist()
+    assert edges[0] == 0 and edges[-1] == 13 and edges == sorted(edges)
+    for begin, end in itertools.pairwise(edges):
+        in_rounds.append(first_tile[end] - first_tile[begin])
+    assert max(in_rounds) <= lists.tiles_in_memory and lists.is_routed.item() == 1
+
+
+OPTIONS = {
+    "exact": {},
+    "routed": {"routed": True},
+    "everything": {"routed": True, "extras": True, "stats": frozenset(STATS)},
+    "entropy": {"extras": True, "entropy": True, "stats": frozenset(("entropy",))},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_nothing_waits_for_the_device(options):
+    """On tensors without values every read of one raises: sizes and branches come from shapes alone."""
+
+    def meta(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    extras = options.get("extras", False)
+    N, V, H = 5000, 50000, 256
+    head = Head(
+        meta(N, H), meta(V, H), meta(V) if extras else None, meta(8, H) if extras else None,
+        meta(V, 8) if extras else None, 2.0, 1.0, 0.0, 1.0, torch.bfloat16,
+    )  # fmt: skip
+    rows = Rows(meta(N, dtype=torch.int64), -100, 0, V)
+    key = routing.Routing(2.0**-10, 2.0**-12, meta(dtype=torch.int64)) if options.get("routed") else None
+    needs = Needs(True, True, extras, extras, extras)
+    with Recorder(Target(90, 132)) as launches:
+        saved = triton_engine.forward(head, rows, stats=options.get("stats", frozenset()), routing=key, shards=None)
+        coef = meta(N, dtype=torch.float32)
+        upstream = Upstream(coef, coef if options.get("entropy") else None)
+        grads = triton_engine.backward(head, rows, saved, upstream, key, needs)
+    assert isinstance(saved, Forward) and grads.weight.shape == (V, H)
+    names = {kernel.__name__ for kernel, *_ in launches}
+    assert {"compact_kernel", "fold_kernel", "finish_kernel", "dz_kernel", "dweight_kernel", "dhidden_kernel"} <= names
+    assert ("routed_dz_kernel" in names) == (key is not None)
