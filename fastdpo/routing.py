@@ -59,8 +59,6 @@ def num_blocks(vocab_size: int) -> int:
 def bitmap_bytes(num_rows: int, num_blocks: int, routing: Routing) -> int:
     """Of one row of a bitmap with room for the pairs kept at the smaller `tau` and, if it takes little memory, for
     those kept at the larger too: dhidden and dweight, swept separately, then each visit only their own pairs.
-
-    A function of a call's arguments alone, and not of the engine: torch.compile keeps graphs by these.
     """
     one = -(-num_blocks // 8)
     two = min(routing.tau_hidden, routing.tau_weight) >= 0 and routing.tau_hidden != routing.tau_weight

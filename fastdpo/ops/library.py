@@ -61,7 +61,9 @@ def backward(
 def token_stats(head: Head, rows: Rows, routing: Routing | None, stats: frozenset[str]) -> Forward:
     """The forward as one operator, with autograd; `logps` and `entropy` are differentiable."""
     inputs, scalars = _flatten(head, rows, routing)
-    outputs = token_stats_op(*inputs, **scalars, stats=sorted(stats))
+    # An argument, so that a graph which torch.compile has stored fits whichever engine and version meets it.
+    width = 0 if routing is None else bitmap_bytes(rows.labels.shape[0], num_blocks(head.weight.shape[0]), routing)
+    outputs = token_stats_op(*inputs, **scalars, stats=sorted(stats), bitmap_bytes=width)
     present = {"logps", "lse", *stats} | ({"bitmap"} if routing is not None else set())
     return Forward(*(x if name in present else None for name, x in zip(_RESULTS, outputs)))
 
@@ -141,23 +143,17 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     return dict.fromkeys(_RESULTS, dtype) | {"is_top1": torch.bool, "bitmap": torch.uint8}
 
 
-def _bitmap_shape(weight: Tensor, labels: Tensor, routing: Routing) -> tuple[int, int]:
-    """The same whichever engine runs: a graph that torch.compile has stored may meet another one."""
-    return labels.shape[0], bitmap_bytes(labels.shape[0], num_blocks(weight.shape[0]), routing)
-
-
 @torch.library.custom_op(
     "fastdpo::linear_token_stats",
     mutates_args=(),
-    schema=f"({_INPUTS}, *, {_SCALARS}, str[] stats) -> ({', '.join(['Tensor'] * 7)})",
+    schema=f"({_INPUTS}, *, {_SCALARS}, str[] stats, SymInt bitmap_bytes) -> ({', '.join(['Tensor'] * 7)})",
 )
-def token_stats_op(*inputs, stats, **scalars):
+def token_stats_op(*inputs, stats, bitmap_bytes, **scalars):
     head, rows, routing = _unflatten(*inputs, **scalars)
     result = _forward(head, rows, routing, frozenset(stats))
     outputs = {name: getattr(result, name) for name in _RESULTS}
-    if routing is not None:
-        missing = _bitmap_shape(head.weight, rows.labels, routing)[1] - result.bitmap.shape[1]
-        outputs["bitmap"] = pad(result.bitmap, (0, missing)) if missing else result.bitmap
+    if routing is not None and result.bitmap.shape[1] < bitmap_bytes:  # an engine that keeps one set of pairs
+        outputs["bitmap"] = pad(result.bitmap, (0, bitmap_bytes - result.bitmap.shape[1]))
     return tuple(
         head.hidden.new_empty(0, dtype=dtype) if outputs[name] is None else outputs[name]
         for name, dtype in _dtypes(head.hidden).items()
@@ -165,11 +161,10 @@ def token_stats_op(*inputs, stats, **scalars):
 
 
 @token_stats_op.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, **scalars):
+def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, bitmap_bytes, **scalars):
     shapes = dict.fromkeys(("logps", "lse", *stats), labels.shape)
     if seed is not None:
-        _, _, routing = _unflatten(hidden, weight, bias, lora_a, lora_b, labels, seed, **scalars)
-        shapes["bitmap"] = _bitmap_shape(weight, labels, routing)
+        shapes["bitmap"] = (labels.shape[0], bitmap_bytes)
     return tuple(hidden.new_empty(shapes.get(name, (0,)), dtype=dtype) for name, dtype in _dtypes(hidden).items())
 
 
@@ -214,7 +209,7 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
         outputs["entropy"] if with_entropy else None,
         outputs["bitmap"] if routed else None,
     )
-    ctx.scalars = {name: value for name, value in keyword_only_inputs.items() if name != "stats"}
+    ctx.scalars = {name: x for name, x in keyword_only_inputs.items() if name not in ("stats", "bitmap_bytes")}
     differentiable = ("logps", "entropy") if with_entropy else ("logps",)
     ctx.mark_non_differentiable(*(x for name, x in outputs.items() if name not in differentiable))
 
