@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,17 +17,17 @@ import fastdpo
 ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
 
 
-def _why_unavailable(name: str) -> str | None:
-    return fastdpo.backends()["engines"][name]["reason"]
-
-
 @pytest.fixture(params=ENGINES)
-def engine(request, monkeypatch) -> str:
-    reason = _why_unavailable(request.param)
+def engine(request, monkeypatch) -> Iterator[str]:
+    """Each engine in turn; the triton engine's inputs are made on the GPU where there is one."""
+    on_gpu = request.param == "triton" and torch.cuda.is_available()
+    reason = fastdpo.backends()["engines"][request.param]["reason"]
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setenv("FASTDPO_ENGINE", request.param)
-    return request.param
+    torch.set_default_device("cuda" if on_gpu else None)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .triton_common import (
     BLOCK,
+    VARYING,
     add_low_rank,
     exp,
     expm1,
@@ -29,6 +30,7 @@ from .triton_common import (
     rounded,
     row_offset,
     start_products,
+    store_tile,
     tile_of,
     tile_offsets,
     within,
@@ -73,7 +75,7 @@ def _dz(z, slope, terms, label, column, V, ENTROPY: tl.constexpr):
     return dz, tl.where(inside & ~is_label, p, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def routed_dz_kernel(
     hidden,  # [outer, inner, H], the caller's strides
     weight, bias, rank, lora_b,  # rank [capacity, R], of tokens from first_token
@@ -137,7 +139,7 @@ def routed_dz_kernel(
             tl.store(place, tl.sum(tile_dz, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dz_kernel(
     hidden,  # [capacity, pitch] gathered: TMA descriptor or pointer
     weight, bias, rank, lora_b, rows, token_labels, count, logps, lse, entropy, coef, coef_entropy, dz_scale, flag,
@@ -213,7 +215,7 @@ def _dz_columns(
             tl.store(sums + at, tl.sum(tile_dz, 0), mask=at < dz_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def routed_dhidden_kernel(
     dz, ratio, weight,  # weight [V, H], or lora_b
     tile_block, tokens, lengths, first_tile, round_block, flag,
@@ -259,7 +261,7 @@ def routed_dhidden_kernel(
             tl.atomic_add(target, product, mask=inside, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dhidden_kernel(
     dz,  # [capacity, dz_stride]: TMA descriptor or pointer
     weight,  # [V, H], or lora_b: TMA descriptor or pointer
@@ -275,17 +277,17 @@ def dhidden_kernel(
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(H, BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         m, h = tile_of(index, tiles_m, tiles_n, GROUP)
-        acc = tl.zeros((BM, BN), tl.float32)
+        # added to before the products, while `acc` takes no registers yet
+        inside = within(m * BM, h * BN, n, H, BM, BN)
+        acc = tl.load(out + tile_offsets(m * BM, h * BN, out_stride, BM, BN), mask=inside, other=0.0)
         for k in range(0, last_column - first_column, BK):
             a = load_tile(dz, m * BM, k, capacity, dz_stride, dz_stride, BM, BK, TMA)
             b = load_tile(weight, first_column + k, h * BN, V, H, weight_stride, BK, BN, TMA)
             acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), acc, input_precision=PRECISION)
-        target = out + tile_offsets(m * BM, h * BN, out_stride, BM, BN)
-        inside = within(m * BM, h * BN, n, H, BM, BN)
-        tl.store(target, tl.load(target, mask=inside, other=0.0) + acc, mask=inside)
+        store_tile(out, acc, m * BM, h * BN, n, H, out_stride)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def routed_dweight_kernel(
     dz, ratio, column_sums,
     hidden,  # [outer, inner, H], the caller's strides, or rank [capacity, R] as one outer row
@@ -339,7 +341,7 @@ def routed_dweight_kernel(
             tl.store(out_bias + r, rounded(total, out_bias.dtype.element_ty), mask=r < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def dweight_kernel(
     dz,  # [capacity, dz_stride]: TMA descriptor or pointer
     column_sums,  # of dz_kernel
@@ -351,8 +353,8 @@ def dweight_kernel(
     out_bias,  # [V], or None
     first_token, capacity, first_column, last_column, dz_stride, H, pitch, out_stride,
     sum_tile,  # tokens of one row of column_sums
-    FIRST: tl.constexpr,  # nothing is in `partial` yet
-    LAST: tl.constexpr,  # write `out`, else `partial`
+    is_first,  # 1: nothing is in `partial` yet
+    is_last,  # 1: write `out`, else `partial`
     wanted: tl.constexpr, COMPUTE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -364,40 +366,39 @@ def dweight_kernel(
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
         m, h = tile_of(index, tiles_m, tiles_n, GROUP)
         acc = tl.zeros((BM, BN), tl.float32)
+        if partial is not None:
+            inside = within(m * BM, h * BN, last_column - first_column, H, BM, BN) & (is_first == 0)
+            acc = tl.load(partial + tile_offsets(m * BM, h * BN, H, BM, BN), mask=inside, other=0.0)
         for k in range(0, n, BK):
             a = load_tile(dz, k, m * BM, capacity, dz_stride, dz_stride, BK, BM, TMA)
             b = load_tile(hidden, k, h * BN, capacity, pitch, pitch, BK, BN, TMA)
             acc = tl.dot(operand(a, COMPUTE).T, operand(b, COMPUTE), acc, input_precision=PRECISION)
-        v = m * BM + tl.arange(0, BM)
-        column = first_column + v
-        inside = within(m * BM, h * BN, last_column - first_column, H, BM, BN)
+        if partial is not None:
+            if is_last == 0:
+                store_tile(partial, acc, m * BM, h * BN, last_column - first_column, H, H)
         if out is not None:
-            if not FIRST:
-                acc += tl.load(partial + tile_offsets(m * BM, h * BN, H, BM, BN), mask=inside, other=0.0)
-            if LAST:
+            if is_last != 0:
                 if unscale is not None:
                     acc *= tl.load(unscale)
-                target = out + tile_offsets(first_column + m * BM, h * BN, out_stride, BM, BN)
-                tl.store(target, rounded(acc, out.dtype.element_ty), mask=inside)
-            else:
-                tl.store(partial + tile_offsets(m * BM, h * BN, H, BM, BN), acc, mask=inside)
+                store_tile(out, acc, first_column + m * BM, h * BN, last_column, H, out_stride)
         if out_bias is not None:
             if h == 0:
+                v = m * BM + tl.arange(0, BM)
+                column = first_column + v
                 mine = column < last_column
+                done = v * 0 + is_last != 0
                 total = tl.zeros((BM,), tl.float32)
                 for index in range(0, tl.cdiv(n, sum_tile)):
                     total += tl.load(column_sums + index * dz_stride + v, mask=mine, other=0.0)
-                if not FIRST:
-                    total += tl.load(partial_bias + v, mask=mine, other=0.0)
-                if LAST:
-                    if unscale is not None:
-                        total *= tl.load(unscale)
-                    tl.store(out_bias + column, rounded(total, out_bias.dtype.element_ty), mask=mine)
-                else:
-                    tl.store(partial_bias + v, total, mask=mine)
+                if partial_bias is not None:
+                    total += tl.load(partial_bias + v, mask=mine & (v * 0 + is_first == 0), other=0.0)
+                    tl.store(partial_bias + v, total, mask=mine & ~done)
+                if unscale is not None:
+                    total *= tl.load(unscale)
+                tl.store(out_bias + column, rounded(total, out_bias.dtype.element_ty), mask=mine & done)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def spread_kernel(
     sums,  # [capacity, H] fp32, of tokens from first_token
     position, unscale,

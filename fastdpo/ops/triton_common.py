@@ -12,6 +12,13 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 BLOCK = tl.constexpr(128)  # routing.BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
+VARYING = (
+    "capacity", "first_block", "first_column", "first_token", "generator_block", "ignore_index", "is_first", "is_last",
+    "last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "tiles_per_round",
+    "token_tiles", "vocab_size", "vocab_start",
+)  # fmt: skip
+
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
@@ -188,6 +195,20 @@ def add_low_rank(
 def halves(x):
     """The left and right columns of a tile; free where a thread holds both."""
     return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def store_tile(target, x, row, column, num_rows, num_columns, stride):
+    """target[row :, column :] = x inside of [num_rows, num_columns], a block of columns at a time to save registers."""
+    COLUMNS: tl.constexpr = x.shape[1]
+    if COLUMNS > BLOCK:
+        left, right = halves(x)
+        store_tile(target, left, row, column, num_rows, num_columns, stride)
+        store_tile(target, right, row, column + COLUMNS // 2, num_rows, num_columns, stride)
+    else:
+        inside = within(row, column, num_rows, num_columns, x.shape[0], COLUMNS)
+        where = tile_offsets(row, column, stride, x.shape[0], COLUMNS)
+        tl.store(target + where, rounded(x, target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

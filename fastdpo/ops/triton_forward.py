@@ -15,6 +15,7 @@ from triton.language.random import philox
 
 from .triton_common import (
     BLOCK,
+    VARYING,
     add_low_rank,
     exp,
     halves,
@@ -46,7 +47,7 @@ def _is_scored(labels, coef, coef_entropy, r, num_rows, ignore_index, vocab_size
     return scored, label, bad & (r < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def compact_kernel(
     labels,  # [M] int32 or int64
     coef,  # [M] fp32 or None
@@ -89,7 +90,7 @@ def compact_kernel(
         tl.store(is_top1 + r, r < 0, mask=skipped)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def gather_kernel(
     hidden,  # [outer, inner, H], the caller's strides
     rows, count,
@@ -111,7 +112,7 @@ def gather_kernel(
     tl.store(out + where, rounded(x, out.dtype.element_ty), mask=(i < capacity)[:, None] & (k < pitch)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def rank_kernel(
     hidden,  # [capacity, pitch] gathered
     lora_a,  # [rank_size, H]
@@ -132,7 +133,7 @@ def rank_kernel(
     tl.store(out + i.to(tl.int64)[:, None] * R + r[None, :], acc * lora_scale, mask=(i < capacity)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def fold_kernel(
     hidden,  # [capacity, pitch] gathered tokens: TMA descriptor or pointer
     weight,  # [V, H]: TMA descriptor or pointer
@@ -249,7 +250,7 @@ def _store_bits(place, kept, exists, num_bytes, T: tl.constexpr, K: tl.constexpr
     tl.store(place + at[None, :], byte.to(tl.uint8), mask=exists[:, None] & (at < num_bytes)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
     block_lse, block_mean, block_lse2, block_sum, block_before, block_after,  # [capacity, num_blocks] or None
     label_logit,  # [capacity]

@@ -210,9 +210,9 @@ class _Sweep:
                 )  # fmt: skip
 
     def _routed_dhidden(self, dz, ratio, weight, listed, out, round, first_block, pair_tile) -> None:
-        ops, (compute, precision) = self.ops, self._arithmetic(weight is self.ops.lora_b)
-        columns = weight.shape[1]
-        shape = ops.tile("routed_dhidden", out_columns=columns)
+        ops, low_rank, columns = self.ops, weight is self.ops.lora_b, weight.shape[1]
+        compute, precision = self._arithmetic(low_rank)
+        shape = ops.tile("routed_dhidden", columns, low_rank=low_rank)
         ordered = torch.are_deterministic_algorithms_enabled()
         programs = triton.cdiv(columns, shape.n) if ordered else ops.target.programs * shape.per_sm
         launch(
@@ -226,8 +226,9 @@ class _Sweep:
         self, dz, ratio, column_sums, hidden, rows, listed, out, out_bias,
         round, first, first_block, count, pair_tile, columns, strides,
     ) -> None:  # fmt: skip
-        ops, (compute, precision) = self.ops, self._arithmetic(rows is None)
-        shape = ops.tile("routed_dweight", out_columns=columns)
+        ops, low_rank = self.ops, rows is None
+        compute, precision = self._arithmetic(low_rank)
+        shape = ops.tile("routed_dweight", columns, low_rank=low_rank)
         launch(
             routed_dweight_kernel, (triton.cdiv(columns, shape.n), count),
             dz, ratio, column_sums, hidden, rows, *listed, self.unscale, out, out_bias,
@@ -298,7 +299,7 @@ class _Sweep:
     def _dhidden(self, first: int, dz: Tensor, weight: Tensor, columns: tuple[int, int], out: Tensor, flag) -> None:
         ops, low_rank = self.ops, weight is self.ops.lora_b
         compute, precision = self._arithmetic(low_rank)
-        shape = ops.tile("dhidden", out_columns=weight.shape[1])
+        shape = ops.tile("dhidden", weight.shape[1], low_rank=low_rank)
         tma = ops.tma(dz, weight) and not low_rank
         a, b = operands(tma, (dz, shape.m, shape.k), (weight, shape.k, shape.n))
         programs = ops.target.programs * shape.per_sm
@@ -326,7 +327,7 @@ class _Sweep:
     ) -> None:
         ops, low_rank = self.ops, kind == "dlora_a" or hidden.dtype != self.ops.head.compute_dtype
         compute, precision = self._arithmetic(low_rank)
-        shape = ops.tile(kind, out_columns=out_columns)
+        shape = ops.tile(kind, out_columns, low_rank=low_rank)
         tma = ops.tma(dz, hidden) and not low_rank
         a, b = operands(tma, (dz, shape.k, shape.m), (hidden, shape.k, shape.n))
         programs = ops.target.programs * shape.per_sm
@@ -335,7 +336,7 @@ class _Sweep:
             a, column_sums, b, self.tokens.count, flag, self.unscale, *partial, out, out_bias,
             first, dz.shape[0], *columns, dz.stride(0), out_columns, hidden.stride(0),
             0 if out is None else out.stride(0),
-            ops.tile("dz").m, FIRST=ends[0], LAST=ends[1], wanted=0, COMPUTE=compute, TMA=tma, PRECISION=precision,
+            ops.tile("dz").m, int(ends[0]), int(ends[1]), wanted=0, COMPUTE=compute, TMA=tma, PRECISION=precision,
             BM=shape.m, BN=shape.n, BK=shape.k, GROUP=shape.group, PROGRAMS=programs,
             warps=shape.warps, stages=shape.stages,
         )  # fmt: skip

@@ -101,10 +101,11 @@ def descriptor(x: Tensor, rows: int, columns: int):
     return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
 
 
-def can_use_tma(target: Target, *tensors: Tensor) -> bool:
-    """TMA wants 16-byte aligned rows."""
-    return target.has_tma and all(
-        x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 and x.stride(1) == 1 for x in tensors
+def are_aligned(*tensors: Tensor) -> bool:
+    """Rows that TMA and copies of 16 bytes can address."""
+    return all(
+        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
+        for x in tensors
     )
 
 
@@ -113,73 +114,88 @@ def precision(compute_dtype: torch.dtype) -> str:
     return "tf32x3" if compute_dtype == torch.float32 else "tf32"
 
 
-def tile(kernel: str, target: Target, compute_dtype: torch.dtype, out_columns: int | None = None) -> Tile:
-    """The tile of a kernel by architecture and type, no wider than its output.
+def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None) -> Tile:
+    """The tile of a kernel for operands of a kind, no wider than its output.
 
     Chosen by ahead-of-time compilation: no spills, most tensor-core work per byte of shared memory. `make kernels`
     prints what they use.
     """
-    by_architecture = _TILES[kernel]["fp32" if compute_dtype == torch.float32 else "half"]
-    shape = by_architecture.get(target.tiles, by_architecture[80])
+    if target.tiles == 0:
+        shape = _INTERPRETED[kernel]
+    else:
+        by_kind = _TILES[kernel]
+        by_architecture = by_kind.get(kind) or by_kind[_LIKE[kind]]
+        shape = by_architecture.get(target.tiles, by_architecture[80])
     if out_columns is not None:
         shape = replace(shape, n=min(shape.n, max(16, triton.next_power_of_2(out_columns))))
     return shape
 
 
-_INTERPRETED = Tile(64, 1024, 64, 4, 1, group=2)
+# Kinds of operands: "half"; "narrow", the same with something beside that takes registers or shared memory (weights
+# stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "unaligned" rows, which can only be
+# read one element at a time. A kernel without tiles of its own for a kind uses those of another.
+_LIKE = {"narrow": "half", "fp32": "half", "unaligned": "half"}
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "fold": {
         "half": {
-            0: _INTERPRETED,
-            80: Tile(128, 128, 32, 4, 4),
+            80: Tile(128, 256, 32, 8, 4),
             90: Tile(128, 256, 64, 8, 3),
-            100: Tile(128, 256, 64, 8, 3),
-            120: Tile(128, 128, 64, 8, 2),
+            100: Tile(128, 256, 64, 8, 4),
+            120: Tile(128, 128, 64, 8, 3),
         },
-        "fp32": {0: _INTERPRETED, 80: Tile(128, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 3)},
+        "narrow": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 8, 4)},
+        "fp32": {80: Tile(128, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 3)},
+        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
     "dz": {
         "half": {
-            0: _INTERPRETED,
-            80: Tile(128, 128, 32, 4, 4),
+            80: Tile(128, 128, 32, 8, 4),
             90: Tile(128, 256, 64, 8, 3),
-            100: Tile(128, 256, 64, 8, 3),
-            120: Tile(128, 128, 64, 8, 2),
+            100: Tile(128, 256, 64, 8, 4),
+            120: Tile(128, 128, 64, 8, 3),
         },
-        "fp32": {0: _INTERPRETED, 80: Tile(128, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 3)},
+        "narrow": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
+        "fp32": {80: Tile(128, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 3)},
+        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
     "dhidden": {
-        "half": {0: Tile(64, 64, 128, 4, 1, group=2), 80: Tile(128, 128, 32, 4, 4), 90: Tile(128, 256, 64, 8, 3)},
-        "fp32": {0: Tile(64, 64, 128, 4, 1, group=2), 80: Tile(128, 128, 32, 8, 2)},
+        "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3)},
+        "fp32": {80: Tile(128, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
     "dweight": {
-        "half": {0: Tile(512, 64, 64, 4, 1, group=2), 80: Tile(128, 128, 32, 4, 4), 90: Tile(128, 256, 64, 8, 3)},
-        "fp32": {0: Tile(512, 64, 64, 4, 1, group=2), 80: Tile(128, 128, 32, 8, 2)},
+        "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3)},
+        "fp32": {80: Tile(128, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
-    "dlora_a": {
-        "half": {0: Tile(16, 64, 64, 4, 1), 80: Tile(16, 128, 64, 4, 2)},
-        "fp32": {0: Tile(16, 64, 64, 4, 1), 80: Tile(16, 128, 64, 4, 2)},
-    },
-    "rank": {
-        "half": {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 64, 4, 3)},
-        "fp32": {0: Tile(64, 16, 64, 4, 1), 80: Tile(64, 16, 32, 4, 3)},
-    },
+    "dlora_a": {"half": {80: Tile(16, 128, 64, 4, 2)}},
+    "rank": {"half": {80: Tile(64, 16, 64, 4, 3)}, "fp32": {80: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
-    "finish": {
-        "half": {0: Tile(64, 1024, 0, 4, 1), 80: Tile(1, 2048, 0, 4, 1)},
-        "fp32": {0: Tile(64, 1024, 0, 4, 1), 80: Tile(1, 2048, 0, 4, 1)},
-    },
+    "finish": {"half": {80: Tile(1, 2048, 0, 4, 1)}},
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
-        "half": {0: Tile(128, 128, 64, 4, 1), 80: Tile(64, 128, 64, 4, 3, per_sm=2)},
-        "fp32": {0: Tile(128, 128, 64, 4, 1), 80: Tile(64, 128, 32, 4, 2, per_sm=2)},
+        "half": {80: Tile(64, 128, 64, 4, 3, per_sm=2)},
+        "fp32": {80: Tile(64, 128, 32, 4, 2, per_sm=2)},
+        "unaligned": {80: Tile(64, 128, 32, 4, 2)},
     },
     "routed_dhidden": {
-        "half": {0: Tile(64, 64, 128, 4, 1), 80: Tile(64, 128, 128, 4, 2, per_sm=2)},
-        "fp32": {0: Tile(64, 64, 128, 4, 1), 80: Tile(64, 64, 128, 4, 1, per_sm=2)},
+        "half": {80: Tile(64, 128, 128, 4, 2, per_sm=2)},
+        "fp32": {80: Tile(64, 64, 128, 4, 1, per_sm=2)},
     },
     "routed_dweight": {
-        "half": {0: Tile(128, 64, 64, 4, 1), 80: Tile(128, 128, 64, 4, 3)},
-        "fp32": {0: Tile(128, 64, 64, 4, 1), 80: Tile(128, 64, 32, 4, 2)},
+        "half": {80: Tile(128, 128, 64, 4, 3)},
+        "fp32": {80: Tile(128, 64, 32, 4, 2)},
     },
+}
+_INTERPRETED = {
+    "fold": Tile(64, 1024, 64, 4, 1, group=2),
+    "dz": Tile(64, 1024, 64, 4, 1, group=2),
+    "dhidden": Tile(64, 64, 128, 4, 1, group=2),
+    "dweight": Tile(512, 64, 64, 4, 1, group=2),
+    "dlora_a": Tile(16, 64, 64, 4, 1),
+    "rank": Tile(64, 16, 64, 4, 1),
+    "finish": Tile(64, 1024, 0, 4, 1),
+    "routed_dz": Tile(128, 128, 64, 4, 1),
+    "routed_dhidden": Tile(64, 64, 128, 4, 1),
+    "routed_dweight": Tile(128, 64, 64, 4, 1),
 }

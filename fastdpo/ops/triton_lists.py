@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import num_tokens
+from .triton_common import VARYING, num_tokens
 from .triton_launch import launch
 
 TOKENS = 128  # of one program
@@ -35,7 +35,7 @@ def _kept(bitmap, coef, rows, count, first_token, capacity, first_block, num_blo
     return t, b, (byte >> (bit % 8)[None, :]) & 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def count_kernel(
     bitmap, coef, rows, count,
     counts,  # [tiles of T tokens, num_blocks] int32
@@ -46,7 +46,7 @@ def count_kernel(
     tl.store(counts + tl.program_id(0) * num_blocks + b, tl.sum(kept, 0), mask=b < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def plan_kernel(
     running,  # [token tiles, num_blocks] int32, inclusive sums over token tiles
     count,
@@ -74,7 +74,7 @@ def plan_kernel(
     tl.store(round_block + rounds, num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def fill_kernel(
     bitmap, coef, rows, count, running, first_tile, is_routed,
     tile_block,  # [max tiles] int32, block of each tile

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..routing import BLOCK, num_blocks
 from .problem import Forward, Head, Rows, Upstream
 from .triton_forward import compact_kernel, gather_kernel, rank_kernel
-from .triton_launch import DTYPES, can_use_tma, descriptor, launch, precision, target_of, tile
+from .triton_launch import DTYPES, are_aligned, descriptor, launch, precision, target_of, tile
 
 # Workspace, whatever N, V and H: together below 128 MiB.
 FORWARD_HIDDEN_BYTES = 48 << 20  # gathered rows of the tokens that go through the vocabulary together
@@ -55,6 +55,8 @@ class Operands:
         self.rank_pitch = 0 if head.lora_a is None else max(16, triton.next_power_of_2(self.rank_size))
         self.item_size = head.compute_dtype.itemsize
         self.pitch = triton.cdiv(self.hidden_size * self.item_size, 16) * 16 // self.item_size
+        self.aligned = are_aligned(self.hidden, self.weight)
+        self.converts = any(x.dtype != head.compute_dtype for x in (self.hidden, self.weight))
         self.precision = precision(head.compute_dtype)
         self.compute = DTYPES[head.compute_dtype]
 
@@ -79,11 +81,20 @@ class Operands:
             "PRECISION": self.precision,
         }
 
-    def tile(self, kernel: str, out_columns: int | None = None):
-        return tile(kernel, self.target, self.head.compute_dtype, out_columns)
+    def tile(self, kernel: str, out_columns: int | None = None, *, low_rank: bool = False):
+        """`low_rank`: a product with the few columns of a low-rank head, which is made in fp32."""
+        if not self.aligned:
+            kind = "unaligned"
+        elif low_rank or self.head.compute_dtype == torch.float32:
+            kind = "fp32"
+        else:
+            recomputes = kernel in ("fold", "dz")
+            narrow = self.converts or (recomputes and (self.rank_size > 0 or self.head.softcap != 0))
+            kind = "narrow" if narrow else "half"
+        return tile(kernel, self.target, kind, out_columns)
 
     def tma(self, *tensors: Tensor) -> bool:
-        return can_use_tma(self.target, *tensors)
+        return self.target.has_tma and are_aligned(*tensors)
 
     # Work before the first product
 
