@@ -16,6 +16,7 @@ from .rows import RowEngine, adapt
 
 ENGINES = ("reference", "cpu", "triton")
 TRITON_VERSION = (3, 6)  # the oldest whose kernels are tested
+OLDEST_GPU = (8, 0)
 _ADAPTED = {"reference": adapt(reference), "cpu": adapt(cpu)}
 
 
@@ -36,7 +37,19 @@ def _unavailable(engine: str, device: str) -> str | None:
         return "Triton is not installed"
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
         return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
+    if device == "cuda" and torch.cuda.is_initialized() and torch.cuda.get_device_capability() < OLDEST_GPU:
+        return f"the GPU's compute capability is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     return None
+
+
+def _engine_reasons() -> dict[str, str | None]:
+    """Why each engine cannot run on this machine, or None where it can."""
+    reasons = {name: _unavailable(name, "cpu") for name in ENGINES}
+    if torch.cuda.is_available():
+        reasons["triton"] = _unavailable("triton", "cuda")
+    elif reasons["triton"] is not None and _unavailable("triton", "cuda") is None:
+        reasons["triton"] = "no GPU here; TRITON_INTERPRET=1 serves CPU tensors"
+    return reasons
 
 
 @cache
@@ -141,12 +154,6 @@ def backends() -> dict:
             "cuda_archs": info.get("cuda_archs", []),
             "cuda": info.get("cuda_reason", "no CUDA kernels in this version"),
         },
-        "engines": {
-            name: {
-                "available": _unavailable(name, "cuda" if name == "triton" else "cpu") is None,
-                "reason": _unavailable(name, "cuda" if name == "triton" else "cpu"),
-            }
-            for name in ENGINES
-        },
+        "engines": {name: {"available": why is None, "reason": why} for name, why in _engine_reasons().items()},
         "operations": operations,
     }

@@ -354,7 +354,7 @@ def dweight_kernel(
     first_token, capacity, first_column, last_column, dz_stride, H, pitch, out_stride,
     sum_tile,  # tokens of one row of column_sums
     is_first,  # 1: nothing is in `partial` yet
-    is_last,  # 1: write `out`, else `partial`
+    LAST: tl.constexpr,  # write `out`, else `partial`
     wanted: tl.constexpr, COMPUTE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -373,29 +373,29 @@ def dweight_kernel(
             a = load_tile(dz, k, m * BM, capacity, dz_stride, dz_stride, BK, BM, TMA)
             b = load_tile(hidden, k, h * BN, capacity, pitch, pitch, BK, BN, TMA)
             acc = tl.dot(operand(a, COMPUTE).T, operand(b, COMPUTE), acc, input_precision=PRECISION)
-        if partial is not None:
-            if is_last == 0:
-                store_tile(partial, acc, m * BM, h * BN, last_column - first_column, H, H)
         if out is not None:
-            if is_last != 0:
+            if LAST:
                 if unscale is not None:
                     acc *= tl.load(unscale)
                 store_tile(out, acc, first_column + m * BM, h * BN, last_column, H, out_stride)
+            else:
+                store_tile(partial, acc, m * BM, h * BN, last_column - first_column, H, H)
         if out_bias is not None:
             if h == 0:
                 v = m * BM + tl.arange(0, BM)
                 column = first_column + v
                 mine = column < last_column
-                done = v * 0 + is_last != 0
                 total = tl.zeros((BM,), tl.float32)
                 for index in range(0, tl.cdiv(n, sum_tile)):
                     total += tl.load(column_sums + index * dz_stride + v, mask=mine, other=0.0)
                 if partial_bias is not None:
                     total += tl.load(partial_bias + v, mask=mine & (v * 0 + is_first == 0), other=0.0)
-                    tl.store(partial_bias + v, total, mask=mine & ~done)
-                if unscale is not None:
-                    total *= tl.load(unscale)
-                tl.store(out_bias + column, rounded(total, out_bias.dtype.element_ty), mask=mine & done)
+                if LAST:
+                    if unscale is not None:
+                        total *= tl.load(unscale)
+                    tl.store(out_bias + column, rounded(total, out_bias.dtype.element_ty), mask=mine)
+                else:
+                    tl.store(partial_bias + v, total, mask=mine)
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -327,8 +327,7 @@ def finish_kernel(
         if entropy is not None:
             others = tl.exp(rest - row_lse)
             spread = tl.where(others > 0, others * (mean + rest - row_lse), others)
-            own = tl.where(p > 0, p * logp, p)
-            tl.store(entropy + row, -spread - own, mask=exists)
+            tl.store(entropy + row, -spread - tl.where(p > 0, p * logp, p), mask=exists)
         if log_sum_sq_probs is not None:
             double = tl.maximum(lse2, 2 * z)
             shift = tl.where(double == float("-inf"), 0.0, double)

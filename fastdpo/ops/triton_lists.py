@@ -17,7 +17,7 @@ from .triton_common import VARYING, num_tokens
 from .triton_launch import launch
 
 TOKENS = 128  # of one program
-BLOCKS = 128  # of one program
+BLOCKS = 32  # of one program
 
 
 @triton.jit

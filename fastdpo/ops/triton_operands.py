@@ -19,7 +19,7 @@ HIDDEN_BYTES = 16 << 20
 DZ_BYTES = 24 << 20
 LIST_BYTES = 12 << 20
 
-COMPACT = 4096  # rows of one program
+COMPACT = 2048  # rows of one program
 
 
 def multiple(x: int, of: int) -> int:
@@ -107,7 +107,7 @@ class Operands:
             rows.labels, getattr(upstream, "coef", None), getattr(upstream, "coef_entropy", None),
             tokens.rows, tokens.labels, tokens.position, tokens.count,
             *(None if results is None else getattr(results, name) for name in names),
-            self.num_rows, rows.ignore_index, rows.vocab_start, rows.vocab_size, B=COMPACT,
+            self.num_rows, rows.ignore_index, rows.vocab_start, rows.vocab_size, B=COMPACT, warps=8,
         )  # fmt: skip
         return tokens
 
