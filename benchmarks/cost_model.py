@@ -165,9 +165,9 @@ def _dweight(a, shape, live):
     if _does_nothing(a, live):
         return Cost()
     n, m = _padded(_tokens(a, shape), a["BK"]), _padded(a["last_column"] - a["first_column"], a["BM"])
-    item, sums = shape.dtype.itemsize, 4 * (2 - a["is_first"] - a["is_last"])
+    item, sums = shape.dtype.itemsize, 4 * (2 - a["is_first"] - a["LAST"])
     return Cost(
-        2.0 * m * n * _padded(a["H"], a["BN"]), item * n * (m + a["H"]) + (item * a["is_last"] + sums) * m * a["H"]
+        2.0 * m * n * _padded(a["H"], a["BN"]), item * n * (m + a["H"]) + (item * a["LAST"] + sums) * m * a["H"]
     )
 
 
