@@ -1,13 +1,15 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
 # make test    set up .venv and run the tests
+# make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code
 # make lint    ruff
 # make bench   the CPU benchmarks; HEAD=file.safetensors takes a captured head
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test kernels lint bench clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -23,6 +25,14 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest $(TEST_ARGS)
+
+# The oldest Triton that is supported, beside the one that torch brings.
+$(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
+	$(RUN) -m pip install -q --no-deps --target $(@D) triton==$(TRITON)
+	touch $@
+
+kernels: $(VENV)/triton-$(TRITON)/installed
+	PYTHONPATH=$(dir $<) $(RUN) benchmarks/kernels.py $(KERNELS_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .

@@ -81,6 +81,7 @@ class _Sweep:
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
         self.tokens = ops.compact(upstream=None if routing is not None else upstream)
         self.lora_a_sums: Tensor | None = None
+        self.dz_tile = ops.tile("dz", entropy=upstream.coef_entropy is not None)
         self.scale, self.unscale = _scales(upstream, ops.head.compute_dtype)
 
     def run(self) -> None:
@@ -256,7 +257,7 @@ class _Sweep:
         slabs = range(first_block, last_block, blocks)
         dz = torch.empty(size, blocks * BLOCK, dtype=ops.head.compute_dtype, device=ops.device)
         bias = unit.weight and self.grads.bias is not None
-        column_sums = torch.empty(triton.cdiv(size, ops.tile("dz").m), dz.shape[1], device=ops.device) if bias else None
+        column_sums = torch.empty(triton.cdiv(size, self.dz_tile.m), dz.shape[1], device=ops.device) if bias else None
         partial = _Partial(self.grads, blocks * BLOCK, ops) if several else None
         order = (
             ((at, slab) for slab in slabs for at in chunks)
@@ -280,7 +281,7 @@ class _Sweep:
 
     def _dz(self, first: int, hidden: Tensor, rank, columns: tuple[int, int], dz: Tensor, column_sums, flag) -> None:
         ops, saved, upstream, tokens = self.ops, self.saved, self.upstream, self.tokens
-        shape = ops.tile("dz")
+        shape = self.dz_tile
         tma = ops.tma(hidden, ops.weight)
         a, b = operands(tma, (hidden, shape.m, shape.k), (ops.weight, shape.n, shape.k))
         coef_entropy = upstream.coef_entropy
@@ -336,7 +337,7 @@ class _Sweep:
             a, column_sums, b, self.tokens.count, flag, self.unscale, *partial, out, out_bias,
             first, dz.shape[0], *columns, dz.stride(0), out_columns, hidden.stride(0),
             0 if out is None else out.stride(0),
-            ops.tile("dz").m, int(ends[0]), LAST=ends[1], wanted=0, COMPUTE=compute, TMA=tma, PRECISION=precision,
+            self.dz_tile.m, int(ends[0]), LAST=ends[1], wanted=0, COMPUTE=compute, TMA=tma, PRECISION=precision,
             BM=shape.m, BN=shape.n, BK=shape.k, GROUP=shape.group, PROGRAMS=programs,
             warps=shape.warps, stages=shape.stages,
         )  # fmt: skip

@@ -123,18 +123,20 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
     if target.tiles == 0:
         shape = _INTERPRETED[kernel]
     else:
-        by_kind = _TILES[kernel]
-        by_architecture = by_kind.get(kind) or by_kind[_LIKE[kind]]
+        while kind not in _TILES[kernel]:
+            kind = _LIKE[kind]
+        by_architecture = _TILES[kernel][kind]
         shape = by_architecture.get(target.tiles, by_architecture[80])
     if out_columns is not None:
         shape = replace(shape, n=min(shape.n, max(16, triton.next_power_of_2(out_columns))))
     return shape
 
 
-# Kinds of operands: "half"; "narrow", the same with something beside that takes registers or shared memory (weights
-# stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "unaligned" rows, which can only be
-# read one element at a time. A kernel without tiles of its own for a kind uses those of another.
-_LIKE = {"narrow": "half", "fp32": "half", "unaligned": "half"}
+# Kinds of operands: "half"; "narrow", the same with something beside that takes registers or shared memory (operands
+# stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "low_rank", the few columns of such a
+# head in fp32; "unaligned" rows, which can only be read one element at a time. A kernel without tiles of its own for a
+# kind uses those of another, and an architecture those of sm_80.
+_LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "unaligned": "half"}
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "fold": {
         "half": {
@@ -150,7 +152,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "dz": {
         "half": {
             80: Tile(128, 128, 32, 8, 4),
-            90: Tile(128, 256, 64, 8, 3),
+            90: Tile(128, 256, 64, 8, 4),
             100: Tile(128, 256, 64, 8, 4),
             120: Tile(128, 128, 64, 8, 3),
         },
@@ -160,31 +162,41 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
     "dhidden": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3)},
-        "fp32": {80: Tile(128, 128, 32, 8, 2)},
-        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
+        "narrow": {80: Tile(128, 128, 32, 8, 3)},
+        "fp32": {80: Tile(64, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 2), 100: Tile(128, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
     "dweight": {
-        "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3)},
+        "half": {80: Tile(128, 128, 32, 8, 3), 90: Tile(128, 256, 64, 8, 4)},
         "fp32": {80: Tile(128, 128, 32, 8, 2)},
-        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
-    "dlora_a": {"half": {80: Tile(16, 128, 64, 4, 2)}},
-    "rank": {"half": {80: Tile(64, 16, 64, 4, 3)}, "fp32": {80: Tile(64, 16, 32, 4, 3)}},
+    "dlora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
+    "rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
     "finish": {"half": {80: Tile(1, 2048, 0, 4, 1)}},
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
-        "half": {80: Tile(64, 128, 64, 4, 3, per_sm=2)},
+        "half": {80: Tile(64, 128, 64, 4, 4, per_sm=2), 120: Tile(64, 128, 64, 4, 3, per_sm=2)},
+        "narrow": {80: Tile(64, 128, 32, 4, 4, per_sm=2), 120: Tile(64, 128, 32, 4, 3, per_sm=2)},
         "fp32": {80: Tile(64, 128, 32, 4, 2, per_sm=2)},
-        "unaligned": {80: Tile(64, 128, 32, 4, 2)},
+        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
     "routed_dhidden": {
-        "half": {80: Tile(64, 128, 128, 4, 2, per_sm=2)},
+        "half": {
+            80: Tile(64, 128, 128, 4, 2, per_sm=2),
+            90: Tile(64, 128, 128, 4, 1, per_sm=3),
+            100: Tile(64, 128, 128, 4, 1, per_sm=3),
+            120: Tile(64, 128, 128, 4, 1, per_sm=2),
+        },
         "fp32": {80: Tile(64, 64, 128, 4, 1, per_sm=2)},
+        "low_rank": {80: Tile(64, 16, 128, 4, 1, per_sm=2)},
+        "unaligned": {80: Tile(64, 32, 128, 4, 1, per_sm=2)},
     },
     "routed_dweight": {
-        "half": {80: Tile(128, 128, 64, 4, 3)},
-        "fp32": {80: Tile(128, 64, 32, 4, 2)},
+        "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 4, 3)},
+        "fp32": {80: Tile(128, 64, 32, 8, 2)},
+        "unaligned": {80: Tile(128, 64, 32, 8, 2)},
     },
 }
 _INTERPRETED = {

@@ -81,11 +81,13 @@ class Operands:
             "PRECISION": self.precision,
         }
 
-    def tile(self, kernel: str, out_columns: int | None = None, *, low_rank: bool = False):
-        """`low_rank`: a product with the few columns of a low-rank head, which is made in fp32."""
-        if not self.aligned:
+    def tile(self, kernel: str, out_columns: int | None = None, *, low_rank: bool = False, entropy: bool = False):
+        """`low_rank`: a product with the few columns of a low-rank head, made in fp32; `entropy`: dz of both."""
+        if low_rank:
+            kind = "low_rank"
+        elif not self.aligned:
             kind = "unaligned"
-        elif low_rank or self.head.compute_dtype == torch.float32:
+        elif self.head.compute_dtype == torch.float32:
             kind = "fp32"
         else:
             recomputes = kernel in ("fold", "dz")

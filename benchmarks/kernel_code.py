@@ -1,0 +1,147 @@
+"""A kernel's machine code: compiled ahead of time for an architecture, counted, and held against what it must be."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from kernel_variants import Variant
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What programs share (CUDA C++ programming guide, table of technical specifications)."""
+
+    block_memory: int  # bytes of shared memory that one program can have
+    memory: int  # of all programs; each takes RESERVED_MEMORY more than it asks for
+    threads: int
+    programs: int
+
+
+RESERVED_MEMORY = KIB
+REGISTERS = 65536  # given to warps 256 at a time
+TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
+MULTIPROCESSORS = {
+    80: Multiprocessor(163 * KIB, 164 * KIB, 2048, 32),
+    90: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32),
+    100: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32),
+    120: Multiprocessor(99 * KIB, 100 * KIB, 1536, 24),
+}
+
+# SASS mnemonics, by their first part
+TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "UTCOMMA", "UTCMXQMMA"}
+WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
+TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
+SPILL = {"STL", "LDL"}
+LARGE = {"fold", "dz", "dhidden", "dweight"}  # whose time is all product
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    shared: int  # bytes
+    threads: int
+    tensor_columns: int  # of tensor memory
+    has_dot: bool
+    has_loop: bool
+    instructions: dict[str, int] = field(default_factory=dict)  # SASS mnemonics with all their parts
+
+    def count(self, mnemonics: set[str], *parts: str) -> int:
+        """Instructions of these, with all of `parts` among their modifiers."""
+        return sum(
+            n
+            for name, n in self.instructions.items()
+            if name.split(".")[0] in mnemonics and set(parts) <= set(name.split("."))
+        )
+
+    def tensor_core(self) -> dict[str, int]:
+        counts = {name: self.count({name}) for name in sorted(TENSOR_CORE)}
+        return {name: n for name, n in counts.items() if n}
+
+    @property
+    def spills(self) -> int:
+        return self.count({"LDL"})
+
+    def per_multiprocessor(self, capability: int) -> int:
+        """Programs that fit on one multiprocessor."""
+        m = MULTIPROCESSORS[capability]
+        warp_registers = -(-self.registers * 32 // 256) * 256
+        limits = [
+            m.programs,
+            m.threads // self.threads,
+            REGISTERS // (warp_registers * self.threads // 32),
+            m.memory // (self.shared + RESERVED_MEMORY),
+        ]
+        if self.tensor_columns:
+            limits.append(TENSOR_COLUMNS // self.tensor_columns)
+        return min(limits)
+
+
+def compile_variant(variant: Variant) -> Code:
+    function = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(function, variant.signature, variant.constants, variant.attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )
+    registers, instructions = disassemble(compiled.asm["cubin"])
+    threads = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    return Code(
+        registers=registers,
+        shared=compiled.metadata.shared,
+        threads=int(threads.group(1)) if threads else 32 * variant.warps,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        has_dot="tt.dot" in compiled.asm["ttir"],
+        has_loop="scf.for" in compiled.asm["ttir"] or "scf.while" in compiled.asm["ttir"],
+        instructions=dict(instructions),
+    )
+
+
+def disassemble(cubin: bytes) -> tuple[int, Counter]:
+    """(registers of a thread, how often each instruction stands in the code)."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _run("cuobjdump", "-res-usage", path)
+        code = sass(path)
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
+    return registers, Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))
+
+
+def sass(cubin: Path) -> str:
+    return _run("cuobjdump", "-sass", cubin)
+
+
+def _run(tool: str, *arguments) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def faults(variant: Variant, code: Code) -> list[str]:
+    """What must not be, in words."""
+    found = []
+    capability, limit = variant.capability, MULTIPROCESSORS[variant.capability].block_memory
+    half = variant.compute in ("bf16", "fp16")
+    if code.shared > limit:
+        found.append(f"{code.shared / KIB:.0f} KiB of shared memory; a program has {limit // KIB}")
+    if code.spills and code.has_loop:
+        found.append(f"registers are spilled: {code.spills} accesses to local memory")
+    if code.has_dot and not code.tensor_core():
+        found.append("tl.dot without a tensor-core instruction")
+    if variant.constant("TMA") and capability >= 90 and not code.count(TMA):
+        found.append("no TMA instruction in a kernel launched with descriptors")
+    full_rate = WARP_GROUP.get(capability)
+    if full_rate and half and variant.name in LARGE and not code.count({full_rate}):
+        found.append(f"no {full_rate}: products run at a fraction of the tensor cores' rate")
+    return found
