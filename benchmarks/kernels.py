@@ -35,7 +35,8 @@ def examine(variant: Variant) -> tuple[Variant, Code | None, list[str]]:
 def table_of(capability: int, results: list[tuple[Variant, Code | None, list[str]]]) -> Table:
     """A line per kernel, type and tile: the worst of its forms."""
     table = Table(title=f"sm_{capability}", title_justify="left")
-    for column in ("kernel", "type", "tile", "forms", "registers", "KiB shared", "programs / SM", "local", "tensor core",
+    for column in ("kernel", "type", "tile", "forms", "registers", "KiB shared", "programs / SM", "local",
+                   "tensor core",
                    "TMA",
                    "LDGSTS 128", "RED"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("kernel", "type", "tile", "tensor core") else "right")
