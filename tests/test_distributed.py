@@ -32,7 +32,7 @@ def _scored(head, group=None, backward="exact", **options):
     return stats, {name: x.grad for name, x in head.tensors().items()}
 
 
-def _rank(rank, port, engine, head, options, queue):
+def _rank(rank, port, engine, head, options, directory):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
@@ -43,37 +43,30 @@ def _rank(rank, port, engine, head, options, queue):
     lora = (shard.lora[0], shard.lora[1][rows].clone(), shard.lora[2])
     shard = type(head)(shard.hidden, shard.weight[rows].clone(), shard.labels, shard.bias[rows].clone(), lora)
     stats, grads = _scored(shard.leaves(torch.float32), dist.group.WORLD, **options)
-    queue.put((rank, [x.detach().numpy() for x in stats], {name: x.numpy() for name, x in grads.items()}))
+    torch.save(([x.detach() for x in stats], grads), directory / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
     "options", [{"backward": "exact"}, {"backward": "routed", "tau": 0.0}], ids=["exact", "routed"]
 )
-def test_two_shards_equal_one_head(engine, options):
+def test_two_shards_equal_one_head(engine, options, tmp_path):
     head = small_head(V=1000, bias=True, lora=True, masked=True)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    context = mp.get_context("spawn")
-    queue = context.SimpleQueue()
-    arguments = (port, engine, head.leaves(torch.float64, False), options, queue)
-    ranks = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    results = dict((rank, rest) for rank, *rest in (queue.get() for _ in ranks))
-    for process in ranks:
-        process.join()
-        assert process.exitcode == 0
+    # spawn() ends all ranks and raises when one fails.
+    mp.spawn(_rank, (port, engine, head.leaves(torch.float64, False), options, tmp_path), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
 
     whole = head.leaves(torch.float32)
     stats, grads = _scored(whole)
     for rank in range(2):
         for name, ours, expected in zip(stats._fields, results[rank][0], stats):
-            torch.testing.assert_close(torch.from_numpy(ours), expected.detach(), rtol=1e-5, atol=1e-5, msg=name)
+            torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-5, msg=name)
     for name in ("hidden", "lora_a"):
         for rank in range(2):
-            assert relative_error(torch.from_numpy(results[rank][1][name]), grads[name]) < 5e-6, name
+            assert relative_error(results[rank][1][name], grads[name]) < 5e-6, name
     for name in ("weight", "bias", "lora_b"):
-        joined = torch.cat([torch.from_numpy(results[rank][1][name]) for rank in range(2)])
+        joined = torch.cat([results[rank][1][name] for rank in range(2)])
         assert relative_error(joined, grads[name]) < 5e-6, name

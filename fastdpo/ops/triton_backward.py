@@ -353,7 +353,7 @@ def dweight_kernel(
     out_bias,  # [V], or None
     first_token, capacity, first_column, last_column, dz_stride, H, pitch, out_stride,
     sum_tile,  # tokens of one row of column_sums
-    is_first,  # 1: nothing is in `partial` yet
+    summed_columns,  # of `partial` that hold a sum already
     LAST: tl.constexpr,  # write `out`, else `partial`
     wanted: tl.constexpr, COMPUTE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
@@ -367,7 +367,7 @@ def dweight_kernel(
         m, h = tile_of(index, tiles_m, tiles_n, GROUP)
         acc = tl.zeros((BM, BN), tl.float32)
         if partial is not None:
-            inside = within(m * BM, h * BN, last_column - first_column, H, BM, BN) & (is_first == 0)
+            inside = within(m * BM, h * BN, summed_columns, H, BM, BN)
             acc = tl.load(partial + tile_offsets(m * BM, h * BN, H, BM, BN), mask=inside, other=0.0)
         for k in range(0, n, BK):
             a = load_tile(dz, k, m * BM, capacity, dz_stride, dz_stride, BK, BM, TMA)
@@ -389,7 +389,7 @@ def dweight_kernel(
                 for index in range(0, tl.cdiv(n, sum_tile)):
                     total += tl.load(column_sums + index * dz_stride + v, mask=mine, other=0.0)
                 if partial_bias is not None:
-                    total += tl.load(partial_bias + v, mask=mine & (v * 0 + is_first == 0), other=0.0)
+                    total += tl.load(partial_bias + v, mask=v < summed_columns, other=0.0)
                 if LAST:
                     if unscale is not None:
                         total *= tl.load(unscale)

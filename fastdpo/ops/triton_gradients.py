@@ -337,9 +337,9 @@ class _Sweep:
             a, column_sums, b, self.tokens.count, flag, self.unscale, *partial, out, out_bias,
             first, dz.shape[0], *columns, dz.stride(0), out_columns, hidden.stride(0),
             0 if out is None else out.stride(0),
-            self.dz_tile.m, int(ends[0]), LAST=ends[1], wanted=0, COMPUTE=compute, TMA=tma, PRECISION=precision,
-            BM=shape.m, BN=shape.n, BK=shape.k, GROUP=shape.group, PROGRAMS=programs,
-            warps=shape.warps, stages=shape.stages,
+            self.dz_tile.m, 0 if ends[0] else columns[1] - columns[0],
+            LAST=ends[1], wanted=0, COMPUTE=compute, TMA=tma, PRECISION=precision, BM=shape.m, BN=shape.n, BK=shape.k,
+            GROUP=shape.group, PROGRAMS=programs, warps=shape.warps, stages=shape.stages,
         )  # fmt: skip
 
     def _lora_a(self, unit: _Unit) -> None:
