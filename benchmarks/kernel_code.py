@@ -43,6 +43,7 @@ TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "
 WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
 TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
 SPILL = {"STL", "LDL"}
+FEW = 16  # spills that may stand outside of the hot loops, once in a tile
 LARGE = {"fold", "dz", "dhidden", "dweight"}  # whose time is all product
 
 
@@ -53,8 +54,8 @@ class Code:
     threads: int
     tensor_columns: int  # of tensor memory
     has_dot: bool
-    has_loop: bool
     instructions: dict[str, int] = field(default_factory=dict)  # SASS mnemonics with all their parts
+    hot_spills: int = 0  # accesses to local memory in an innermost loop
 
     def count(self, mnemonics: set[str], *parts: str) -> int:
         """Instructions of these, with all of `parts` among their modifiers."""
@@ -70,7 +71,8 @@ class Code:
 
     @property
     def spills(self) -> int:
-        return self.count({"LDL"})
+        """Accesses to local memory, wherever they stand."""
+        return self.count(SPILL)
 
     def per_multiprocessor(self, capability: int) -> int:
         """Programs that fit on one multiprocessor."""
@@ -95,7 +97,7 @@ def compile_variant(variant: Variant) -> Code:
         target=GPUTarget("cuda", variant.capability, 32),
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
-    registers, instructions = disassemble(compiled.asm["cubin"])
+    registers, code = disassemble(compiled.asm["cubin"])
     threads = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
     return Code(
         registers=registers,
@@ -103,24 +105,50 @@ def compile_variant(variant: Variant) -> Code:
         threads=int(threads.group(1)) if threads else 32 * variant.warps,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         has_dot="tt.dot" in compiled.asm["ttir"],
-        has_loop="scf.for" in compiled.asm["ttir"] or "scf.while" in compiled.asm["ttir"],
-        instructions=dict(instructions),
+        instructions=dict(Counter(mnemonic for _, mnemonic, _ in code)),
+        hot_spills=sum(is_spill(mnemonic) for loop in hot_loops(code) for _, mnemonic, _ in loop),
     )
 
 
-def disassemble(cubin: bytes) -> tuple[int, Counter]:
-    """(registers of a thread, how often each instruction stands in the code)."""
+Instruction = tuple[int, str, str]  # address, mnemonic with all its parts, operands
+
+
+def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
+    """(registers of a thread, the code)."""
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run("cuobjdump", "-res-usage", path)
-        code = sass(path)
-    registers = max(int(n) for n in re.findall(r"REG:(\d+)", usage))
-    return registers, Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE))
+        usage, listing = _run("cuobjdump", "-res-usage", path), _run("cuobjdump", "-sass", path)
+    return max(int(n) for n in re.findall(r"REG:(\d+)", usage)), instructions(listing)
 
 
-def sass(cubin: Path) -> str:
-    return _run("cuobjdump", "-sass", cubin)
+def instructions(listing: str) -> list[Instruction]:
+    line = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;/]*)", re.MULTILINE)
+    return [(int(address, 16), mnemonic, rest.strip()) for address, mnemonic, rest in line.findall(listing)]
+
+
+def is_spill(mnemonic: str) -> bool:
+    return mnemonic.split(".")[0] in SPILL
+
+
+def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops of those with a product, or of all where there is none.
+
+    A loop reaches from a branch back to its target. Of two that overlap the shorter is the inner one: a rotated outer
+    loop may begin within it.
+    """
+    spans = set()
+    for address, mnemonic, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if mnemonic.split(".")[0] == "BRA" else None
+        if target and int(target.group(1), 16) < address:
+            spans.add((int(target.group(1), 16), address))
+    bodies = {(first, last): [one for one in code if first <= one[0] <= last] for first, last in spans}
+    with_product = {span for span in spans if any(m.split(".")[0] in TENSOR_CORE for _, m, _ in bodies[span])}
+    innermost: list[tuple[int, int]] = []
+    for first, last in sorted(with_product or spans, key=lambda span: span[1] - span[0]):
+        if all(last < other_first or other_last < first for other_first, other_last in innermost):
+            innermost.append((first, last))
+    return [bodies[span] for span in innermost]
 
 
 def _run(tool: str, *arguments) -> str:
@@ -135,7 +163,9 @@ def faults(variant: Variant, code: Code) -> list[str]:
     half = variant.compute in ("bf16", "fp16")
     if code.shared > limit:
         found.append(f"{code.shared / KIB:.0f} KiB of shared memory; a program has {limit // KIB}")
-    if code.spills and code.has_loop:
+    if code.hot_spills:
+        found.append(f"registers are spilled in a hot loop: {code.hot_spills} accesses to local memory")
+    if code.spills > FEW:
         found.append(f"registers are spilled: {code.spills} accesses to local memory")
     if code.has_dot and not code.tensor_core():
         found.append("tl.dot without a tensor-core instruction")

@@ -2,8 +2,9 @@
 
 python benchmarks/kernels.py [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE]
 
-No GPU is needed. Fails on registers spilled in a kernel with a loop, on a product without tensor cores (or, in the
-large kernels, without the architecture's full-rate ones), on descriptors without TMA, and on too much shared memory.
+No GPU is needed. Fails on registers spilled in a hot loop (or more than a few elsewhere), on a product without tensor
+cores (or, in the large kernels, without the architecture's full-rate ones), on descriptors without TMA, and on too much
+shared memory.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def table_of(capability: int, results: list[tuple[Variant, Code | None, list[str
             str(max(code.registers for code in codes)),
             f"{max(code.shared for code in codes) / KIB:.0f}",
             str(min(code.per_multiprocessor(capability) for code in codes)),
-            str(max(code.count({'LDL', 'STL'}) for code in codes)),
+            str(max(code.spills for code in codes)),
             " ".join(f"{n} {kind}" for kind, n in tensor.items()),
             str(max(code.count(TMA) for code in codes)),
             str(max(code.count({"LDGSTS"}, "128") for code in codes)),

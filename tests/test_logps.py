@@ -73,7 +73,9 @@ def test_ragged_shapes(engine, how, shape):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("how", BACKWARDS)
 def test_half_precision_rounds_only_the_result(engine, how, dtype):
-    """Error at most twice that of rounding the fp64 result once to the type."""
+    """Error at most twice that of rounding the fp64 result once to the type; thrice on tensor cores, where dz itself
+    is an operand in the type."""
+    times = 3 if engine == "triton" else 2
     head = small_head(bias=True, lora=True, masked=True)
     dlogps = torch.randn(head.labels.shape)
     logps, grads = run(head, dtype, dlogps, TRANSFORMS["all"], **BACKWARDS[how])
@@ -83,7 +85,7 @@ def test_half_precision_rounds_only_the_result(engine, how, dtype):
     for name, grad in grads.items():
         assert grad.dtype == dtype
         rounding = relative_error(expected_grads[name].to(dtype), expected_grads[name])
-        assert relative_error(grad, expected_grads[name]) < 2 * rounding, name
+        assert relative_error(grad, expected_grads[name]) < times * rounding, name
 
 
 def test_fp64_inputs_are_computed_in_fp64():

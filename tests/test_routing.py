@@ -96,7 +96,8 @@ def test_expected_pairs_per_token_are_bounded(engine, kind, sharpness):
 
 @pytest.mark.parametrize("kind", ["peaked", "flat"])
 def test_routed_gradient_is_unbiased(engine, kind, monkeypatch):
-    """Mean over 200 seeds within three standard errors of the exact gradient, along fixed directions."""
+    """Mean over 200 seeds (50 in Triton's interpreter) as near the exact gradient as its standard error says."""
+    seeds = 50 if engine == "triton" and not torch.cuda.is_available() else 200
     if engine == "triton":  # or a flat head's gradient is computed exactly
         from fastdpo.ops import triton_gradients
 
@@ -115,13 +116,13 @@ def test_routed_gradient_is_unbiased(engine, kind, monkeypatch):
     directions = [torch.randn(64, g.numel(), dtype=torch.float64) for g in exact]
     directions = [torch.cat([d, g[None]]) for d, g in zip(directions, exact)]  # and the gradient's own
     samples: list[list[torch.Tensor]] = [[], []]
-    for seed in range(200):
+    for seed in range(seeds):
         for store, g, d in zip(samples, gradients(tau=tau, seed=seed), directions):
             store.append(d @ g)
     for store, g, d in zip(samples, exact, directions):
         values, expected = torch.stack(store), d @ g
         rounding = 1e-6 * d.norm(dim=1) * g.norm()  # fp32 gradients: where sampling noise is smaller than that
-        error = (values.mean(0) - expected) / (values.std(0) / 200**0.5 + rounding)
+        error = (values.mean(0) - expected) / (values.std(0) / seeds**0.5 + rounding)
         assert values.std(0).min() > 0  # something was sampled
         # 65 directions at once: the mean square is about 1, and none may lie far out
         assert error.pow(2).mean() < 2.0 and error.abs().max() < 5.0

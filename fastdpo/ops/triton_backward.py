@@ -222,7 +222,8 @@ def routed_dhidden_kernel(
     out,  # [capacity, H] fp32, added to
     round, first_block, V, H, weight_stride, out_stride,
     ORDERED: tl.constexpr,  # one program per columns of `out` takes all tiles in turn: repeatable; else atomics
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, PROGRAMS: tl.constexpr,
+    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     if _is_off(flag, 1):
         return
@@ -243,12 +244,14 @@ def routed_dhidden_kernel(
         exists = place < tl.load(lengths + local)
         t = tl.load(tokens + index * TILE + tl.arange(0, TILE), mask=exists, other=0)
         at = ((index - begin) * TILE + tl.arange(0, TILE)).to(tl.int64)
-        a = tl.load(dz + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
-        r = (first_block + local) * BLOCK + tl.arange(0, BLOCK)
         c = part * BN + tl.arange(0, BN)
-        inside = (r < V)[:, None] & (c < H)[None, :]
-        b = tl.load(weight + r.to(tl.int64)[:, None] * weight_stride + c[None, :], mask=inside, other=0.0)
-        product = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), input_precision=PRECISION)
+        product = tl.zeros((TILE, BN), tl.float32)
+        for k in range(0, BLOCK, BK):
+            a = tl.load(dz + at[:, None] * BLOCK + (k + tl.arange(0, BK))[None, :])
+            r = (first_block + local) * BLOCK + k + tl.arange(0, BK)
+            inside = (r < V)[:, None] & (c < H)[None, :]
+            b = tl.load(weight + r.to(tl.int64)[:, None] * weight_stride + c[None, :], mask=inside, other=0.0)
+            product = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), product, input_precision=PRECISION)
         if ratio is not None:
             scale = tl.load(ratio + at)[:, None]
             product = tl.where(scale == 0, 0.0, product * scale)

@@ -220,7 +220,7 @@ class _Sweep:
             routed_dhidden_kernel, (programs,),
             dz, ratio, weight, *listed, out, round, first_block, ops.vocab_size, columns, weight.stride(0),
             out.stride(0), ORDERED=ordered, COMPUTE=compute, PRECISION=precision, TILE=pair_tile, BN=shape.n,
-            PROGRAMS=programs, warps=shape.warps, stages=shape.stages,
+            BK=shape.k, PROGRAMS=programs, warps=shape.warps, stages=shape.stages,
         )  # fmt: skip
 
     def _routed_dweight(

@@ -91,7 +91,7 @@ class Operands:
             kind = "fp32"
         else:
             recomputes = kernel in ("fold", "dz")
-            narrow = self.converts or (recomputes and (self.rank_size > 0 or self.head.softcap != 0))
+            narrow = self.converts or entropy or (recomputes and (self.rank_size > 0 or self.head.softcap != 0))
             kind = "narrow" if narrow else "half"
         return tile(kernel, self.target, kind, out_columns)
 
