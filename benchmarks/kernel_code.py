@@ -42,8 +42,8 @@ MULTIPROCESSORS = {
 TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "UTCOMMA", "UTCMXQMMA"}
 WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
 TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
-SPILL = {"STL", "LDL"}
-FEW = 16  # spills that may stand outside of the hot loops, once in a tile
+SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
+FEW = 8  # spills that may stand outside of the hot loops, once in a tile
 LARGE = {"fold", "dz", "dhidden", "dweight"}  # whose time is all product
 
 
@@ -55,7 +55,7 @@ class Code:
     tensor_columns: int  # of tensor memory
     has_dot: bool
     instructions: dict[str, int] = field(default_factory=dict)  # SASS mnemonics with all their parts
-    hot_spills: int = 0  # accesses to local memory in an innermost loop
+    hot_spills: int = 0  # loads from local memory in an innermost loop
 
     def count(self, mnemonics: set[str], *parts: str) -> int:
         """Instructions of these, with all of `parts` among their modifiers."""
@@ -71,7 +71,7 @@ class Code:
 
     @property
     def spills(self) -> int:
-        """Accesses to local memory, wherever they stand."""
+        """Loads from local memory, wherever they stand."""
         return self.count(SPILL)
 
     def per_multiprocessor(self, capability: int) -> int:
@@ -163,10 +163,12 @@ def faults(variant: Variant, code: Code) -> list[str]:
     half = variant.compute in ("bf16", "fp16")
     if code.shared > limit:
         found.append(f"{code.shared / KIB:.0f} KiB of shared memory; a program has {limit // KIB}")
+    if code.tensor_columns > TENSOR_COLUMNS:
+        found.append(f"{code.tensor_columns} columns of tensor memory; there are {TENSOR_COLUMNS}")
     if code.hot_spills:
-        found.append(f"registers are spilled in a hot loop: {code.hot_spills} accesses to local memory")
+        found.append(f"registers are spilled in a hot loop: {code.hot_spills} loads from local memory")
     if code.spills > FEW:
-        found.append(f"registers are spilled: {code.spills} accesses to local memory")
+        found.append(f"registers are spilled: {code.spills} loads from local memory")
     if code.has_dot and not code.tensor_core():
         found.append("tl.dot without a tensor-core instruction")
     if variant.constant("TMA") and capability >= 90 and not code.count(TMA):

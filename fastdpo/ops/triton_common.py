@@ -164,6 +164,12 @@ def start_products(bias, column, num_columns, ROWS: tl.constexpr, COLUMNS: tl.co
 
 
 @triton.jit
+def tf32(x):
+    """What of `x` TF32 holds."""
+    return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def add_low_rank(
     acc, rank, lora_b, rank_rows, listed, column, num_columns, rank_size, compute: tl.constexpr,
     R: tl.constexpr, COLUMNS: tl.constexpr,
@@ -173,7 +179,9 @@ def add_low_rank(
     Before the sums over H begin `acc` takes no registers yet.
     """
     DEPTH: tl.constexpr = 16
-    PARTS: tl.constexpr = 1 if compute == tl.float32 else 2
+    # TF32 holds 11 bits: two of its numbers hold all but the last two of an fp32's 24, one all of a bf16's or fp16's.
+    # One dot for all parts: in tensor memory each has an accumulator of its own.
+    PARTS: tl.constexpr = 3 if compute == tl.float32 else 2
     c = column + tl.arange(0, COLUMNS)
     for step in tl.range(0, R // DEPTH * PARTS, num_stages=1):
         k = step // PARTS * DEPTH + tl.arange(0, DEPTH)
@@ -181,13 +189,10 @@ def add_low_rank(
         inside = (c < num_columns)[:, None] & (k < rank_size)[None, :]
         b = tl.load(lora_b + c.to(tl.int64)[:, None] * rank_size + k[None, :], mask=inside, other=0.0)
         b = rounded(b, compute).to(tl.float32).T
-        if PARTS == 1:
-            acc = tl.dot(a, b, acc, input_precision="tf32x3")
-        else:
-            # TF32 holds b's 8 or 11 bits; two of its numbers hold all but the last two of a's 24
-            high = (a.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
-            a = tl.where(step % PARTS == 0, high, a - high)
-            acc = tl.dot(a, b, acc, input_precision="tf32")
+        a = tl.where(step % PARTS == 1, a - tf32(a), tf32(a))
+        if PARTS == 3:
+            b = tl.where(step % PARTS == 2, b - tf32(b), tf32(b))
+        acc = tl.dot(a, b, acc, input_precision="tf32")
     return acc
 
 
