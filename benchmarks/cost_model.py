@@ -2,7 +2,8 @@
 of live pairs. Nothing runs: the engine's launches are recorded on tensors without storage.
 
 A *pass* is 2 N V H operations, one lm_head product. Tiles count whole: padding is paid for. Bytes are those that must
-come from or go to device memory if the L2 cache serves every second use inside one tile column.
+come from or go to device memory if the L2 cache serves every second use inside one tile column. A GPU's rates turn the
+counts into a floor: the time in which no kernel is faster than its operations or its bytes allow.
 """
 
 from __future__ import annotations
@@ -30,11 +31,29 @@ class Shape:
         return 2.0 * self.num_tokens * self.vocab_size * self.hidden_size
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """What a machine reaches on its best day: measured on it, not its data sheet."""
+
+    flops: float  # per second, of a large plain bf16 product
+    bandwidth: float  # bytes per second, read and written, of a large copy
+    launch: float = 2e-6  # seconds between two kernels that do nothing
+
+
+# Where none is at hand to measure. H100 and H200: published times of plain products (42 ms for three of
+# 8192 x 4096 x 151936; 770 to 800 TFLOP/s), copies at 90% of the data sheet; A100: 80% and 85% of its data sheet.
+GPUS = {"A100": Gpu(250e12, 1.70e12), "H100": Gpu(728e12, 3.0e12), "H200": Gpu(785e12, 4.3e12)}
+
+
 @dataclass
 class Cost:
     flops: float = 0.0  # of matrix products
     bytes: float = 0.0
     launches: int = 0
+
+    def floor(self, gpu: Gpu) -> float:
+        """Seconds."""
+        return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth) + self.launches * gpu.launch
 
     def __iadd__(self, other: Cost) -> Cost:
         self.flops += other.flops
@@ -53,6 +72,10 @@ class StepCost:
         for cost in self.kernels.values():
             whole += cost
         return whole
+
+    def floor(self, gpu: Gpu) -> float:
+        """Seconds: kernels run one after the other."""
+        return sum(cost.floor(gpu) for cost in self.kernels.values()) + self.other_launches.total() * gpu.launch
 
 
 class _CountTorch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -74,8 +97,14 @@ class _CountTorch(torch.utils._python_dispatch.TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def record(shape: Shape, *, frozen: bool, backward: str, tau, target, reference: bool = True):
-    """(launches of Triton kernels, Counter of torch's) of one policy and reference forward and a backward."""
+STEP = ("forward", "backward", "reference")
+
+
+def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tuple[str, ...] = STEP):
+    """(launches of Triton kernels, Counter of torch's) of these parts: policy forward, its backward, reference forward.
+
+    `backward` is "exact", "routed", or "none" for a forward without gradients.
+    """
     import fastdpo
     from fastdpo.ops import triton_engine
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
@@ -93,13 +122,22 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, reference:
     if backward == "routed":
         tau_hidden, tau_weight = parse_tau(tau)
         routing = Routing(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
-    with Recorder(target) as launches, _CountTorch() as torch_calls:
-        saved = triton_engine.forward(head, rows, stats=frozenset(), routing=routing, shards=None)
-        upstream = Upstream(meta(n, dtype=torch.float32))
-        triton_engine.backward(head, rows, saved, upstream, routing, Needs(True, not frozen, False, False, False))
-        if reference:
-            triton_engine.forward(head, rows, stats=frozenset(), routing=None, shards=None)
-    return launches, torch_calls.calls
+    launches, torch_calls = [], Counter()
+    saved = None
+    for part in STEP if "backward" in parts else parts:
+        with Recorder(target) as recorded, _CountTorch() as counted:
+            if part == "forward":
+                saved = triton_engine.forward(head, rows, stats=frozenset(), routing=routing, shards=None)
+            elif part == "backward":
+                upstream = Upstream(meta(n, dtype=torch.float32))
+                needs = Needs(True, not frozen, False, False, False)
+                triton_engine.backward(head, rows, saved, upstream, routing, needs)
+            else:
+                triton_engine.forward(head, rows, stats=frozenset(), routing=None, shards=None)
+        if part in parts:
+            launches += recorded
+            torch_calls += counted.calls
+    return launches, torch_calls
 
 
 def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **options) -> StepCost:
@@ -165,7 +203,7 @@ def _dweight(a, shape, live):
     if _does_nothing(a, live):
         return Cost()
     n, m = _padded(_tokens(a, shape), a["BK"]), _padded(a["last_column"] - a["first_column"], a["BM"])
-    item, sums = shape.dtype.itemsize, 4 * (2 - a["is_first"] - a["LAST"])
+    item, sums = shape.dtype.itemsize, 4 * ((a["summed_columns"] > 0) + (not a["LAST"]))
     return Cost(
         2.0 * m * n * _padded(a["H"], a["BN"]), item * n * (m + a["H"]) + (item * a["LAST"] + sums) * m * a["H"]
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,47 +41,102 @@ def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return -logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def eager(p: Problem):
+# Token level: (hidden [N, H], weight [V, H], labels [N], none of them ignored) -> log-probabilities [N]
+
+
+def eager_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """The model's own way: all logits, log_softmax, gather."""
-    mask = p.labels != -100
-
-    def sequence_logps(hidden, weight):
-        logps = (hidden @ weight.T).float().log_softmax(-1)
-        return (logps.gather(-1, p.labels.clamp(min=0)[..., None])[..., 0] * mask).sum(-1)
-
-    with torch.no_grad():
-        ref = sequence_logps(p.ref_hidden, p.ref_weight)
-    return p.gradients(_dpo(sequence_logps(p.hidden, p.weight), ref))
+    return (hidden @ weight.T).float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
 
 
-def _trl(p: Problem, compact: bool, outputs: tuple[str, ...]):
+def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...] = ()) -> Tensor:
     try:
         from trl.kernels import ChunkedLogProbFunction
     except ImportError as error:
         raise Unavailable(f"trl >= 1.15 is not installed ({error})") from error
-    mask = p.labels != -100
+    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0]
 
-    def sequence_logps(hidden, weight, outputs):
-        rows = hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1])
-        labels = p.labels[mask] if compact else p.labels.clamp(min=0).reshape(-1)
-        logps = ChunkedLogProbFunction.apply(rows, weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0]
-        if compact:
+
+def cce_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    if hidden.device.type != "cuda":
+        raise Unavailable("cut-cross-entropy's kernels need a GPU")
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(f"cut-cross-entropy is not installed ({error})") from error
+    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce")
+
+
+def liger_scaled_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    if hidden.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        raise Unavailable("Liger's scaled cross entropy has kernels for Hopper only")
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+
+        return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
+    except ImportError as error:  # CuTe DSL is imported at the first call
+        raise Unavailable(f"liger-kernel >= 0.8.5 and nvidia-cutlass-dsl are not installed ({error})") from error
+
+
+def torch_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    fused = getattr(torch.nn.functional, "linear_cross_entropy", None)
+    if fused is None:
+        raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy")
+    return -fused(hidden, weight, labels, reduction="none")
+
+
+def fastdpo_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> Tensor:
+    import fastdpo
+
+    return fastdpo.linear_logps(hidden, weight, labels, **options)
+
+
+# One DPO step
+
+
+def _step(p: Problem, token_logps: Callable, ref_logps: Callable | None = None, compact: bool = True):
+    """`compact`: completion rows only."""
+    mask = p.labels != -100
+    everything = bool(mask.all())
+
+    def sequence_logps(hidden, weight, token_logps):
+        if compact and not everything:
+            logps = token_logps(hidden[mask], weight, p.labels[mask])
             logps = logps.new_zeros(mask.shape).masked_scatter(mask, logps)
-        return (logps.view(mask.shape) * mask).sum(-1)
+        else:
+            logps = token_logps(hidden.flatten(0, 1), weight, p.labels.clamp(min=0).flatten()).view(mask.shape)
+        return (logps * mask).sum(-1)
 
     with torch.no_grad():
-        ref = sequence_logps(p.ref_hidden, p.ref_weight, ())
-    return p.gradients(_dpo(sequence_logps(p.hidden, p.weight, outputs), ref))
+        ref = sequence_logps(p.ref_hidden, p.ref_weight, ref_logps or token_logps)
+    return p.gradients(_dpo(sequence_logps(p.hidden, p.weight, token_logps), ref))
+
+
+def eager(p: Problem):
+    return _step(p, eager_logps, compact=False)
 
 
 def trl_compacted(p: Problem):
     """TRL's chunked function at its best: completion rows only, no statistics."""
-    return _trl(p, True, ())
+    return _step(p, trl_logps)
 
 
 def trl_trainer(p: Problem):
     """As TRL's DPOTrainer calls it on a CPU: every row, and the statistics it logs."""
-    return _trl(p, False, ("entropy", "mean_logits", "is_top1"))
+    statistics = ("entropy", "mean_logits", "is_top1")
+    return _step(p, partial(trl_logps, outputs=statistics), trl_logps, compact=False)
+
+
+def cce(p: Problem):
+    return _step(p, cce_logps)
+
+
+def liger_scaled(p: Problem):
+    return _step(p, liger_scaled_logps)
+
+
+def torch_fused(p: Problem):
+    return _step(p, torch_logps)
 
 
 def liger(p: Problem):
@@ -115,7 +171,18 @@ PEERS: dict[str, Callable] = {
     "trl compacted": trl_compacted,
     "trl as its trainer": trl_trainer,
     "liger": liger,
+    "liger scaled ce": liger_scaled,
+    "cce": cce,
+    "torch linear_cross_entropy": torch_fused,
     "fastdpo exact": fastdpo_exact,
     "fastdpo routed": fastdpo_routed,
+}
+TOKEN_LOGPS: dict[str, Callable] = {
+    "eager": eager_logps,
+    "trl": trl_logps,
+    "liger scaled ce": liger_scaled_logps,
+    "cce": cce_logps,
+    "torch linear_cross_entropy": torch_logps,
+    "fastdpo": fastdpo_logps,
 }
 OURS = ("fastdpo exact", "fastdpo routed")

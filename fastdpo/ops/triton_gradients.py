@@ -25,7 +25,7 @@ from .triton_backward import (
     spread_kernel,
 )
 from .triton_launch import DTYPES, launch, on_device
-from .triton_operands import DZ_BYTES, HIDDEN_BYTES, LIST_BYTES, SUMS_BYTES, Operands, multiple, operands
+from .triton_operands import HIDDEN_SWEEP, LIST_BYTES, WEIGHT_SWEEP, Budget, Operands, multiple, operands
 
 # Share of live pairs up to which the routed kernels are used, by their costs per pair in units of one exact product:
 # three gathered products of about 1.15, and rows of dhidden added at about 6, against 3. To be measured.
@@ -66,6 +66,7 @@ class _Unit:
     drank: Tensor | None  # [capacity, R] fp32 sums: dz @ lora_b
     weight: bool  # this sweep makes the gradients of weight, bias and lora_b: it has all tokens
     rank: Tensor | None  # [capacity, R] fp32
+    budget: Budget
     tau: float | None  # the smaller wanted tau, which dz is weighted for; None: exact
     tau_hidden: float | None  # of dhidden where it is another
     tau_weight: float | None
@@ -87,8 +88,8 @@ class _Sweep:
     def run(self) -> None:
         ops, needs = self.ops, self.needs
         everything = triton.cdiv(ops.num_rows, 128) * 128
-        size = min(multiple(SUMS_BYTES // (4 * ops.hidden_size), 128), everything)
-        joint = needs.of_hidden and needs.of_weight and self._chunk_size(size) == everything
+        size = min(multiple(HIDDEN_SWEEP.sums // (4 * ops.hidden_size), 128), everything)
+        joint = needs.of_hidden and needs.of_weight and self._chunk_size(size, HIDDEN_SWEEP) == everything
         if needs.of_hidden:
             for first in range(0, ops.num_rows, size):
                 self._hidden_range(self._unit(first, size, hidden=True, weight=joint))
@@ -110,18 +111,19 @@ class _Sweep:
         return _Unit(
             first, capacity,
             sums(ops.hidden_size, hidden and needs.hidden), sums(ops.rank_pitch, hidden and low_rank), weight,
-            self._rank(first, capacity) if low_rank else None, tau, tau_hidden, tau_weight,
+            self._rank(first, capacity) if low_rank else None, HIDDEN_SWEEP if hidden else WEIGHT_SWEEP,
+            tau, tau_hidden, tau_weight,
         )  # fmt: skip
 
     def _rank(self, first: int, capacity: int) -> Tensor:
         """[capacity, R], gathered a bounded number of rows at a time."""
-        ops, size = self.ops, self._chunk_size(capacity)
+        ops, size = self.ops, self._chunk_size(capacity, HIDDEN_SWEEP)
         parts = [ops.rank(ops.gather(self.tokens, first + at, size)) for at in range(0, capacity, size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _chunk_size(self, capacity: int) -> int:
+    def _chunk_size(self, capacity: int, budget: Budget) -> int:
         ops = self.ops
-        return min(multiple(HIDDEN_BYTES // (ops.pitch * ops.item_size), 128), capacity)
+        return min(multiple(budget.hidden // (ops.pitch * ops.item_size), 128), capacity)
 
     def _hidden_range(self, unit: _Unit) -> None:
         ops, grads, tokens = self.ops, self.grads, self.tokens
@@ -152,7 +154,8 @@ class _Sweep:
             lists = triton_lists.build(
                 self._bitmap(unit), self.upstream.coef, self.tokens.rows, self.tokens.count,
                 unit.first, unit.capacity, first_block, count,
-                tile=pair_tile, max_pairs_in_memory=DZ_BYTES // (BLOCK * ops.item_size), crossover=CROSSOVER,
+                tile=pair_tile, max_pairs_in_memory=unit.budget.routed_dz // (BLOCK * ops.item_size),
+                crossover=CROSSOVER,
             )  # fmt: skip
             self._routed(unit, first_block, count, lists)
             if CROSSOVER < 1:
@@ -247,12 +250,12 @@ class _Sweep:
     def _exact(self, unit: _Unit, first_block: int, last_block: int, flag: Tensor | None) -> None:
         """Chunks of tokens by slabs of blocks; a slab's dweight is summed over several chunks in fp32."""
         ops = self.ops
-        size = self._chunk_size(unit.capacity)
+        size = self._chunk_size(unit.capacity, unit.budget)
         chunks = range(0, unit.capacity, size)
         several = unit.weight and len(chunks) > 1
-        blocks = max(1, DZ_BYTES // (ops.item_size * BLOCK * size))
+        blocks = max(1, unit.budget.dz // (ops.item_size * BLOCK * size))
         if several:
-            blocks = max(1, min(blocks, SUMS_BYTES // (4 * ops.hidden_size * BLOCK)))
+            blocks = max(1, min(blocks, unit.budget.sums // (4 * ops.hidden_size * BLOCK)))
         blocks = min(blocks, last_block - first_block)
         slabs = range(first_block, last_block, blocks)
         dz = torch.empty(size, blocks * BLOCK, dtype=ops.head.compute_dtype, device=ops.device)
@@ -344,7 +347,7 @@ class _Sweep:
 
     def _lora_a(self, unit: _Unit) -> None:
         """lora_scale * drank.T @ hidden, chunk by chunk in fp32; padding rows of both are zero."""
-        ops, size = self.ops, self._chunk_size(unit.capacity)
+        ops, size = self.ops, self._chunk_size(unit.capacity, unit.budget)
         unit.drank.mul_(ops.head.lora_scale)
         if self.lora_a_sums is None:
             self.lora_a_sums = torch.empty(ops.rank_size, ops.hidden_size, dtype=torch.float32, device=ops.device)

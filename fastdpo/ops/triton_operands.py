@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from torch import Tensor
@@ -14,10 +16,27 @@ from .triton_launch import DTYPES, are_aligned, descriptor, launch, precision, t
 # Workspace, whatever N, V and H: together below 128 MiB.
 FORWARD_HIDDEN_BYTES = 48 << 20  # gathered rows of the tokens that go through the vocabulary together
 FORWARD_PARTIAL_BYTES = 48 << 20  # their sums per block
-SUMS_BYTES = 64 << 20  # fp32 dhidden of a range of tokens, or fp32 dweight of a slab
-HIDDEN_BYTES = 16 << 20
-DZ_BYTES = 24 << 20
-LIST_BYTES = 12 << 20
+LIST_BYTES = 12 << 20  # tokens of the kept pairs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a sweep of the backward has for what it must hold."""
+
+    sums: int  # fp32: dhidden of a range of tokens, or dweight of a slab that is summed over chunks of tokens
+    hidden: int  # gathered rows of a chunk of tokens, of the exact path
+    dz: int
+
+    @property
+    def routed_dz(self) -> int:
+        """The routed path gathers no rows."""
+        return self.dz + self.hidden
+
+
+# A sweep for dhidden reads the head once per range of tokens: large ranges. One for dweight alone launches three
+# kernels per slab and chunk: as few of those as fit.
+HIDDEN_SWEEP = Budget(sums=64 << 20, hidden=16 << 20, dz=24 << 20)
+WEIGHT_SWEEP = Budget(sums=48 << 20, hidden=32 << 20, dz=24 << 20)
 
 COMPACT = 2048  # rows of one program
 

@@ -21,6 +21,7 @@ if fastdpo.backends()["engines"]["triton"]["reason"]:
 
 from fastdpo.ops import triton_engine, triton_gradients, triton_lists
 from fastdpo.ops.triton_launch import Recorder, Target
+from fastdpo.ops.triton_operands import Budget
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 SEED = 2**63 + 12345
@@ -30,9 +31,8 @@ SEED = 2**63 + 12345
 def small_workspaces(monkeypatch):
     """A few tokens, blocks and pairs at a time, as a large problem has them."""
     monkeypatch.setattr(triton_engine, "FORWARD_HIDDEN_BYTES", 1)
-    monkeypatch.setattr(triton_gradients, "SUMS_BYTES", 128 * 48 * 4)
-    monkeypatch.setattr(triton_gradients, "HIDDEN_BYTES", 1)
-    monkeypatch.setattr(triton_gradients, "DZ_BYTES", 128 * 128 * 2 * 3)
+    for sweep in ("HIDDEN_SWEEP", "WEIGHT_SWEEP"):
+        monkeypatch.setattr(triton_gradients, sweep, Budget(sums=128 * 48 * 4, hidden=1, dz=128 * 128 * 2 * 3))
     monkeypatch.setattr(triton_gradients, "LIST_BYTES", 4 * 128 * 6)
 
 
