@@ -1,6 +1,7 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
 # make test    set up .venv and run the tests
 # make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code
+# make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
 # make lint    ruff
 # make bench   the CPU benchmarks; HEAD=file.safetensors takes a captured head
 PYTHON ?= python3
@@ -9,7 +10,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test kernels lint bench clean
+.PHONY: demo test kernels gpu lint bench clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -33,6 +34,10 @@ $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
 
 kernels: $(VENV)/triton-$(TRITON)/installed
 	PYTHONPATH=$(dir $<) $(RUN) benchmarks/kernels.py $(KERNELS_ARGS)
+
+# Into the Python that has this machine's torch: a GPU machine often has no network. Peers are timed if installed.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --install $(GPU_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .

@@ -1,6 +1,7 @@
-"""Counts of one DPO step's head on the Triton engine: operations in lm_head passes, bytes and launches per kernel.
+"""Counts of one DPO step's head on the Triton engine: operations in lm_head passes, bytes and launches per kernel, and
+the floor that they set on a GPU's time.
 
-python benchmarks/count_step.py --head head.safetensors [--tokens 8192 --vocab 128256 --hidden-size 4096]
+python benchmarks/count_step.py --head head.safetensors [--tokens 8192 --vocab 128256 --hidden-size 4096 --gpu H200]
 
 Policy and reference forward, and the backward. Live pairs are those of the head's distributions, scaled to a larger
 vocabulary in one of two ways:
@@ -19,7 +20,7 @@ import json
 
 import inputs
 import torch
-from cost_model import Shape, StepCost, step_cost
+from cost_model import GPUS, Gpu, Shape, StepCost, step_cost
 from torch import Tensor
 
 from fastdpo.routing import BLOCK, num_blocks, parse_tau
@@ -43,14 +44,15 @@ def live_pairs(head: inputs.HeadInputs, shape: Shape, tau: float, scaling: str, 
     return stretched * (counts.sum() / stretched.sum()) * (shape.num_tokens / len(head.labels))
 
 
-def rows_of(step: StepCost, shape: Shape) -> list[list[str]]:
-    rows = [
-        [name, f"{cost.flops / shape.one_pass:.4f}", f"{cost.bytes / 1e9:.2f}", str(cost.launches)]
-        for name, cost in step.kernels.items()
-    ]
-    rows.append(["torch's own: " + ", ".join(step.other_launches), "", "", str(sum(step.other_launches.values()))])
+def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
+    def row(name: str, flops: float, traffic: float, launches: int, floor: float) -> list[str]:
+        return [name, f"{flops / shape.one_pass:.4f}", f"{traffic / 1e9:.2f}", str(launches), f"{floor * 1e3:.3f}"]
+
+    rows = [row(name, one.flops, one.bytes, one.launches, one.floor(gpu)) for name, one in step.kernels.items()]
+    launches = step.other_launches.total()
+    rows.append(row("torch's own: " + ", ".join(step.other_launches), 0, 0, launches, launches * gpu.launch))
     total = step.total()
-    rows.append(["total", f"{total.flops / shape.one_pass:.4f}", f"{total.bytes / 1e9:.2f}", str(total.launches)])
+    rows.append(row("total", total.flops, total.bytes, total.launches, step.floor(gpu)))
     return rows
 
 
@@ -64,6 +66,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=4096)
     parser.add_argument("--capability", type=int, default=90, help="of the GPU whose tiles are counted")
     parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--gpu", choices=GPUS, default="H200", help="whose rates make the floor")
     args = parser.parse_args()
     head = inputs.load(args.head)
     shape = Shape(args.tokens, args.vocab, args.hidden_size)
@@ -83,13 +86,17 @@ def main() -> None:
             print(
                 f"\n{title}\n(N, V, H) = ({args.tokens}, {args.vocab}, {args.hidden_size}), bf16, sm_{args.capability}"
             )
-            for row in [["kernel", "passes", "GB", "launches"], *rows_of(step, shape)]:
-                print(f"  {row[0][:60]:60} {row[1]:>8} {row[2]:>9} {row[3]:>9}")
-            total = step.total()
+            gpu = GPUS[args.gpu]
+            for row in [["kernel", "passes", "GB", "launches", "floor ms"], *rows_of(step, shape, gpu)]:
+                print(f"  {row[0][:60]:60} {row[1]:>8} {row[2]:>9} {row[3]:>9} {row[4]:>9}")
+            total, products = step.total(), 2 * shape.one_pass / gpu.flops
+            print(f"  floor over two plain products ({products * 1e3:.3f} ms): {step.floor(gpu) / products:.3f}")
             results[title] = {
                 "passes": total.flops / shape.one_pass,
                 "bytes": total.bytes,
                 "launches": total.launches,
+                "floor ms": step.floor(gpu) * 1e3,
+                "floor over two products": step.floor(gpu) / products,
                 "kernels": {name: vars(cost) for name, cost in step.kernels.items()},
             }
     if args.output:

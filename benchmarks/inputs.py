@@ -39,21 +39,23 @@ def load(path: str | None, **synthetic) -> HeadInputs:
     return HeadInputs(Path(path).name, tensors["hidden"], tensors["weight"], tensors["labels"].long())
 
 
-def synthetic_head(num_tokens=4096, vocab_size=32768, hidden_size=256, seed=0) -> HeadInputs:
+def synthetic_head(
+    num_tokens=4096, vocab_size=32768, hidden_size=256, seed=0, device="cpu", strength=14.0
+) -> HeadInputs:
     """A head whose distributions are peaked on a few Zipf-distributed tokens, as a trained model's are.
 
     Each hidden state points at a handful of weight rows with geometrically falling strength, over a shared
     direction that gives low ids (the frequent ones) larger logits; labels are drawn from the head itself.
     """
-    g = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab_size, hidden_size, generator=g) / hidden_size**0.5
-    frequency = -torch.log(torch.arange(1, vocab_size + 1).float())
-    weight[:, 0] = (frequency - frequency.mean()) / 8
-    candidates = torch.multinomial(1.0 / torch.arange(1, vocab_size + 1).float(), num_tokens * 6, True, generator=g)
-    candidates = candidates.view(num_tokens, 6)
-    strength = 14.0 * (0.55 + 0.45 * torch.rand(num_tokens, 6, generator=g)) * 0.93 ** torch.arange(6)
+    g = torch.Generator(device).manual_seed(seed)
+    at = {"generator": g, "device": device}
+    weight = torch.randn(vocab_size, hidden_size, **at) / hidden_size**0.5
+    rank = torch.arange(1, vocab_size + 1, device=device).float()
+    weight[:, 0] = (rank.log().mean() - rank.log()) / 8
+    candidates = torch.multinomial(1.0 / rank, num_tokens * 6, True, generator=g).view(num_tokens, 6)
+    strength = strength * (0.55 + 0.45 * torch.rand(num_tokens, 6, **at)) * 0.93 ** torch.arange(6, device=device)
     hidden = torch.einsum("nk,nkh->nh", strength, weight[candidates])
-    hidden[:, 0] = 4.0 + torch.rand(num_tokens, generator=g)
+    hidden[:, 0] = 4.0 + torch.rand(num_tokens, **at)
     labels = torch.cat([torch.multinomial((h @ weight.T).softmax(-1), 1, generator=g)[:, 0] for h in hidden.split(512)])
     return HeadInputs("synthetic", hidden, weight, labels)
 

@@ -11,11 +11,12 @@ import triton
 from torch import Tensor
 
 from ..routing import bitmap_bytes
+from . import triton_memory as memory
 from .problem import Forward, Head, Rows
 from .triton_forward import finish_kernel, fold_kernel
 from .triton_gradients import backward
 from .triton_launch import launch, on_device
-from .triton_operands import FORWARD_HIDDEN_BYTES, FORWARD_PARTIAL_BYTES, Operands, Tokens, multiple, operands
+from .triton_operands import Operands, Tokens, operands
 
 __all__ = ["backward", "forward"]
 
@@ -45,9 +46,9 @@ def forward(head: Head, rows: Rows, *, stats: frozenset[str] = frozenset(), rout
         1 + ("entropy" in stats) + ("mean_logit" in stats) + ("log_sum_sq_probs" in stats) + 2 * ("is_top1" in stats)
     )
     capacity = min(
-        FORWARD_HIDDEN_BYTES // (ops.pitch * ops.item_size), FORWARD_PARTIAL_BYTES // (4 * ops.num_blocks * partials)
+        memory.FORWARD_HIDDEN // (ops.pitch * ops.item_size), memory.FORWARD_PARTIAL // (4 * ops.num_blocks * partials)
     )
-    capacity = min(multiple(capacity, 128), triton.cdiv(m, 16) * 16)
+    capacity = min(memory.multiple(capacity, 128), triton.cdiv(m, 16) * 16)
     with on_device(device):
         tokens = ops.compact(result)
         for first in range(0, m, capacity):

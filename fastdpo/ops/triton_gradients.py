@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..routing import BLOCK, Routing
 from . import triton_lists
+from . import triton_memory as memory
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
 from .triton_backward import (
     dhidden_kernel,
@@ -25,7 +26,7 @@ from .triton_backward import (
     spread_kernel,
 )
 from .triton_launch import DTYPES, launch, on_device
-from .triton_operands import HIDDEN_SWEEP, LIST_BYTES, WEIGHT_SWEEP, Budget, Operands, multiple, operands
+from .triton_operands import Operands, operands
 
 # Share of live pairs up to which the routed kernels are used, by their costs per pair in units of one exact product:
 # three gathered products of about 1.15, and rows of dhidden added at about 6, against 3. To be measured.
@@ -66,7 +67,8 @@ class _Unit:
     drank: Tensor | None  # [capacity, R] fp32 sums: dz @ lora_b
     weight: bool  # this sweep makes the gradients of weight, bias and lora_b: it has all tokens
     rank: Tensor | None  # [capacity, R] fp32
-    budget: Budget
+    slab: tuple[int, int]  # of the exact path: (tokens of a chunk, blocks)
+    routed_pairs: int  # of the routed path, in memory at once
     tau: float | None  # the smaller wanted tau, which dz is weighted for; None: exact
     tau_hidden: float | None  # of dhidden where it is another
     tau_weight: float | None
@@ -88,8 +90,8 @@ class _Sweep:
     def run(self) -> None:
         ops, needs = self.ops, self.needs
         everything = triton.cdiv(ops.num_rows, 128) * 128
-        size = min(multiple(HIDDEN_SWEEP.sums // (4 * ops.hidden_size), 128), everything)
-        joint = needs.of_hidden and needs.of_weight and self._chunk_size(size, HIDDEN_SWEEP) == everything
+        size, fits = memory.range_size(ops.num_rows, self._row, 4 * (ops.hidden_size + ops.rank_pitch))
+        joint = needs.of_hidden and needs.of_weight and fits
         if needs.of_hidden:
             for first in range(0, ops.num_rows, size):
                 self._hidden_range(self._unit(first, size, hidden=True, weight=joint))
@@ -108,22 +110,33 @@ class _Sweep:
             tau_hidden = routing.tau_hidden if hidden and routing.tau_hidden != tau else None
             tau_weight = routing.tau_weight if weight and routing.tau_weight != tau else None
         low_rank = ops.lora_a is not None
+        held = 4 * (ops.hidden_size + ops.rank_pitch) * hidden  # per token
+        if hidden:
+            slab = memory.hidden_slab(capacity, self._row, ops.item_size, held, joint=weight)
+        else:
+            slab = memory.weight_slab(capacity, self._row, ops.item_size, 4 * (ops.hidden_size + ops.rank_pitch))
         return _Unit(
             first, capacity,
             sums(ops.hidden_size, hidden and needs.hidden), sums(ops.rank_pitch, hidden and low_rank), weight,
-            self._rank(first, capacity) if low_rank else None, HIDDEN_SWEEP if hidden else WEIGHT_SWEEP,
-            tau, tau_hidden, tau_weight,
+            self._rank(first, capacity) if low_rank else None,
+            slab, memory.routed_pairs(capacity * held, ops.item_size), tau, tau_hidden, tau_weight,
         )  # fmt: skip
 
     def _rank(self, first: int, capacity: int) -> Tensor:
-        """[capacity, R], gathered a bounded number of rows at a time."""
-        ops, size = self.ops, self._chunk_size(capacity, HIDDEN_SWEEP)
-        parts = [ops.rank(ops.gather(self.tokens, first + at, size)) for at in range(0, capacity, size)]
+        """[capacity, R]"""
+        parts = [self.ops.rank(rows) for _, rows in self._gathered(first, capacity)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _chunk_size(self, capacity: int, budget: Budget) -> int:
-        ops = self.ops
-        return min(multiple(budget.hidden // (ops.pitch * ops.item_size), 128), capacity)
+    @property
+    def _row(self) -> int:
+        """Bytes of a gathered row."""
+        return self.ops.pitch * self.ops.item_size
+
+    def _gathered(self, first: int, capacity: int):
+        """(offset, rows of a part of these tokens), a bounded number at a time."""
+        size = min(memory.multiple(memory.HIDDEN // self._row, 128), capacity)
+        for at in range(0, capacity, size):
+            yield at, self.ops.gather(self.tokens, first + at, min(size, capacity - at))
 
     def _hidden_range(self, unit: _Unit) -> None:
         ops, grads, tokens = self.ops, self.grads, self.tokens
@@ -148,14 +161,13 @@ class _Sweep:
             self._exact(unit, 0, ops.num_blocks, None)
             return
         pair_tile = ops.tile("routed_dz").m
-        size = max(1, LIST_BYTES // 4 // (int(CROSSOVER * unit.capacity) + pair_tile))
+        size = memory.list_blocks(int(CROSSOVER * unit.capacity) + pair_tile)
         for first_block in range(0, ops.num_blocks, size):
             count = min(size, ops.num_blocks - first_block)
             lists = triton_lists.build(
                 self._bitmap(unit), self.upstream.coef, self.tokens.rows, self.tokens.count,
                 unit.first, unit.capacity, first_block, count,
-                tile=pair_tile, max_pairs_in_memory=unit.budget.routed_dz // (BLOCK * ops.item_size),
-                crossover=CROSSOVER,
+                tile=pair_tile, max_pairs_in_memory=unit.routed_pairs, crossover=CROSSOVER,
             )  # fmt: skip
             self._routed(unit, first_block, count, lists)
             if CROSSOVER < 1:
@@ -250,12 +262,9 @@ class _Sweep:
     def _exact(self, unit: _Unit, first_block: int, last_block: int, flag: Tensor | None) -> None:
         """Chunks of tokens by slabs of blocks; a slab's dweight is summed over several chunks in fp32."""
         ops = self.ops
-        size = self._chunk_size(unit.capacity, unit.budget)
+        size, blocks = unit.slab
         chunks = range(0, unit.capacity, size)
         several = unit.weight and len(chunks) > 1
-        blocks = max(1, unit.budget.dz // (ops.item_size * BLOCK * size))
-        if several:
-            blocks = max(1, min(blocks, unit.budget.sums // (4 * ops.hidden_size * BLOCK)))
         blocks = min(blocks, last_block - first_block)
         slabs = range(first_block, last_block, blocks)
         dz = torch.empty(size, blocks * BLOCK, dtype=ops.head.compute_dtype, device=ops.device)
@@ -269,18 +278,18 @@ class _Sweep:
         )
         held = None
         for at, slab in order:
-            first = unit.first + at
+            first, rows = unit.first + at, min(size, unit.capacity - at)  # a range need not be whole chunks
             columns = (slab * BLOCK, min((slab + blocks) * BLOCK, last_block * BLOCK, ops.vocab_size))
             if held != at:
-                held, hidden = at, ops.gather(self.tokens, first, size, flag)
-            rank = None if unit.rank is None else unit.rank[at : at + size]
-            self._dz(first, hidden, rank, columns, dz, column_sums, flag)
+                held, hidden, chunk_dz = at, ops.gather(self.tokens, first, rows, flag), dz[:rows]
+            rank = None if unit.rank is None else unit.rank[at : at + rows]
+            self._dz(first, hidden, rank, columns, chunk_dz, column_sums, flag)
             for out, operand in ((unit.dhidden, ops.weight), (unit.drank, ops.lora_b)):
                 if out is not None:
-                    self._dhidden(first, dz, operand, columns, out[at : at + size], flag)
+                    self._dhidden(first, chunk_dz, operand, columns, out[at : at + rows], flag)
             if unit.weight:
                 ends = (at == chunks[0], at == chunks[-1])
-                self._dweights(first, dz, column_sums, hidden, rank, columns, partial, ends, flag)
+                self._dweights(first, chunk_dz, column_sums, hidden, rank, columns, partial, ends, flag)
 
     def _dz(self, first: int, hidden: Tensor, rank, columns: tuple[int, int], dz: Tensor, column_sums, flag) -> None:
         ops, saved, upstream, tokens = self.ops, self.saved, self.upstream, self.tokens
@@ -347,15 +356,15 @@ class _Sweep:
 
     def _lora_a(self, unit: _Unit) -> None:
         """lora_scale * drank.T @ hidden, chunk by chunk in fp32; padding rows of both are zero."""
-        ops, size = self.ops, self._chunk_size(unit.capacity, unit.budget)
+        ops = self.ops
         unit.drank.mul_(ops.head.lora_scale)
         if self.lora_a_sums is None:
             self.lora_a_sums = torch.empty(ops.rank_size, ops.hidden_size, dtype=torch.float32, device=ops.device)
-        for at in range(0, unit.capacity, size):
+        for at, rows in self._gathered(unit.first, unit.capacity):
             first = unit.first + at
-            ends = (first == 0, first + size >= ops.num_rows)
+            ends = (first == 0, first + len(rows) >= ops.num_rows)
             self._dweight(
-                first, unit.drank[at : at + size], None, ops.gather(self.tokens, first, size), (0, ops.rank_size),
+                first, unit.drank[at : at + len(rows)], None, rows, (0, ops.rank_size),
                 (self.lora_a_sums, None), self.grads.lora_a, None, ops.hidden_size, ends, None, kind="dlora_a",
             )  # fmt: skip
             if ends[1]:

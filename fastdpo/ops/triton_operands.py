@@ -1,8 +1,6 @@
-"""One head as the Triton kernels take it: addresses, tiles, compacted tokens, and how much memory a step may use."""
+"""One head as the Triton kernels take it: addresses, tiles, compacted tokens."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,37 +11,7 @@ from .problem import Forward, Head, Rows, Upstream
 from .triton_forward import compact_kernel, gather_kernel, rank_kernel
 from .triton_launch import DTYPES, are_aligned, descriptor, launch, precision, target_of, tile
 
-# Workspace, whatever N, V and H: together below 128 MiB.
-FORWARD_HIDDEN_BYTES = 48 << 20  # gathered rows of the tokens that go through the vocabulary together
-FORWARD_PARTIAL_BYTES = 48 << 20  # their sums per block
-LIST_BYTES = 12 << 20  # tokens of the kept pairs
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes that a sweep of the backward has for what it must hold."""
-
-    sums: int  # fp32: dhidden of a range of tokens, or dweight of a slab that is summed over chunks of tokens
-    hidden: int  # gathered rows of a chunk of tokens, of the exact path
-    dz: int
-
-    @property
-    def routed_dz(self) -> int:
-        """The routed path gathers no rows."""
-        return self.dz + self.hidden
-
-
-# A sweep for dhidden reads the head once per range of tokens: large ranges. One for dweight alone launches three
-# kernels per slab and chunk: as few of those as fit.
-HIDDEN_SWEEP = Budget(sums=64 << 20, hidden=16 << 20, dz=24 << 20)
-WEIGHT_SWEEP = Budget(sums=48 << 20, hidden=32 << 20, dz=24 << 20)
-
 COMPACT = 2048  # rows of one program
-
-
-def multiple(x: int, of: int) -> int:
-    """The largest multiple of `of` up to `x`, at least one."""
-    return max(x // of, 1) * of
 
 
 class Tokens:
@@ -173,4 +141,4 @@ def operands(use_tma: bool, *tensors_and_boxes: tuple[Tensor, int, int]) -> list
     return [descriptor(x, r, c) if use_tma else x for x, r, c in tensors_and_boxes]
 
 
-__all__ = ["BLOCK", "Operands", "Tokens", "multiple", "operands"]
+__all__ = ["BLOCK", "Operands", "Tokens", "operands"]

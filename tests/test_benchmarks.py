@@ -1,0 +1,225 @@
+"""The measuring programs: they walk every case without a GPU, count right, and say what was not measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def run(*command, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+# The GPU suite
+
+
+def test_without_a_gpu_the_suite_says_so():
+    done = run(BENCHMARKS / "gpu.py", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "no CUDA GPU here" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("gpu") / "dry.json"
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--output", output)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {**json.loads(output.read_text()), "printed": done.stdout}
+
+
+def test_a_dry_run_walks_every_stage(dry_run):
+    from gpu import GRID
+    from gpu_cases import GROUPS
+
+    assert dry_run["device"]["name"] == "none" and "no GPU" in dry_run["title"]
+    assert dry_run["compile"]["status"] == 0 and dry_run["compile"]["faults"] == []
+    assert dry_run["tests"]["status"] == 0 and dry_run["tests"]["collected"] > 200
+    assert dry_run["ceilings"]["flops"] > 0 and dry_run["ceilings"]["left out"] == {}
+    assert {group for _, _, groups, _ in GRID for group in groups} == set(GROUPS) == set(dry_run["shapes"][0]["groups"])
+    assert "MISS" not in dry_run["printed"]  # nothing of a dry run is judged
+
+
+def test_a_dry_run_runs_every_contender(dry_run):
+    from peers import PEERS, TOKEN_LOGPS
+
+    shape = dry_run["shapes"][0]
+    seen = {name: {row["name"] for row in group["rows"]} for name, group in shape["groups"].items()}
+    assert {"fastdpo exact", "fastdpo routed", "eager", "two torch.mm"} <= seen["step"] & seen["frozen step"]
+    assert {"exact", "routed", "exact, frozen head", "routed, frozen head"} <= seen["backward"]
+    assert set(TOKEN_LOGPS) <= seen["forward"] | shape["left out"].keys()
+    assert set(PEERS) - {"trl as its trainer"} <= seen["step"] | shape["left out"].keys()
+    gpu_only = {"cce", "liger scaled ce"}
+    missing = {name: why for name, why in shape["left out"].items() if name not in gpu_only}
+    assert all("installed" in why or "has no" in why for why in missing.values()), missing
+    for backward in ("routed", "exact"):
+        kernels = {row["kernel"] for row in shape["kernels"][backward]}
+        assert {"fold", "dz", "dweight", "spread"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
+
+
+def test_targets_are_judged_by_ratios():
+    from gpu import targets
+
+    def row(name, median, over, extra=None):
+        return {"name": name, "median": median, "over unit": over, "extra_mib": extra}
+
+    shape = {
+        "N": 8192, "V": 128256, "H": 4096, "dtype": "bfloat16",
+        "groups": {
+            "forward": {"rows": [row("torch.mm", 10.0, 1.0), row("fastdpo", 12.0, 1.2)]},
+            "step": {"rows": [row("two torch.mm", 20.0, 1.0), row("fastdpo routed", 24.0, 1.2, 100.0),
+                              row("fastdpo exact", 60.0, 3.0, 200.0), row("eager", 50.0, 2.5), row("cce", 80.0, 4.0)]},
+        },
+    }  # fmt: skip
+    met = {what.split(": ")[1]: value <= limit for what, value, limit in targets({"shapes": [shape]})}
+    assert met == {
+        "forward over torch.mm": False,
+        "routed step over two torch.mm": True,
+        "exact step over eager": False,
+        "routed step over eager": True,
+        "MiB beyond inputs and gradients, fastdpo routed": True,
+        "MiB beyond inputs and gradients, fastdpo exact": False,
+    }
+
+
+def test_a_contender_that_fails_is_named_and_the_others_timed():
+    from gpu_timing import interleaved
+    from peers import Unavailable
+
+    def absent():
+        raise Unavailable("not installed")
+
+    def broken():
+        raise ValueError("bad shape")
+
+    order = []
+    timings, left_out = interleaved(
+        {"a": lambda: order.append("a"), "absent": absent, "broken": broken, "b": lambda: order.append("b")},
+        "cpu",
+        rounds=4,
+    )
+    assert left_out == {"absent": "not installed", "broken": "ValueError: bad shape"}
+    assert {name: timing.runs for name, timing in timings.items()} == {"a": 4, "b": 4}
+    assert order[-8:] == ["a", "b"] * 4
+    assert all(timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_tiles_are_timed_and_put_back():
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--tune", "fold", "dweight")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("(present)") == 2 and '"fold": {"fp32": {90: Tile(' in done.stdout
+
+
+# The cost model
+
+
+def test_published_times_are_reproduced_from_pass_counts():
+    from cost_model import GPUS
+    from peer_costs import ALGORITHMS, PUBLISHED
+
+    ratios = {}
+    for one in PUBLISHED:
+        modelled = ALGORITHMS[one.algorithm].seconds(one.shape, GPUS[one.gpu], **one.parts)
+        ratios.setdefault(one.algorithm, []).append(modelled / one.seconds)
+    near = {name for name, found in ratios.items() if any(0.8 < ratio < 1.2 for ratio in found)}
+    assert {"eager", "cce", "liger scaled ce"} <= near
+    assert all(ratio < 1.05 for found in ratios.values() for ratio in found)  # a floor: nobody is faster
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_counted_costs_follow_the_live_pairs(frozen):
+    from cost_model import GPUS, Shape, step_cost
+
+    from fastdpo.ops.triton_launch import Target
+
+    shape, options = Shape(4096, 32000, 2048), {"frozen": frozen, "tau": None, "target": Target(90, 132)}
+    few, many = (
+        step_cost(shape, live, live, backward="routed", **options)
+        for live in (torch.full((250,), 64.0), torch.full((250,), 640.0))
+    )
+    exact = step_cost(shape, None, None, backward="exact", **options)
+    gpu = GPUS["H200"]
+    assert 2.0 <= few.total().flops / shape.one_pass < many.total().flops / shape.one_pass < 3.0
+    # padding of ragged tiles comes on top of whole passes: 4 with a frozen head, 5 in a joint sweep, 6 in two
+    assert (4 if frozen else 5) <= exact.total().flops / shape.one_pass < (4.3 if frozen else 6.4)
+    assert few.floor(gpu) < many.floor(gpu) < exact.floor(gpu)
+    forward = step_cost(shape, None, None, backward="exact", parts=("reference",), **options)
+    backward = step_cost(shape, None, None, backward="exact", parts=("backward",), **options)
+    parts = 2 * forward.total().flops + backward.total().flops
+    assert parts == pytest.approx(exact.total().flops, rel=1e-6)
+
+
+# What was measured
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[Path]:
+    from measured import KERNELS
+
+    copies = [tmp_path / file.name for file in KERNELS]
+    for file, copy in zip(KERNELS, copies):
+        copy.write_text(file.read_text())
+    return copies
+
+
+def edited(sources, name: str, old: str, new: str) -> set[str]:
+    """The kernels whose digest an edit changes."""
+    from measured import digests
+
+    before = digests(sources)
+    (file,) = (file for file in sources if file.name == name)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    after = digests(sources)
+    return {kernel for kernel in before if before[kernel] != after[kernel]}
+
+
+def test_an_edit_changes_the_digests_of_what_it_reaches(sources):
+    every = {"fold", "dz", "dhidden", "dweight", "routed_dz", "routed_dhidden", "routed_dweight", "finish", "spread"}
+    assert edited(sources, "triton_common.py", '"""', '""" ') == set()  # a docstring
+    assert edited(sources, "triton_backward.py", "@triton.jit", "# a comment\n@triton.jit") == set()
+    assert edited(sources, "triton_backward.py", 'float("nan")', "0.0") == {"spread"}
+    assert edited(sources, "triton_launch.py", '"fold": {', '"fold": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"fold"}
+    reached = edited(sources, "triton_common.py", "0xFFFFE000", "0xFFFFF000")  # what add_low_rank calls
+    assert {"fold", "dz", "routed_dz"} <= reached and not reached & {"dweight", "spread", "finish"}
+    assert every - {"routed_dz"} - edited(sources, "triton_common.py", "+ 0x7FFF", "+ 0x7FFE") < every
+
+
+def test_what_changed_since_it_was_measured_is_listed():
+    from measured import changed, line
+
+    now = {"fold": "a", "dz": "b", "spread": "c"}
+    old = {
+        "date": "2026-01-01",
+        "file": "old.json",
+        "device": {"name": "NVIDIA H200"},
+        "kernels": {"fold": "a", "dz": "x"},
+    }
+    assert changed([], now) == dict.fromkeys(now, "never measured")
+    assert changed([old], now) == {"dz": "changed since 2026-01-01 (old.json)", "spread": "never measured"}
+    assert "2026-01-01, NVIDIA H200" in line([old]) and "none yet" in line([])
+
+
+def test_the_readme_says_when_a_gpu_was_last_used():
+    done = run(BENCHMARKS / "measured.py", "--check")
+    assert done.returncode == 0, done.stdout
