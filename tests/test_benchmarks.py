@@ -76,6 +76,14 @@ def test_a_dry_run_runs_every_contender(dry_run):
         assert {"fold", "dz", "dweight", "spread"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
 
 
+def test_a_result_becomes_a_picture(dry_run, tmp_path):
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({name: value for name, value in dry_run.items() if name != "printed"}))
+    done = run(BENCHMARKS / "plot_gpu.py", result)
+    assert done.returncode == 0, done.stderr
+    assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_targets_are_judged_by_ratios():
     from gpu import targets
 
