@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from cost_model import STEP, Gpu, Shape, StepCost, step_cost
@@ -143,7 +144,7 @@ class ShapeCases:
         problem = self._problem(frozen)
         names = ["fastdpo routed", "fastdpo exact", *STEP_PEERS]
         contenders = {"two torch.mm": self._products(2)}
-        contenders |= {name: lambda run=PEERS[name]: run(problem) for name in names}
+        contenders |= {name: partial(_step, PEERS[name], problem) for name in names}
         floors = {f"fastdpo {backward}": self._cost(backward, STEP, frozen) for backward in ("routed", "exact")}
         return Case("two torch.mm", contenders, floors)
 
@@ -174,7 +175,7 @@ class ShapeCases:
         cost = self._cost(backward, STEP)
         problem = self._problem(False)
         run = PEERS[f"fastdpo {backward}"]
-        measured = kernel_times(lambda: run(problem)) if self.device == "cuda" else {}
+        measured = kernel_times(partial(_step, run, problem)) if self.device == "cuda" else {}
         rows = []
         for name, one in cost.kernels.items():
             took = measured.pop(f"{name}_kernel", None)
@@ -185,6 +186,13 @@ class ShapeCases:
         others = [sum(x) for x in zip(*measured.values())] or [None, cost.other_launches.total()]
         rows.append({"kernel": "torch's own", "ms": others[0], "launches": others[1]})
         return rows
+
+
+def _step(run: Callable, problem: Problem) -> tuple:
+    """Leaves no gradient behind: memory is counted from a clean state."""
+    result = run(problem)
+    problem.hidden.grad = problem.weight.grad = None
+    return result
 
 
 def _taus() -> tuple[float, float]:

@@ -40,6 +40,7 @@ def interleaved(
             left_out[name] = str(reason)
         except torch.OutOfMemoryError:
             left_out[name] = "out of memory"
+            torch.cuda.empty_cache()
         except Exception as error:  # a peer's own failure is a result, not the end of the suite
             left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
     samples: dict[str, list[float]] = {name: [] for name in extra}
