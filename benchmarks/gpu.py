@@ -102,7 +102,7 @@ class Suite:
         command += ["--rates", *rates, "--groups", *groups, *(["--kernels"] if kernels else [])]
         command += ["--rounds", 1] if self.args.dry_run else []
         command += ["--head", self.args.head] if self.args.head else []
-        status, output, took = self.run(command, 3 * seconds + 90)
+        status, output, took = self.run(command, 3 * seconds + (300 if self.args.dry_run else 90))
         if status != 0:
             return {"N": shape[0], "V": shape[1], "H": shape[2], "dtype": dtype, "failed": output[-2000:]}
         return {**json.loads(output.splitlines()[-1]), "seconds": round(took, 1)}
