@@ -26,12 +26,12 @@ ROOT = HERE.parent
 RESULTS = HERE / "results"
 TESTS = ["-q", "-k", "triton or cuda or gpu or kernels", "--ignore=tests/test_demo.py", "--ignore=tests/test_build.py"]
 GRID = [  # (N, V, H), dtype, groups, seconds to time them in
-    ((8192, 128256, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss"), 60),
-    ((2048, 32000, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss"), 15),
+    ((8192, 128256, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss", "logits"), 60),
+    ((2048, 32000, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss", "logits"), 15),
     ((8192, 151936, 2048), "bfloat16", ("forward", "step", "backward", "frozen step"), 40),
-    ((16384, 256000, 2304), "bfloat16", ("forward", "step", "backward", "frozen step"), 60),
+    ((16384, 256000, 2304), "bfloat16", ("forward", "step", "backward", "frozen step", "logits"), 60),
     ((8192, 128256, 4096), "float16", ("forward", "backward"), 15),
-    ((2048, 32000, 4096), "float32", ("forward", "backward"), 15),
+    ((2048, 32000, 4096), "float32", ("forward", "backward", "logits"), 15),
 ]
 DRY_GRID = [
     ((64, 384, 32), "float32", GRID[0][2], 1),
@@ -197,6 +197,11 @@ def targets(record: dict) -> list[tuple[str, float, float]]:
         forward, step = groups.get("forward", {}), groups.get("step", {})
         if "fastdpo" in forward:
             found.append((f"{name}: forward over torch.mm", forward["fastdpo"]["over unit"], 1.10))
+        logits = groups.get("logits", {})
+        for part, unit in (("forward", "copy of half"), ("backward", "copy")):
+            if f"fastdpo, {part}" in logits:
+                ratio = logits[f"fastdpo, {part}"]["median"] / logits[unit]["median"]
+                found.append((f"{name}: logits to logps, {part}, over a {unit}", ratio, 1.10))
         if "fastdpo routed" not in step or "fastdpo exact" not in step:
             continue
         routed, exact = step["fastdpo routed"], step["fastdpo exact"]

@@ -16,12 +16,12 @@ import torch
 from cost_model import STEP, Gpu, Shape, StepCost, step_cost
 from gpu_timing import interleaved, kernel_times
 from inputs import HeadInputs, lifted, load, synthetic_head
-from peers import BETA, PEERS, TOKEN_LOGPS, Problem
+from peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
 from torch import Tensor
 
 STRENGTH = 15.0  # of the synthetic head: at H = 4096 about as many live blocks per token as on a trained head
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
-GROUPS = ("forward", "backward", "step", "frozen step", "loss")
+GROUPS = ("forward", "backward", "step", "frozen step", "loss", "logits")
 
 
 @dataclass
@@ -167,6 +167,28 @@ class ShapeCases:
             return torch.autograd.grad(-torch.nn.functional.logsigmoid(BETA * margin).mean(), trained)
 
         return Case("plain torch", {"plain torch": plain, "fastdpo": ours})
+
+    def _logits(self) -> Case:
+        """Given logits to log-probabilities and back, beside copies: of half of them, which moves as many bytes as a
+        forward reads, and of all, as many as a backward reads and writes."""
+        import fastdpo
+
+        n, v = min(self.shape.num_tokens, 4096), self.shape.vocab_size
+        logits = torch.randn(n, v, device=self.device, dtype=self.shape.dtype).requires_grad_()
+        labels, coef, plain = self.labels[:n], self.coef[:n], logits.detach()
+        target = torch.empty_like(plain)
+        functions = {"fastdpo": fastdpo.selective_log_softmax, **SELECTIVE_LOGPS}
+        contenders = {
+            "copy": lambda: target.copy_(plain),
+            "copy of half": lambda: target[: n // 2].copy_(plain[: n // 2]),
+        }
+        for name, run in functions.items():
+            contenders[f"{name}, forward"] = lambda run=run: run(plain, labels)
+        saved = fastdpo.selective_log_softmax(logits, labels)
+        contenders["fastdpo, backward"] = lambda: torch.autograd.grad(saved, logits, coef, retain_graph=True)
+        for name, run in functions.items():
+            contenders[f"{name}, both"] = lambda run=run: torch.autograd.grad(run(logits, labels), logits, coef)
+        return Case("copy", contenders)
 
     # One step's kernels
 

@@ -91,6 +91,32 @@ def fastdpo_logps(hidden: Tensor, weight: Tensor, labels: Tensor, **options) -> 
     return fastdpo.linear_logps(hidden, weight, labels, **options)
 
 
+# From logits [N, V] and labels [N] to log-probabilities [N]
+
+
+def torch_selective(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def trl_selective(logits: Tensor, labels: Tensor) -> Tensor:
+    try:
+        from trl.trainer.utils import selective_log_softmax
+    except ImportError as error:
+        raise Unavailable(f"trl is not installed ({error})") from error
+    return selective_log_softmax(logits, labels)
+
+
+def liger_selective(logits: Tensor, labels: Tensor) -> Tensor:
+    """Writes the gradient over a copy of the logits in the forward: over the caller's own otherwise."""
+    if logits.device.type != "cuda":
+        raise Unavailable("Liger's cross entropy needs a GPU")
+    try:
+        from liger_kernel.transformers import LigerCrossEntropyLoss
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel is not installed ({error})") from error
+    return -LigerCrossEntropyLoss(reduction="none")(logits.clone(), labels)
+
+
 # One DPO step
 
 
@@ -185,4 +211,5 @@ TOKEN_LOGPS: dict[str, Callable] = {
     "torch linear_cross_entropy": torch_logps,
     "fastdpo": fastdpo_logps,
 }
+SELECTIVE_LOGPS: dict[str, Callable] = {"torch": torch_selective, "trl": trl_selective, "liger": liger_selective}
 OURS = ("fastdpo exact", "fastdpo routed")
