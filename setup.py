@@ -104,7 +104,8 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
 
     names = isas()
     includes = [f"-I{CSRC.resolve()}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in [*names, *(["CUDA"] if nvcc else [])]]
+    available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in names]
+    with_cuda = ["-DFASTDPO_HAVE_CUDA"] if nvcc else []
     objects = []
     edges = []
 
@@ -117,7 +118,8 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
             for name, flags in names.items():
                 edge(source, f"{source.stem}_{name}.o", [*flags, f"-DFASTDPO_ISA={name}"])
         else:
-            edge(source, f"{source.stem}.o", available)
+            flags = {"cpu_dispatch.cpp": available, "bindings.cpp": with_cuda}.get(source.name, [])
+            edge(source, f"{source.stem}.o", flags)
 
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
     linker, nvcc_rule = [*compiler, *link], []
@@ -125,7 +127,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
         # A compiler with options or a wrapper is not a name that nvcc takes; it then finds its own.
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
         linker = [nvcc, *host, *NVCC_LINK]
-        compile_cu = [nvcc, *host, *NVCC_FLAGS, includes[0], *available]
+        compile_cu = [nvcc, *host, *NVCC_FLAGS, includes[0], *with_cuda]
         nvcc_rule = [
             "rule nvcc",
             f"  command = {shlex.join(compile_cu)} $flags -MMD -MF $out.d -c $in -o $out",

@@ -2,6 +2,8 @@
 // reduction over a block and the launches. The logits are read once forward, read and written once backward.
 #include <cuda_runtime.h>
 
+#include <limits>
+
 #include "logits.h"
 #include "logits_row.h"
 
@@ -13,21 +15,21 @@ constexpr int kMaxThreads = 512;
 constexpr int64_t kShortRow = 8192;  // elements: fewer would leave most of a large block without a batch
 constexpr int kThreadsOfShortRow = 128;
 
-__device__ OnlineSum merge_warp(OnlineSum mine, float scale) {
+__device__ OnlineSum merge_warp(OnlineSum mine) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
     OnlineSum other;
     other.max = __shfl_xor_sync(0xffffffffu, mine.max, distance);
     other.sum = __shfl_xor_sync(0xffffffffu, mine.sum, distance);
-    mine.merge(other, scale);
+    mine.merge(other);
   }
   return mine;
 }
 
 // The whole block's sum, in the first warp.
-__device__ OnlineSum merge_block(OnlineSum mine, float scale) {
+__device__ OnlineSum merge_block(OnlineSum mine) {
   __shared__ float max_of_warp[kMaxThreads / kWarp], sum_of_warp[kMaxThreads / kWarp];
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  mine = merge_warp(mine, scale);
+  mine = merge_warp(mine);
   if (lane == 0) {
     max_of_warp[warp] = mine.max;
     sum_of_warp[warp] = mine.sum;
@@ -39,16 +41,16 @@ __device__ OnlineSum merge_block(OnlineSum mine, float scale) {
     of_lane.max = max_of_warp[lane];
     of_lane.sum = sum_of_warp[lane];
   }
-  return merge_warp(of_lane, scale);
+  return merge_warp(of_lane);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kMaxThreads) logits_forward_kernel(const LogitsForwardArgs a) {
   const int64_t row = blockIdx.x;
-  const float scale = a.inv_temperature * kLog2E;
+  const float scale = row_scale(a.inv_temperature);
   const T* logits = row_of(static_cast<const T*>(a.logits), a.logits_stride, row);
   const OnlineSum mine = fold_row(logits, a.vocab_size, a.labels[row], scale, threadIdx.x, blockDim.x);
-  const OnlineSum total = merge_block(mine, scale);
+  const OnlineSum total = merge_block(mine);
   if (threadIdx.x == 0) finish_row(a, row, logits, total);
 }
 
@@ -60,6 +62,7 @@ __global__ void __launch_bounds__(kMaxThreads) logits_backward_kernel(const Logi
 template <class Args>
 int launch(void (*kernel)(Args), const Args& args, int device, void* stream) {
   if (args.num_rows == 0) return cudaSuccess;
+  if (args.num_rows > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;  // a grid's limit
   // This runtime is not torch's: it keeps a current device of its own.
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;

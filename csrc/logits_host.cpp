@@ -7,12 +7,12 @@ namespace {
 
 template <class T>
 void forward(const LogitsForwardArgs& a, int64_t lanes) {
-  const float scale = a.inv_temperature * kLog2E;
+  const float scale = row_scale(a.inv_temperature);
   for (int64_t row = 0; row < a.num_rows; ++row) {
     const T* logits = row_of(static_cast<const T*>(a.logits), a.logits_stride, row);
     OnlineSum total;
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      total.merge(fold_row(logits, a.vocab_size, a.labels[row], scale, lane, lanes), scale);
+      total.merge(fold_row(logits, a.vocab_size, a.labels[row], scale, lane, lanes));
     }
     finish_row(a, row, logits, total);
   }

@@ -19,6 +19,9 @@ namespace fastdpo {
 constexpr int kVectorBytes = 16;
 constexpr int kBatch = 16;  // elements that a lane has in flight: 2 vectors of a half type, 4 of fp32
 constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.69314718055994531;
+
+FASTDPO_HD inline float row_scale(float inv_temperature) { return inv_temperature * kLog2E; }
 
 // 2^x within 2 ulp; results below the smallest normal number are 0 on a GPU.
 FASTDPO_HD inline float exp2_fast(float x) {
@@ -36,6 +39,20 @@ struct alignas(kVectorBytes) Vector {
   static constexpr int kSize = kVectorBytes / sizeof(T);
   T element[kSize];
 };
+
+template <class T>
+FASTDPO_HD inline void unpack(const Vector<T>& v, float* x) {
+  for (int k = 0; k < Vector<T>::kSize; ++k) x[k] = to_float(v.element[k]);
+}
+// Two to a register, without taking the halves out first.
+FASTDPO_HD inline void unpack(const Vector<BFloat16>& v, float* x) {
+  uint32_t words[kVectorBytes / 4];
+  memcpy(words, &v, sizeof words);
+  for (int i = 0; i < kVectorBytes / 4; ++i) {
+    x[2 * i] = float_of(words[i] << 16);
+    x[2 * i + 1] = float_of(words[i] & 0xffff0000u);
+  }
+}
 
 // Every logit is read once and every gradient is written once: neither should push anything out of a cache.
 template <class T>
@@ -76,29 +93,34 @@ FASTDPO_HD inline RowSplit split_row(const T* row, int64_t size) {
   return {head, vectors, head + vectors * Vector<T>::kSize};
 }
 
-// sum exp(scale * (x - max)) over what was added, in base 2: scale is in log2 units. -inf adds exactly 0, also where
-// nothing else was added; NaN and +inf end in a NaN sum.
+// sum 2^(scale * x - max) over what was added, scale * x in fp32 (scale: log2(e) / temperature). `max` is the very number
+// that is subtracted, so its rounding costs nothing. -inf adds exactly 0, also where nothing else was added; NaN and +inf
+// end in a NaN sum.
 struct OnlineSum {
   float max = -INFINITY;
   float sum = 0.0f;
 
   template <int K>
   FASTDPO_HD void add(const float (&x)[K], float scale) {
-    float top = max;
-    for (int k = 0; k < K; ++k) top = fmaxf(top, x[k]);
-    const float shift = top == -INFINITY ? 0.0f : top;  // -inf - -inf is NaN
+    float top = x[0];
+    for (int k = 1; k < K; ++k) top = fmaxf(top, x[k]);
+    top = fmaxf(max, top * scale);
+    const float shift = finite(top);
     float added = 0.0f;
-    for (int k = 0; k < K; ++k) added += exp2_fast((x[k] - shift) * scale);
-    sum = sum * exp2_fast((max - shift) * scale) + added;
+    for (int k = 0; k < K; ++k) added += exp2_fast(fmaf(x[k], scale, -shift));
+    sum = sum * exp2_fast(max - shift) + added;
     max = top;
   }
 
-  FASTDPO_HD void merge(const OnlineSum& other, float scale) {
+  FASTDPO_HD void merge(const OnlineSum& other) {
     const float top = fmaxf(max, other.max);
-    const float shift = top == -INFINITY ? 0.0f : top;
-    sum = sum * exp2_fast((max - shift) * scale) + other.sum * exp2_fast((other.max - shift) * scale);
+    const float shift = finite(top);
+    sum = sum * exp2_fast(max - shift) + other.sum * exp2_fast(other.max - shift);
     max = top;
   }
+
+  // -inf - -inf is NaN
+  FASTDPO_HD static float finite(float max) { return max == -INFINITY ? 0.0f : max; }
 };
 
 struct LabelLogp {
@@ -118,6 +140,14 @@ FASTDPO_HD inline T* row_of(T* first, int64_t stride, int64_t row) {
   return first + row * stride;  // 64-bit: rows reach past 2^31 elements
 }
 
+// -inf in the place of the label, if these K columns have it: one comparison for most of a row.
+template <int K>
+FASTDPO_HD inline void leave_out(int64_t label, int64_t first, float* x) {
+  if (static_cast<uint64_t>(label - first) >= K) return;
+  const int place = static_cast<int>(label - first);
+  for (int k = 0; k < K; ++k) x[k] = k == place ? -INFINITY : x[k];
+}
+
 // A lane's share of the sum over every logit but the label's.
 template <class T>
 FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, float scale, int64_t lane,
@@ -131,18 +161,16 @@ FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, 
     for (int i = 0; i < kVectors; ++i) loaded[i] = load_vector(row + split.head + (v + i * lanes) * kSize);
     float x[kBatch];
     for (int i = 0; i < kVectors; ++i) {
-      const int64_t in_vector = label - (split.head + (v + i * lanes) * kSize);
-      for (int k = 0; k < kSize; ++k) {
-        x[i * kSize + k] = k == in_vector ? -INFINITY : to_float(loaded[i].element[k]);
-      }
+      unpack(loaded[i], x + i * kSize);
+      leave_out<kSize>(label, split.head + (v + i * lanes) * kSize, x + i * kSize);
     }
     total.add(x, scale);
   }
   for (; v < split.vectors; v += lanes) {
     const int64_t first = split.head + v * kSize;
-    const Vector<T> loaded = load_vector(row + first);
     float x[kSize];
-    for (int k = 0; k < kSize; ++k) x[k] = first + k == label ? -INFINITY : to_float(loaded.element[k]);
+    unpack(load_vector(row + first), x);
+    leave_out<kSize>(label, first, x);
     total.add(x, scale);
   }
   const auto add_one = [&](int64_t i) {
@@ -158,8 +186,9 @@ FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, 
 template <class T>
 FASTDPO_HD inline void finish_row(const LogitsForwardArgs& a, int64_t row, const T* logits, const OnlineSum& total) {
   const int64_t label = a.labels[row];
-  const double rest = static_cast<double>(total.max) * a.inv_temperature + log(static_cast<double>(total.sum));
-  const double label_logit = label < 0 ? -INFINITY : static_cast<double>(to_float(logits[label])) * a.inv_temperature;
+  const double scale = row_scale(a.inv_temperature) * kLn2;  // as rounded for the fold
+  const double rest = total.max * kLn2 + log(static_cast<double>(total.sum));
+  const double label_logit = label < 0 ? -INFINITY : to_float(logits[label]) * scale;
   const LabelLogp result = label_logp(rest, label_logit);
   a.logps[row] = static_cast<float>(result.logp);
   a.lse[row] = static_cast<float>(result.lse);

@@ -44,13 +44,12 @@ def backward(
     """dlogits into `out`, which may be `logits`. With K columns, dz = sum_k coef_k * (1[v = k] - p)."""
     columns, _, invalid = _columns(index, logits.shape[1])
     left_out = columns < 0
-    coef = dlogps.to(lse.dtype).masked_fill(left_out, 0.0)
+    # The engines make zeros of a row whose coef is 0, whatever its logits, and NaN of one whose coef is NaN.
+    coef = dlogps.to(lse.dtype).masked_fill(left_out, 0.0).masked_fill_(invalid, torch.nan)
     _, engine_backward = logits_engine(logits.device, logits.dtype)
     source = logits if logits.stride(1) == 1 else logits.contiguous()
     if index.ndim == 1:
         engine_backward(source, columns, logps, lse, coef, temperature, out)
-        _fill_rows(out, left_out, 0.0)
-        _fill_rows(out, invalid, torch.nan)
         return
     none = torch.full(logits.shape[:1], -1, device=logits.device)
     engine_backward(source, none, torch.zeros_like(lse), lse, coef.sum(1), temperature, out)
@@ -59,17 +58,8 @@ def backward(
     label_dz = (total - coef.sum(1, keepdim=True) * logps.exp()) / temperature
     column = torch.where(left_out, columns.amax(1, keepdim=True).clamp(min=0), columns)
     value = torch.where(left_out, label_dz.gather(1, columns.argmax(1, keepdim=True)), label_dz)
-    out.scatter_(1, column, value.to(out.dtype))
-    _fill_rows(out, left_out.all(1), 0.0)
-    _fill_rows(out, invalid.any(1), torch.nan)
-
-
-def _fill_rows(x: Tensor, rows: Tensor, value: float) -> None:
-    """x[rows] = value, by assignment: 0 * NaN would let a masked row's NaN out."""
-    if x.device.type == "cpu":
-        x[rows] = value  # which touches those rows alone, but has to know which
-    else:
-        x.masked_fill_(rows[:, None], value)
+    empty = left_out.all(1, keepdim=True) & ~invalid.any(1, keepdim=True)
+    out.scatter_(1, column, value.masked_fill(empty, 0.0).to(out.dtype))
 
 
 @torch.library.custom_op("fastdpo::selective_log_softmax", mutates_args=())
