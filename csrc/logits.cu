@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kWarp = 32;
 constexpr int kMaxThreads = 512;
+constexpr int kBlocksPerMultiprocessor = 3;  // bounds registers at 40: loads in flight are what hides the memory's delay
 constexpr int64_t kShortRow = 8192;  // elements: fewer would leave most of a large block without a batch
 constexpr int kThreadsOfShortRow = 128;
 
@@ -45,7 +46,7 @@ __device__ OnlineSum merge_block(OnlineSum mine) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) logits_forward_kernel(const LogitsForwardArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor) logits_forward_kernel(const LogitsForwardArgs a) {
   const int64_t row = blockIdx.x;
   const float scale = row_scale(a.inv_temperature);
   const T* logits = row_of(static_cast<const T*>(a.logits), a.logits_stride, row);
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kMaxThreads) logits_forward_kernel(const Logit
 }
 
 template <class T>
-__global__ void __launch_bounds__(kMaxThreads) logits_backward_kernel(const LogitsBackwardArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor) logits_backward_kernel(const LogitsBackwardArgs a) {
   backward_row<T>(a, blockIdx.x, threadIdx.x, blockDim.x);
 }
 

@@ -121,9 +121,9 @@ def backends() -> dict:
     """What this machine has and which engine each operation uses on it, with the reason.
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
-    ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run, ...),
-    ``engines`` (``available`` and ``reason`` of each) and ``operations`` (per operation and device type: the engine and why). Raises nothing, and starts no GPU
-    context.
+    ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
+    ...), ``engines`` (``available`` and ``reason`` of each) and ``operations`` (per operation and device type: the
+    engine and why). Raises nothing, and starts no GPU context.
     """
     from .._version import __version__
     from .gemm import USES_ONEDNN
