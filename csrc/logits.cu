@@ -11,9 +11,9 @@ namespace fastdpo {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 512;
-constexpr int kBlocksPerMultiprocessor = 3;  // bounds registers at 40: loads in flight are what hides the memory's delay
-constexpr int64_t kShortRow = 8192;  // elements: fewer would leave most of a large block without a batch
+constexpr int kMaxThreads = 256;
+constexpr int kBlocksPerMultiprocessor = 5;  // bounds registers at 48: loads in flight are what hides the memory's delay
+constexpr int64_t kShortRow = kMaxThreads * kBatch;  // elements: with fewer, a large block has idle threads
 constexpr int kThreadsOfShortRow = 128;
 
 __device__ OnlineSum merge_warp(OnlineSum mine) {

@@ -7,6 +7,7 @@
 // logits_host.cpp, through which the tests run every line of this file without a GPU.
 #pragma once
 
+#include <cassert>
 #include <cstdint>
 #include <math.h>
 
@@ -62,6 +63,7 @@ FASTDPO_HD inline Vector<T> load_vector(const T* address) {
   const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address));
   memcpy(&v, &bits, sizeof v);
 #else
+  assert(reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0);  // a GPU would stop here
   memcpy(&v, address, sizeof v);
 #endif
   return v;
@@ -73,6 +75,7 @@ FASTDPO_HD inline void store_vector(T* address, const Vector<T>& v) {
   memcpy(&bits, &v, sizeof bits);
   __stcs(reinterpret_cast<uint4*>(address), bits);
 #else
+  assert(reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0);
   memcpy(address, &v, sizeof v);
 #endif
 }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
+import test_selective
 import torch
 from heads import relative_error
 
-from fastdpo.ops import native
+from fastdpo import ops
+from fastdpo.ops import cuda_logits, native
 from fastdpo.ops.cuda_logits import DTYPES
 
 if not native.available():
@@ -157,3 +162,48 @@ def test_gradients_are_rounded_to_nearest(dtype):
     logits, out = torch.zeros(N, 1, dtype=dtype), torch.empty(N, 1, dtype=dtype)
     backward(logits, torch.full((N,), -1), torch.zeros(N), torch.zeros(N), coef, out)
     torch.testing.assert_close(out[:, 0], (-coef).to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+# The Python side of the CUDA engine, with the CPU's walk in the place of its launches
+
+
+@pytest.fixture
+def launched_on_the_cpu(monkeypatch):
+    def launch(name, x, *arguments):
+        getattr(native.extension(), name.replace("cuda", "host"))(*arguments, DTYPES[x.dtype], LANES)
+
+    monkeypatch.setattr(cuda_logits, "_launch", launch)
+    monkeypatch.setattr(ops, "_choose_logits", lambda device, dtype: ("cuda", "a test"))
+
+
+@pytest.mark.parametrize("columns", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_engine_matches_definition(launched_on_the_cpu, dtype, columns):
+    test_selective.test_matches_definition(None, dtype, (3, 5, 1000), columns)
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_selective.test_index_named_twice_in_a_row,
+        test_selective.test_strided_logits,
+        test_selective.test_masked_and_invalid_rows,
+        test_selective.test_empty,
+        lambda engine: test_selective.test_inplace_backward_is_equal_and_guarded(engine, torch.bfloat16),
+    ],
+    ids=["named twice", "strided", "masked", "empty", "in place"],
+)
+def test_engine_keeps_the_contract(launched_on_the_cpu, test):
+    test(None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would succeed")
+@pytest.mark.skipif(not hasattr(native.extension(), "cuda_logits_forward"), reason="built without CUDA kernels")
+def test_a_launch_that_fails_says_what_and_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32, shape=(2, 3))
+    with pytest.raises(RuntimeError, match=r"cuda_logits_forward on cuda:0.*\(2, 3\): CUDA error \d+, .*CUDA"):
+        cuda_logits._launch("cuda_logits_forward", x, 0, 3, 2, 3, 0, 0, 0, 1.0)
+    with pytest.raises(RuntimeError, match=r"cuda_logits_backward on cuda:0.*CUDA error"):
+        cuda_logits._launch("cuda_logits_backward", x, 0, 3, 2, 3, 0, 0, 0, 0, 0, 3, 1.0)
