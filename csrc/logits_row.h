@@ -151,13 +151,14 @@ FASTDPO_HD inline void leave_out(int64_t label, int64_t first, float* x) {
   for (int k = 0; k < K; ++k) x[k] = k == place ? -INFINITY : x[k];
 }
 
-// A lane's share of the sum over every logit but the label's.
+// A lane's share of the sum over every logit but the label's. A row that is left out is not read.
 template <class T>
 FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, float scale, int64_t lane,
                                      int64_t lanes) {
   constexpr int kSize = Vector<T>::kSize, kVectors = kBatch / kSize;
-  const RowSplit split = split_row(row, size);
   OnlineSum total;
+  if (label == kLeftOut) return total;
+  const RowSplit split = split_row(row, size);
   int64_t v = lane;
   for (; v + (kVectors - 1) * lanes < split.vectors; v += kVectors * lanes) {
     Vector<T> loaded[kVectors];  // all loads are issued before the first is waited for
@@ -185,14 +186,17 @@ FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, 
   return total;
 }
 
-// After the lanes' sums are merged. In double: `rest` and the label's logit may be large and close.
+// After the lanes' sums are merged; of nothing for a row that is left out. In double: `rest` and the label's logit may be
+// large and close.
 template <class T>
 FASTDPO_HD inline void finish_row(const LogitsForwardArgs& a, int64_t row, const T* logits, const OnlineSum& total) {
   const int64_t label = a.labels[row];
-  const double scale = row_scale(a.inv_temperature) * kLn2;  // as rounded for the fold
-  const double rest = total.max * kLn2 + log(static_cast<double>(total.sum));
-  const double label_logit = label < 0 ? -INFINITY : to_float(logits[label]) * scale;
-  const LabelLogp result = label_logp(rest, label_logit);
+  LabelLogp result = {0.0, 0.0};
+  if (label != kLeftOut) {
+    const double scale = row_scale(a.inv_temperature) * kLn2;  // as rounded for the fold
+    const double rest = total.max * kLn2 + log(static_cast<double>(total.sum));
+    result = label_logp(rest, label < 0 ? -INFINITY : to_float(logits[label]) * scale);
+  }
   a.logps[row] = static_cast<float>(result.logp);
   a.lse[row] = static_cast<float>(result.lse);
 }

@@ -27,7 +27,7 @@ def _tile(data: Tensor, temperature: float):
 
 
 def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits with unit column stride, [N] labels (-1: none) -> (logps, lse), fp32 [N]."""
+    """[N, V] logits with unit column stride, [N] labels (< 0: none) -> (logps, lse), fp32 [N]."""
     native, threads = extension(), torch.get_num_threads()
     count, vocab_size = logits.shape
     blocks = num_blocks(vocab_size)

@@ -25,7 +25,10 @@ def _launch(name: str, x: Tensor, *arguments) -> None:
 
 
 def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits with unit column stride, [N] labels (-1: none) -> (logps, lse), fp32 [N]."""
+    """[N, V] logits with unit column stride, [N] labels -> (logps, lse), fp32 [N].
+
+    A label of -1 gives the lse alone; rows with -2 are not read, and get zeros.
+    """
     count, vocab_size = logits.shape
     labels = labels.contiguous()
     logps, lse = (torch.empty(count, dtype=torch.float32, device=logits.device) for _ in range(2))

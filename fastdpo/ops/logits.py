@@ -15,13 +15,14 @@ from ..autograd import NO_SECOND_DERIVATIVE
 from . import logits_engine
 
 IGNORE_INDEX = -100
+NO_LABEL, LEFT_OUT = -1, -2  # in an engine's labels: only the lse is wanted, or nothing (the row need not be read)
 
 
 def _columns(index: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(index with -1 where there is no column, entries left out, entries out of range)."""
+    """(index with LEFT_OUT where there is no column, entries ignored, entries out of range)."""
     ignored = index == IGNORE_INDEX
     invalid = ((index < 0) | (index >= vocab_size)) & ~ignored
-    return index.masked_fill(ignored | invalid, -1), ignored, invalid
+    return index.masked_fill(ignored | invalid, LEFT_OUT), ignored, invalid
 
 
 def forward(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +33,7 @@ def forward(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, 
     if index.ndim == 1:
         logps, lse = engine_forward(rows, columns, temperature)
     else:
-        none = torch.full(logits.shape[:1], -1, device=logits.device)
+        none = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
         _, lse = engine_forward(rows, none, temperature)
         logps = logits.gather(1, columns.clamp(min=0)).to(lse.dtype) / temperature - lse[:, None]
     return logps.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan), logps, lse
@@ -51,7 +52,7 @@ def backward(
     if index.ndim == 1:
         engine_backward(source, columns, logps, lse, coef, temperature, out)
         return
-    none = torch.full(logits.shape[:1], -1, device=logits.device)
+    none = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
     engine_backward(source, none, torch.zeros_like(lse), lse, coef.sum(1), temperature, out)
     # A column named twice gets both coefficients; written, not added, so that it is rounded once.
     total = ((columns[:, :, None] == columns[:, None, :]) * coef[:, None, :]).sum(2)

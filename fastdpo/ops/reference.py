@@ -203,7 +203,7 @@ def backward(
 
 
 def logits_forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits, [N] labels (-1: none) -> (logps, lse), fp32 (fp64 for fp64 logits)."""
+    """[N, V] logits, [N] labels (< 0: none) -> (logps, lse), fp32 (fp64 for fp64 logits)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logps, lse = (torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(2))
     for rows in _row_chunks(logits):

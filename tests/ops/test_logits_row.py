@@ -13,6 +13,7 @@ from heads import relative_error
 from fastdpo import ops
 from fastdpo.ops import cuda_logits, native
 from fastdpo.ops.cuda_logits import DTYPES
+from fastdpo.ops.logits import LEFT_OUT, NO_LABEL
 
 if not native.available():
     pytest.skip(f"no native extension here: {native.reason()}", allow_module_level=True)
@@ -135,8 +136,14 @@ def test_infinities_and_nan(others, label_logit, logp, lse):
 
 def test_a_row_without_a_label_has_its_lse():
     logits = torch.randn(1, 300)
-    _, lse = forward(logits, torch.tensor([-1]))
+    _, lse = forward(logits, torch.tensor([NO_LABEL]))
     torch.testing.assert_close(lse, logits.logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_that_is_left_out_is_not_read():
+    logits = torch.full((1, 300), NAN)
+    logps, lse = forward(logits, torch.tensor([LEFT_OUT]))
+    assert logps == 0 and lse == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,7 +151,7 @@ def test_coef_zero_gives_zeros_and_nan_gives_nan(dtype):
     logits = torch.full((2, 131), NAN, dtype=dtype)
     logits[1] = 0.5
     out = torch.full((2, 131), CANARY, dtype=dtype)
-    labels, lse = torch.tensor([-1, -1]), torch.tensor([NAN, 5.0])
+    labels, lse = torch.tensor([NO_LABEL, LEFT_OUT]), torch.tensor([NAN, 5.0])
     backward(logits, labels, torch.zeros(2), lse, torch.tensor([0.0, NAN]), out)
     assert (out[0] == 0).all() and out[1].isnan().all()
 
@@ -160,7 +167,7 @@ def test_gradients_are_rounded_to_nearest(dtype):
     coef = torch.cat((coef, torch.rand(20_000) * 2**-14, torch.tensor([65519.0, 65520.0, INF, 2**-25, 2**-26])))
     N = len(coef)
     logits, out = torch.zeros(N, 1, dtype=dtype), torch.empty(N, 1, dtype=dtype)
-    backward(logits, torch.full((N,), -1), torch.zeros(N), torch.zeros(N), coef, out)
+    backward(logits, torch.full((N,), NO_LABEL), torch.zeros(N), torch.zeros(N), coef, out)
     torch.testing.assert_close(out[:, 0], (-coef).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
