@@ -45,7 +45,8 @@ def compare(logits, index, temperature=1.0, **options):
     """fastdpo on the logits' GPU against fp64 there."""
     leaf = logits.detach().requires_grad_()
     dlogps = torch.randn(index.shape, device=logits.device)
-    logps = fastdpo.selective_log_softmax(leaf * 1, index, temperature=temperature, **options)
+    given = leaf * 1 if options.get("inplace_backward") else leaf  # a product would lose the strides
+    logps = fastdpo.selective_log_softmax(given, index, temperature=temperature, **options)
     (dlogits,) = torch.autograd.grad(logps, leaf, dlogps)
     oracle = logits.detach().double().requires_grad_()
     expected = (oracle / temperature).log_softmax(-1).gather(-1, index.clamp(min=0)[..., None])[..., 0]
