@@ -1,6 +1,7 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
 # make test    set up .venv and run the tests
-# make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code
+# make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code; the
+#              same for the CUDA kernels, where nvcc was found
 # make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
 # make lint    ruff
 # make bench   the CPU benchmarks; HEAD=file.safetensors takes a captured head
@@ -34,6 +35,7 @@ $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
 
 kernels: $(VENV)/triton-$(TRITON)/installed
 	PYTHONPATH=$(dir $<) $(RUN) benchmarks/kernels.py $(KERNELS_ARGS)
+	PYTHONPATH=$(dir $<) $(RUN) benchmarks/cuda_kernels.py
 
 # Into the Python that has this machine's torch: a GPU machine often has no network. Peers are timed if installed.
 gpu:

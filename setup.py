@@ -1,12 +1,14 @@
-"""Builds `fastdpo._C` from csrc/ with ninja and pybind11; torch is not needed to build.
+"""Builds `fastdpo._C` from csrc/ with ninja, pybind11 and, where there is one, nvcc; torch is not needed to build.
 
-A missing toolchain piece never fails the install: without a C++ compiler the package is pure Python, and
-`fastdpo/_build.json` keeps the reason for `fastdpo.backends()`. FASTDPO_REQUIRE_NATIVE=1 makes it an error.
+A missing toolchain piece never fails the install: without a C++ compiler the package is pure Python, without nvcc it
+has no CUDA kernels, and `fastdpo/_build.json` keeps the reasons for `fastdpo.backends()`. FASTDPO_REQUIRE_NATIVE=1
+makes code that does not compile an error.
 """
 
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,6 +22,10 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 CSRC = ROOT / "csrc"
 COMMON_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-fno-math-errno"]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+# The static runtime with its symbols kept inside: torch brings a runtime of its own, perhaps of another version.
+NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "-s,--exclude-libs,ALL"]
+CUDA_ARCHS = (80, 90, 100, 120)  # the default of FASTDPO_CUDA_ARCHS, as far as nvcc knows them
 
 # cpu_folds.cpp is compiled once per instruction set; csrc/cpu_dispatch.cpp picks one at run time.
 X86_ISAS = {
@@ -48,32 +54,88 @@ def find_ninja():
         return shutil.which("ninja")
 
 
+def find_nvcc():
+    """The path of nvcc from CUDA_HOME, PATH or the usual place; None when there is none."""
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for found in map(shutil.which, candidates) if found), None)
+
+
+def find_cuda():
+    """(nvcc, architectures to compile for): (path, [80, 90, ...]). Raises RuntimeError with the reason for none."""
+    wanted = os.environ.get("FASTDPO_CUDA_ARCHS")
+    if wanted is not None and not wanted.strip():
+        raise RuntimeError("FASTDPO_CUDA_ARCHS is empty")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc not found (set CUDA_HOME, or put it on PATH)")
+    done = subprocess.run([nvcc, "--list-gpu-code"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    supported = {int(arch) for arch in re.findall(r"^sm_(\d+)$", done.stdout, re.MULTILINE)}
+    if done.returncode != 0 or not supported:
+        raise RuntimeError(f"{nvcc} is unusable: {done.stdout.strip()[-400:] or 'it lists no architectures'}")
+    if wanted is None:
+        archs = [arch for arch in CUDA_ARCHS if arch in supported]
+        if not archs:
+            raise RuntimeError(f"{nvcc} knows none of the architectures {CUDA_ARCHS}")
+        return nvcc, archs
+    names = re.split(r"[;,\s]+", wanted.strip(";, \t"))
+    unknown = [name for name in names if not name.isdigit() or int(name) not in supported]
+    if unknown:
+        raise RuntimeError(f"FASTDPO_CUDA_ARCHS={wanted!r}: {nvcc} cannot compile for {', '.join(unknown)}")
+    return nvcc, sorted(set(map(int, names)))
+
+
+def gencode(archs):
+    """nvcc's options: machine code for each architecture, and PTX of the newest for those to come."""
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    return [option for arch, code in targets for option in ("-gencode", f"arch=compute_{arch},code={code}")]
+
+
 def isas():
     return X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
 
 
-def ninja_file(compiler, build_dir, output):
-    """The text of build.ninja: one object per source (cpu_folds.cpp: one per instruction set), one link."""
+def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
+    """The text of build.ninja: one object per source (cpu_folds.cpp: one per instruction set), one link.
+
+    Without nvcc, csrc/*.cu is left out.
+    """
     import pybind11
 
     names = isas()
     includes = [f"-I{CSRC.resolve()}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in names]
+    with_cuda = ["-DFASTDPO_HAVE_CUDA"] if nvcc else []
     objects = []
     edges = []
 
-    def edge(source, object_name, flags):
+    def edge(source, object_name, flags, rule="cxx"):
         objects.append(build_dir / object_name)
-        edges.append(f"build {objects[-1]}: cxx {source.resolve()}\n  flags = {shlex.join(flags)}\n")
+        edges.append(f"build {objects[-1]}: {rule} {source.resolve()}\n  flags = {shlex.join(flags)}\n")
 
     for source in sorted(CSRC.glob("*.cpp")):
         if source.name == "cpu_folds.cpp":
             for name, flags in names.items():
                 edge(source, f"{source.stem}_{name}.o", [*flags, f"-DFASTDPO_ISA={name}"])
         else:
-            edge(source, f"{source.stem}.o", available)
+            flags = {"cpu_dispatch.cpp": available, "bindings.cpp": with_cuda}.get(source.name, [])
+            edge(source, f"{source.stem}.o", flags)
 
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
+    linker, nvcc_rule = [*compiler, *link], []
+    if nvcc:
+        # A compiler with options or a wrapper is not a name that nvcc takes; it then finds its own.
+        host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
+        linker = [nvcc, *host, *NVCC_LINK]
+        compile_cu = [nvcc, *host, *NVCC_FLAGS, includes[0], *with_cuda]
+        nvcc_rule = [
+            "rule nvcc",
+            f"  command = {shlex.join(compile_cu)} $flags -MMD -MF $out.d -c $in -o $out",
+            "  depfile = $out.d",
+            "  deps = gcc",
+        ]
+        for source in sorted(CSRC.glob("*.cu")):
+            edge(source, f"{source.stem}.cu.o", gencode(archs), rule="nvcc")
     return "\n".join(
         [
             f"cxx = {shlex.join(compiler)}",
@@ -82,7 +144,8 @@ def ninja_file(compiler, build_dir, output):
             "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "  deps = gcc",
-            f"rule link\n  command = $cxx {shlex.join(link)} $in -o $out -ldl -lpthread",
+            *nvcc_rule,
+            f"rule link\n  command = {shlex.join(linker)} $in -o $out -ldl -lpthread",
             *edges,
             f"build {output}: link {' '.join(map(str, objects))}",
             "",
@@ -92,7 +155,8 @@ def ninja_file(compiler, build_dir, output):
 
 class NativeBuild(build_ext):
     def run(self):
-        info = {"native": False, "reason": None, "compiler": None, "isas": [], "cuda_archs": []}
+        info = {"native": False, "reason": None, "compiler": None, "isas": []}
+        info.update(cuda_archs=[], cuda_ptx=None, cuda_reason="the native extension is missing")
         try:
             self.build_native(info)
         except Exception as error:  # a broken toolchain is a slower install, not a failed one
@@ -111,11 +175,35 @@ class NativeBuild(build_ext):
             raise RuntimeError("no C++ compiler found (set CXX, or install g++ or clang++)")
         if ninja is None:
             raise RuntimeError("ninja not found")
+        cuda = self.build_with_cuda(info, compiler, ninja)
+        if not cuda:
+            print(f"fastdpo: no CUDA kernels ({info['cuda_reason']})", file=sys.stderr)
+            self.build_with(compiler, ninja)
+        info.update(native=True, compiler=shlex.join(compiler), isas=list(isas()))
+
+    def build_with_cuda(self, info, compiler, ninja):
+        """Whether it could be; the reason why not is in `info`."""
+        try:
+            nvcc, archs = find_cuda()
+        except RuntimeError as error:
+            info["cuda_reason"] = str(error)
+            return False
+        try:
+            self.build_with(compiler, ninja, nvcc, archs)
+        except RuntimeError as error:
+            if os.environ.get("FASTDPO_REQUIRE_NATIVE") == "1":
+                raise
+            info["cuda_reason"] = f"{nvcc}: {error}"
+            return False
+        info.update(cuda_archs=archs, cuda_ptx=archs[-1], cuda_reason=None)
+        return True
+
+    def build_with(self, compiler, ninja, nvcc=None, archs=()):
         output = Path(self.get_ext_fullpath("fastdpo._C")).resolve()
         build_dir = Path(self.build_temp).resolve()
         for folder in (build_dir, output.parent):
             folder.mkdir(parents=True, exist_ok=True)
-        (build_dir / "build.ninja").write_text(ninja_file(compiler, build_dir, output))
+        (build_dir / "build.ninja").write_text(ninja_file(compiler, build_dir, output, nvcc, archs))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         done = subprocess.run(
             [ninja, "-C", str(build_dir), *jobs], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -123,7 +211,6 @@ class NativeBuild(build_ext):
         if done.returncode != 0:
             raise RuntimeError("compilation failed:\n" + done.stdout[-4000:])
         print(done.stdout)
-        info.update(native=True, compiler=shlex.join(compiler), isas=list(isas()))
 
     def get_outputs(self):
         package_dir = Path(self.get_ext_fullpath("fastdpo._C")).parent

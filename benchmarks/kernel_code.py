@@ -118,7 +118,7 @@ def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, listing = _run("cuobjdump", "-res-usage", path), _run("cuobjdump", "-sass", path)
+        usage, listing = run_tool("cuobjdump", "-res-usage", path), run_tool("cuobjdump", "-sass", path)
     return max(int(n) for n in re.findall(r"REG:(\d+)", usage)), instructions(listing)
 
 
@@ -151,7 +151,7 @@ def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
     return [bodies[span] for span in innermost]
 
 
-def _run(tool: str, *arguments) -> str:
+def run_tool(tool: str, *arguments) -> str:
     path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
 

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu_folds.h"
+#include "logits.h"
 #include "parallel.h"
 #include "preference.h"
 
@@ -44,6 +45,48 @@ fastdpo::GradArgs grad_args(const PyTile& tile, Address tokens, Address labels, 
           ptr<const float>(coef_entropy)};
 }
 
+// The fields of the struct in order, then the type, then what `call` takes besides: a device and a stream, or lanes.
+template <class Result, class... Extra>
+void def_logits_forward(py::module_& m, const char* name,
+                        Result (*call)(const fastdpo::LogitsForwardArgs&, DType, Extra...)) {
+  m.def(
+      name,
+      [call](Address logits, int64_t logits_stride, int64_t num_rows, int64_t vocab_size, Address labels,
+             Address logps, Address lse, float inv_temperature, int dtype, Extra... extra) {
+        return call(fastdpo::LogitsForwardArgs{ptr<const void>(logits), logits_stride, num_rows, vocab_size,
+                                               ptr<const int64_t>(labels), ptr<float>(logps), ptr<float>(lse),
+                                               inv_temperature},
+                    static_cast<DType>(dtype), extra...);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+template <class Result, class... Extra>
+void def_logits_backward(py::module_& m, const char* name,
+                         Result (*call)(const fastdpo::LogitsBackwardArgs&, DType, Extra...)) {
+  m.def(
+      name,
+      [call](Address logits, int64_t logits_stride, int64_t num_rows, int64_t vocab_size, Address labels,
+             Address logps, Address lse, Address coef, Address dlogits, int64_t dlogits_stride, float inv_temperature,
+             int dtype, Extra... extra) {
+        return call(fastdpo::LogitsBackwardArgs{ptr<const void>(logits), logits_stride, num_rows, vocab_size,
+                                                ptr<const int64_t>(labels), ptr<const float>(logps),
+                                                ptr<const float>(lse), ptr<const float>(coef), ptr<void>(dlogits),
+                                                dlogits_stride, inv_temperature},
+                    static_cast<DType>(dtype), extra...);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
+#ifdef FASTDPO_HAVE_CUDA
+// A stream comes as an integer too.
+int launch_logits_forward(const fastdpo::LogitsForwardArgs& a, DType dtype, int device, Address stream) {
+  return fastdpo::launch_logits_forward(a, dtype, device, ptr<void>(stream));
+}
+int launch_logits_backward(const fastdpo::LogitsBackwardArgs& a, DType dtype, int device, Address stream) {
+  return fastdpo::launch_logits_backward(a, dtype, device, ptr<void>(stream));
+}
+#endif
 
 template <class T>
 void run_preference_loss(Address chosen, Address rejected, Address ref_chosen, Address ref_rejected,
@@ -162,6 +205,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                   num_threads);
       },
       nogil);
+
+  def_logits_forward(m, "host_logits_forward", &fastdpo::host_logits_forward);
+  def_logits_backward(m, "host_logits_backward", &fastdpo::host_logits_backward);
+#ifdef FASTDPO_HAVE_CUDA
+  def_logits_forward(m, "cuda_logits_forward", &launch_logits_forward);
+  def_logits_backward(m, "cuda_logits_backward", &launch_logits_backward);
+  m.def("cuda_error_text", &fastdpo::cuda_error_text);
+  m.def("cuda_runtime_version", &fastdpo::cuda_runtime_version);
+  m.def("cuda_driver_version", &fastdpo::cuda_driver_version);
+#endif
 
   py::dict preference_losses, divergences;
   for (const auto& entry : fastdpo::kPreferenceLosses) preference_losses[entry.name] = static_cast<int>(entry.loss);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu_folds.h"
+#include "logits_row.h"
 #include "parallel.h"
 #include "routing.h"
 
@@ -120,11 +121,7 @@ void finish(const FinishArgs& a, int num_threads) {
     for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(block_lse[i] - m);
     const double rest = m + std::log(total);  // log-sum-exp of every logit but the label's
     const double label_logit = a.label_logit[row];
-    const double x = rest - label_logit;
-    // log(1 + e^x) on the side that does not overflow; log p = -log(1 + e^x) keeps its relative precision near 0
-    const double softplus = x > 0.0 ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
-    const double logp = -softplus;
-    const double lse = x > 0.0 ? rest + std::log1p(std::exp(-x)) : label_logit + softplus;
+    const auto [logp, lse] = label_logp(rest, label_logit);
     a.logps[row] = static_cast<float>(logp);
     a.lse[row] = static_cast<float>(lse);
     if (a.stats) {

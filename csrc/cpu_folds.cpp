@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "half.h"
 #include "routing.h"
 #include "simd.h"
 
@@ -210,21 +211,6 @@ void add_row(float* dst, const float* src, int64_t num_cols) {
   for (; i < num_cols; ++i) dst[i] += src[i];
 }
 
-float half_to_float(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
-  const uint32_t magnitude = h & 0x7fffu;
-  float value;
-  if (magnitude >= 0x7c00u) {  // Inf and NaN keep their mantissa
-    const uint32_t bits = sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13);
-    std::memcpy(&value, &bits, sizeof value);
-    return value;
-  }
-  const uint32_t bits = magnitude << 13;  // exponents differ by 112; multiplying also normalises subnormals
-  std::memcpy(&value, &bits, sizeof value);
-  value *= 0x1p112f;
-  return sign ? -value : value;
-}
-
 void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
   const uint16_t* half = static_cast<const uint16_t*>(src);
   switch (type) {
@@ -232,13 +218,10 @@ void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
       std::memcpy(dst, src, num_cols * sizeof(float));
       return;
     case DType::kBFloat16:
-      for (int64_t i = 0; i < num_cols; ++i) {
-        const uint32_t bits = static_cast<uint32_t>(half[i]) << 16;
-        std::memcpy(dst + i, &bits, sizeof bits);
-      }
+      for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(BFloat16{half[i]});
       return;
     case DType::kFloat16:
-      for (int64_t i = 0; i < num_cols; ++i) dst[i] = half_to_float(half[i]);
+      for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(Float16{half[i]});
       return;
   }
 }

@@ -4,11 +4,7 @@
 
 #include <math.h>
 
-#if defined(__CUDACC__)
-#define FASTDPO_HD __host__ __device__
-#else
-#define FASTDPO_HD
-#endif
+#include "host_device.h"
 
 namespace fastdpo {
 

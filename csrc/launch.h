@@ -96,6 +96,34 @@ struct RoutedGradArgs {
   int32_t* hidden_tokens;  // [num_rows] tokens of the rows of dz_hidden
 };
 
+constexpr int64_t kLeftOut = -2;  // in `labels` of given logits
+
+// Given logits of any of the three types -> log p of one column per row. On both machines.
+struct LogitsForwardArgs {
+  const void* logits;  // [num_rows, vocab_size], columns contiguous
+  int64_t logits_stride;
+  int64_t num_rows;
+  int64_t vocab_size;
+  const int64_t* labels;  // [num_rows] column; -1: none, lse alone; kLeftOut: the row is not read, its results are 0
+  float* logps;           // [num_rows]
+  float* lse;             // [num_rows]
+  float inv_temperature;
+};
+
+struct LogitsBackwardArgs {
+  const void* logits;
+  int64_t logits_stride;
+  int64_t num_rows;
+  int64_t vocab_size;
+  const int64_t* labels;
+  const float* logps;
+  const float* lse;
+  const float* coef;  // [num_rows] dL/dlogp; 0: the row gets zeros and is not read
+  void* dlogits;      // [num_rows, vocab_size] of the logits' type; may be the logits
+  int64_t dlogits_stride;
+  float inv_temperature;
+};
+
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 }  // namespace fastdpo

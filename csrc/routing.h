@@ -5,13 +5,7 @@
 
 #include <cstdint>
 
-#ifndef FASTDPO_HD
-#ifdef __CUDACC__
-#define FASTDPO_HD __host__ __device__ inline
-#else
-#define FASTDPO_HD inline
-#endif
-#endif
+#include "host_device.h"
 
 namespace fastdpo {
 
@@ -19,7 +13,7 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-FASTDPO_HD Philox4 philox(uint64_t seed, uint64_t token, uint32_t group) {
+FASTDPO_HD static inline Philox4 philox(uint64_t seed, uint64_t token, uint32_t group) {
   uint32_t c0 = static_cast<uint32_t>(token), c1 = static_cast<uint32_t>(token >> 32), c2 = group, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -36,20 +30,20 @@ FASTDPO_HD Philox4 philox(uint64_t seed, uint64_t token, uint32_t group) {
 }
 
 // Uniform in the open interval (0, 1), 24 bits.
-FASTDPO_HD float uniform_of(uint32_t word) {
+FASTDPO_HD static inline float uniform_of(uint32_t word) {
   return (static_cast<float>(word >> 8) + 0.5f) * (1.0f / 16777216.0f);
 }
 
-FASTDPO_HD float pair_uniform(uint64_t seed, uint64_t token, uint64_t block) {
+FASTDPO_HD static inline float pair_uniform(uint64_t seed, uint64_t token, uint64_t block) {
   return uniform_of(philox(seed, token, static_cast<uint32_t>(block >> 2)).word[block & 3]);
 }
 
 // Kept surely from tau on, with probability mass / tau below. Written so that a NaN mass is kept: a poisoned row
 // shows up in its gradient instead of vanishing from it.
-FASTDPO_HD bool keep_pair(float mass, float tau, float uniform) { return !(mass < tau * uniform); }
+FASTDPO_HD static inline bool keep_pair(float mass, float tau, float uniform) { return !(mass < tau * uniform); }
 
 // 1 / P(kept), or 0 for a pair outside the set.
-FASTDPO_HD float pair_weight(float mass, float tau, float uniform) {
+FASTDPO_HD static inline float pair_weight(float mass, float tau, float uniform) {
   if (!keep_pair(mass, tau, uniform)) return 0.0f;
   return mass < tau ? tau / mass : 1.0f;
 }

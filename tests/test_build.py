@@ -40,11 +40,13 @@ def build_wheel(tmp_path: Path, **environment) -> zipfile.ZipFile:
 def test_isolated_build_holds_the_extension(tmp_path):
     if not native.available():
         pytest.skip(f"no native extension here: {native.reason()}")
-    wheel = build_wheel(tmp_path, FASTDPO_REQUIRE_NATIVE="1")
+    wheel = build_wheel(tmp_path, FASTDPO_REQUIRE_NATIVE="1", FASTDPO_CUDA_ARCHS="80")
     names = wheel.namelist()
     (extension,) = (name for name in names if name.startswith("fastdpo/_C."))
     info = json.loads(wheel.read("fastdpo/_build.json"))
     assert info["native"] and info["reason"] is None
+    assert info["cuda_archs"] == ([80] if info["cuda_reason"] is None else [])
+    assert info["cuda_archs"] or not shutil.which("nvcc"), info["cuda_reason"]
     for package in ("ops", "integrations"):
         assert f"fastdpo/{package}/__init__.py" in names
     if sys.platform == "linux":  # one build serves every torch
@@ -81,6 +83,25 @@ def test_a_broken_compiler_fails_only_where_the_extension_is_required(tmp_path):
     broken.chmod(0o755)
     wheel = build_wheel(tmp_path, CXX=str(broken))
     assert "this compiler is broken" in json.loads(wheel.read("fastdpo/_build.json"))["reason"]
+
+
+@pytest.mark.parametrize("why", ["FASTDPO_CUDA_ARCHS is empty", "cannot compile for 35", "this nvcc is broken"])
+def test_without_cuda_kernels_the_rest_is_built(tmp_path, why):
+    if not native.available():
+        pytest.skip(f"no native extension here: {native.reason()}")
+    home = tmp_path / "cuda"
+    (home / "bin").mkdir(parents=True)
+    nvcc = home / "bin" / "nvcc"
+    nvcc.write_text('#!/bin/sh\n[ "$1" = --list-gpu-code ] && echo sm_90 && exit\necho this nvcc is broken; exit 1\n')
+    nvcc.chmod(0o755)
+    quick = tmp_path / "c++"  # what the code does is not the question here
+    quick.write_text(f'#!/bin/sh\nexec {native.build_info()["compiler"]} "$@" -O0\n')
+    quick.chmod(0o755)
+    archs = {"FASTDPO_CUDA_ARCHS is empty": "", "cannot compile for 35": "90;35"}.get(why, "90")
+    wheel = build_wheel(tmp_path, CXX=str(quick), CUDA_HOME=str(home), FASTDPO_CUDA_ARCHS=archs)
+    info = json.loads(wheel.read("fastdpo/_build.json"))
+    assert info["native"] and info["reason"] is None
+    assert info["cuda_archs"] == [] and why in info["cuda_reason"]
 
 
 def test_importing_needs_torch_alone():

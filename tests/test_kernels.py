@@ -99,3 +99,39 @@ def test_hot_loops_are_the_innermost_with_a_product(monkeypatch):
     assert [address for address, _, _ in loop] == [0x20, 0x30, 0x40, 0x50]
     without_product = [one for one in code if "HMMA" not in one[1]]
     assert {loop[0][0] for loop in hot_loops(without_product)} == {0x20, 0x90}
+
+
+# A CUDA kernel's loop over whole vectors, then one over single elements.
+USAGE = """
+ Function _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16EEEvNS_4ArgsE:
+  REG:40 STACK:0 SHARED:128 LOCAL:0 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+CUDA_LISTING = """
+		Function : _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16EEEvNS_4ArgsE
+        /*0010*/                   LDG.E.EF.128 R8, [R2.64] ;
+        /*0020*/                   STG.E.EF.128 [R2.64], R8 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   LDG.E.U16 R8, [R2.64] ;
+        /*0050*/                   STG.E.U16 [R2.64], R8 ;
+        /*0060*/              @!P0 BRA 0x40 ;
+"""
+
+
+@pytest.mark.parametrize(
+    "old,new,fault",
+    [
+        ("", "", None),
+        ("STG.E.EF.128", "STG.E.EF.64", "1 loads but 0 stores of 16 bytes"),
+        ("LDG.E.EF.128", "LDG.E.EF.64", "no loop with 16-byte loads"),
+        ("LDG.E.U16 R8, [R2.64]", "LDL R8, [R1]", "local memory: 0 bytes, 1 accesses"),
+        ("STACK:0", "STACK:16", "local memory: 16 bytes"),
+    ],
+)
+def test_faults_of_a_cuda_kernel(monkeypatch, old, new, fault):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from cuda_kernels import faults, kernels_in
+
+    (kernel,) = kernels_in(CUDA_LISTING.replace(old, new), USAGE.replace(old, new))
+    assert (kernel.name, kernel.type, kernel.registers) == ("logits_backward_kernel", "bf16", 40)
+    found = faults(kernel)
+    assert fault in found[0] if fault else found == []

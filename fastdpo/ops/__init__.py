@@ -11,12 +11,17 @@ from types import ModuleType
 
 import torch
 
-from . import cpu, cpu_logits, native, reference
+from . import cpu, cpu_logits, cuda_logits, native, reference
 from .rows import RowEngine, adapt
 
 ENGINES = ("reference", "cpu", "triton")
 TRITON_VERSION = (3, 6)  # the oldest whose kernels are tested
 OLDEST_GPU = (8, 0)
+_LOGITS = {
+    "reference": (reference.logits_forward, reference.logits_backward),
+    "cpu": (cpu_logits.forward, cpu_logits.backward),
+    "cuda": (cuda_logits.forward, cuda_logits.backward),
+}
 _ADAPTED = {"reference": adapt(reference), "cpu": adapt(cpu)}
 
 
@@ -94,20 +99,31 @@ def engine_for(device: torch.device, dtype: torch.dtype) -> RowEngine | ModuleTy
     return _ADAPTED[name]
 
 
+def _choose_logits(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(cpu, cuda or reference, why) for logits -> logps. CUDA tensors need no Triton here; a forced reference holds."""
+    engine, why = _choose(device.type, dtype)
+    forced = os.environ.get("FASTDPO_ENGINE") == "reference"
+    if dtype == torch.float64 or device.type not in ("cpu", "cuda") or forced:
+        return "reference", why
+    if device.type == "cpu":
+        return (engine, why) if engine != "triton" else ("reference", "the triton engine starts from hidden states")
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_initialized() else None
+    problem = native.cuda_problem(capability)
+    return ("cuda", f"fastest for {device.type}") if problem is None else ("reference", problem)
+
+
 def logits_engine(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
     """(forward, backward) from logits to logps for tensors of this device and type."""
-    if engine_name(device, dtype) == "cpu":
-        return cpu_logits.forward, cpu_logits.backward
-    return reference.logits_forward, reference.logits_backward
+    return _LOGITS[_choose_logits(device, dtype)[0]]
 
 
 def backends() -> dict:
     """What this machine has and which engine each operation uses on it, with the reason.
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
-    ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ...), ``engines`` (``available`` and ``reason`` of
-    each) and ``operations`` (per operation and device type: the engine and why). Raises nothing, and starts no GPU
-    context.
+    ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
+    ...), ``engines`` (``available`` and ``reason`` of each) and ``operations`` (per operation and device type: the
+    engine and why). Raises nothing, and starts no GPU context.
     """
     from .._version import __version__
     from .gemm import USES_ONEDNN
@@ -120,11 +136,12 @@ def backends() -> dict:
         operations[operation] = {}
         for device in ("cpu", "cuda"):
             try:
-                engine, why = _choose(device, torch.float32)
+                if operation == "selective_log_softmax":
+                    engine, why = _choose_logits(torch.device(device), torch.float32)
+                else:
+                    engine, why = _choose(device, torch.float32)
             except (RuntimeError, ValueError) as error:
                 engine, why = "none", str(error)
-            if operation == "selective_log_softmax" and engine == "triton":
-                engine, why = "reference", "the triton engine starts from hidden states"
             operations[operation][device] = f"{engine} ({why})"
     from .preference_native import AVAILABLE
 
@@ -152,7 +169,7 @@ def backends() -> dict:
             "threads": extension.parallel_backend() if extension else None,
             "compiler": info.get("compiler"),
             "cuda_archs": info.get("cuda_archs", []),
-            "cuda": info.get("cuda_reason", "no CUDA kernels in this version"),
+            "cuda_reason": native.cuda_problem(),
         },
         "engines": {name: {"available": why is None, "reason": why} for name, why in _engine_reasons().items()},
         "operations": operations,

@@ -27,7 +27,7 @@ def _tile(data: Tensor, temperature: float):
 
 
 def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits with unit column stride, [N] labels (-1: none) -> (logps, lse), fp32 [N]."""
+    """[N, V] logits with unit column stride, [N] labels (< 0: none) -> (logps, lse), fp32 [N]."""
     native, threads = extension(), torch.get_num_threads()
     count, vocab_size = logits.shape
     blocks = num_blocks(vocab_size)
@@ -55,7 +55,7 @@ def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor,
 def backward(
     logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, temperature: float, out: Tensor
 ) -> None:
-    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature."""
+    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature; zeros where coef is 0."""
     native, threads = extension(), torch.get_num_threads()
     labels, coef = labels.contiguous(), coef.contiguous()
     for rows in _chunks(logits):
@@ -73,5 +73,6 @@ def backward(
             0,
             threads,
         )
+        data[coef[rows] == 0] = 0  # whatever the logits: 0 * NaN would let a masked row's NaN out
         if not in_place:
             out[rows] = data.to(out.dtype)

@@ -15,13 +15,14 @@ from ..autograd import NO_SECOND_DERIVATIVE
 from . import logits_engine
 
 IGNORE_INDEX = -100
+NO_LABEL, LEFT_OUT = -1, -2  # in an engine's labels: only the lse is wanted, or nothing (the row need not be read)
 
 
 def _columns(index: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(index with -1 where there is no column, entries left out, entries out of range)."""
+    """(index with LEFT_OUT where there is no column, entries ignored, entries out of range)."""
     ignored = index == IGNORE_INDEX
     invalid = ((index < 0) | (index >= vocab_size)) & ~ignored
-    return index.masked_fill(ignored | invalid, -1), ignored, invalid
+    return index.masked_fill(ignored | invalid, LEFT_OUT), ignored, invalid
 
 
 def forward(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,7 +33,7 @@ def forward(logits: Tensor, index: Tensor, temperature: float) -> tuple[Tensor, 
     if index.ndim == 1:
         logps, lse = engine_forward(rows, columns, temperature)
     else:
-        none = torch.full(logits.shape[:1], -1, device=logits.device)
+        none = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
         _, lse = engine_forward(rows, none, temperature)
         logps = logits.gather(1, columns.clamp(min=0)).to(lse.dtype) / temperature - lse[:, None]
     return logps.masked_fill(ignored, 0.0).masked_fill_(invalid, torch.nan), logps, lse
@@ -44,32 +45,22 @@ def backward(
     """dlogits into `out`, which may be `logits`. With K columns, dz = sum_k coef_k * (1[v = k] - p)."""
     columns, _, invalid = _columns(index, logits.shape[1])
     left_out = columns < 0
-    coef = dlogps.to(lse.dtype).masked_fill(left_out, 0.0)
+    # The engines make zeros of a row whose coef is 0, whatever its logits, and NaN of one whose coef is NaN.
+    coef = dlogps.to(lse.dtype).masked_fill(left_out, 0.0).masked_fill_(invalid, torch.nan)
     _, engine_backward = logits_engine(logits.device, logits.dtype)
     source = logits if logits.stride(1) == 1 else logits.contiguous()
     if index.ndim == 1:
         engine_backward(source, columns, logps, lse, coef, temperature, out)
-        _fill_rows(out, left_out, 0.0)
-        _fill_rows(out, invalid, torch.nan)
         return
-    none = torch.full(logits.shape[:1], -1, device=logits.device)
+    none = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
     engine_backward(source, none, torch.zeros_like(lse), lse, coef.sum(1), temperature, out)
     # A column named twice gets both coefficients; written, not added, so that it is rounded once.
     total = ((columns[:, :, None] == columns[:, None, :]) * coef[:, None, :]).sum(2)
     label_dz = (total - coef.sum(1, keepdim=True) * logps.exp()) / temperature
     column = torch.where(left_out, columns.amax(1, keepdim=True).clamp(min=0), columns)
     value = torch.where(left_out, label_dz.gather(1, columns.argmax(1, keepdim=True)), label_dz)
-    out.scatter_(1, column, value.to(out.dtype))
-    _fill_rows(out, left_out.all(1), 0.0)
-    _fill_rows(out, invalid.any(1), torch.nan)
-
-
-def _fill_rows(x: Tensor, rows: Tensor, value: float) -> None:
-    """x[rows] = value, by assignment: 0 * NaN would let a masked row's NaN out."""
-    if x.device.type == "cpu":
-        x[rows] = value  # which touches those rows alone, but has to know which
-    else:
-        x.masked_fill_(rows[:, None], value)
+    empty = left_out.all(1, keepdim=True) & ~invalid.any(1, keepdim=True)
+    out.scatter_(1, column, value.masked_fill(empty, 0.0).to(out.dtype))
 
 
 @torch.library.custom_op("fastdpo::selective_log_softmax", mutates_args=())

@@ -37,3 +37,30 @@ def build_info() -> dict:
     """What setup.py recorded: compiler, instruction sets, CUDA architectures, the reason for what is missing."""
     path = Path(__file__).parent.parent / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {"reason": "not built (running from a source tree?)"}
+
+
+@functools.cache
+def cuda_problem(capability: tuple[int, int] | None = None) -> str | None:
+    """Why the CUDA kernels cannot run here, on a GPU of that compute capability if given; None when they can."""
+    if not available():
+        return f"the native extension is missing ({reason()})"
+    if not hasattr(extension(), "cuda_logits_forward"):
+        return f"built without CUDA kernels: {build_info().get('cuda_reason')}"
+    built_with, served = extension().cuda_runtime_version(), extension().cuda_driver_version()
+    if served == 0:
+        return "no NVIDIA driver here"
+    if served // 1000 < built_with // 1000:  # within a major version old drivers serve new runtimes
+        return f"built with CUDA {_version(built_with)}; the driver serves {_version(served)}"
+    if capability is not None and not serves(capability, build_info()["cuda_archs"], build_info()["cuda_ptx"]):
+        return f"built for sm_{', sm_'.join(map(str, build_info()['cuda_archs']))}; this GPU is {capability}"
+    return None
+
+
+def serves(capability: tuple[int, int], archs: list[int], ptx: int) -> bool:
+    """Machine code runs on its own major version from its minor version on; PTX on all that is newer."""
+    gpu = 10 * capability[0] + capability[1]
+    return gpu >= ptx or any(arch // 10 == capability[0] and arch <= gpu for arch in archs)
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

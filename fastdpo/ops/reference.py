@@ -203,7 +203,7 @@ def backward(
 
 
 def logits_forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits, [N] labels (-1: none) -> (logps, lse), fp32 (fp64 for fp64 logits)."""
+    """[N, V] logits, [N] labels (< 0: none) -> (logps, lse), fp32 (fp64 for fp64 logits)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logps, lse = (torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(2))
     for rows in _row_chunks(logits):
@@ -217,14 +217,14 @@ def logits_forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[
 def logits_backward(
     logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, temperature: float, out: Tensor
 ) -> None:
-    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature."""
+    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature; zeros where coef is 0."""
     for rows in _row_chunks(logits):
         dz = -coef[rows, None] * (logits[rows].to(lse.dtype) / temperature - lse[rows, None]).exp()
         here = labels[rows] >= 0
         index = labels[rows].clamp(min=0)[:, None]
         label_dz = coef[rows] * -torch.expm1(logps[rows])
         dz.scatter_(1, index, torch.where(here, label_dz, dz.gather(1, index)[:, 0])[:, None])
-        out[rows] = (dz / temperature).to(out.dtype)
+        out[rows] = (dz / temperature).masked_fill_(coef[rows, None] == 0, 0.0).to(out.dtype)
 
 
 def _row_chunks(logits: Tensor):

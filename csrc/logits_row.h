@@ -1,0 +1,273 @@
+// What one row of given logits computes: log p(label) and its gradient, each in one walk over the row.
+//
+//   z = x * inv_temperature      logp = -softplus(lse_{v != label} z[v] - z[label])
+//   dx[v] = coef * inv_temperature * ((v == label) - exp(z[v] - lse)), the label's as -expm1(logp)
+//
+// `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of a block in logits.cu, a loop in
+// logits_host.cpp, through which the tests run every line of this file without a GPU.
+#pragma once
+
+#include <cassert>
+#include <cstdint>
+#include <math.h>
+
+#include "half.h"
+#include "host_device.h"
+#include "launch.h"
+
+namespace fastdpo {
+
+constexpr int kVectorBytes = 16;
+constexpr int kBatch = 16;  // elements that a lane has in flight: 2 vectors of a half type, 4 of fp32
+constexpr float kLog2E = 1.44269504f;
+constexpr double kLn2 = 0.69314718055994531;
+
+FASTDPO_HD inline float row_scale(float inv_temperature) { return inv_temperature * kLog2E; }
+
+// 2^x within 2 ulp; results below the smallest normal number are 0 on a GPU.
+FASTDPO_HD inline float exp2_fast(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+template <class T>
+struct alignas(kVectorBytes) Vector {
+  static constexpr int kSize = kVectorBytes / sizeof(T);
+  T element[kSize];
+};
+
+template <class T>
+FASTDPO_HD inline void unpack(const Vector<T>& v, float* x) {
+  for (int k = 0; k < Vector<T>::kSize; ++k) x[k] = to_float(v.element[k]);
+}
+// Two to a register, without taking the halves out first.
+FASTDPO_HD inline void unpack(const Vector<BFloat16>& v, float* x) {
+  uint32_t words[kVectorBytes / 4];
+  memcpy(words, &v, sizeof words);
+  for (int i = 0; i < kVectorBytes / 4; ++i) {
+    x[2 * i] = float_of(words[i] << 16);
+    x[2 * i + 1] = float_of(words[i] & 0xffff0000u);
+  }
+}
+
+// Every logit is read once and every gradient is written once: neither should push anything out of a cache.
+template <class T>
+FASTDPO_HD inline Vector<T> load_vector(const T* address) {
+  Vector<T> v;
+#ifdef __CUDA_ARCH__
+  const uint4 bits = __ldcs(reinterpret_cast<const uint4*>(address));
+  memcpy(&v, &bits, sizeof v);
+#else
+  assert(reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0);  // a GPU would stop here
+  memcpy(&v, address, sizeof v);
+#endif
+  return v;
+}
+template <class T>
+FASTDPO_HD inline void store_vector(T* address, const Vector<T>& v) {
+#ifdef __CUDA_ARCH__
+  uint4 bits;
+  memcpy(&bits, &v, sizeof bits);
+  __stcs(reinterpret_cast<uint4*>(address), bits);
+#else
+  assert(reinterpret_cast<uintptr_t>(address) % kVectorBytes == 0);
+  memcpy(address, &v, sizeof v);
+#endif
+}
+
+// A row as a head up to the first 16-byte boundary, whole vectors, and a tail.
+struct RowSplit {
+  int64_t head;     // elements
+  int64_t vectors;  // from element `head` on
+  int64_t tail;     // index of the first element after them
+};
+
+template <class T>
+FASTDPO_HD inline RowSplit split_row(const T* row, int64_t size) {
+  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % kVectorBytes);
+  int64_t head = (kVectorBytes - past) % kVectorBytes / static_cast<int64_t>(sizeof(T));
+  if (head > size) head = size;
+  const int64_t vectors = (size - head) / Vector<T>::kSize;
+  return {head, vectors, head + vectors * Vector<T>::kSize};
+}
+
+// sum 2^(scale * x - max) over what was added, scale * x in fp32 (scale: log2(e) / temperature). `max` is the very number
+// that is subtracted, so its rounding costs nothing. -inf adds exactly 0, also where nothing else was added; NaN and +inf
+// end in a NaN sum.
+struct OnlineSum {
+  float max = -INFINITY;
+  float sum = 0.0f;
+
+  template <int K>
+  FASTDPO_HD void add(const float (&x)[K], float scale) {
+    float top = x[0];
+    for (int k = 1; k < K; ++k) top = fmaxf(top, x[k]);
+    top = fmaxf(max, top * scale);
+    const float shift = finite(top);
+    float added = 0.0f;
+    for (int k = 0; k < K; ++k) added += exp2_fast(fmaf(x[k], scale, -shift));
+    sum = sum * exp2_fast(max - shift) + added;
+    max = top;
+  }
+
+  FASTDPO_HD void merge(const OnlineSum& other) {
+    const float top = fmaxf(max, other.max);
+    const float shift = finite(top);
+    sum = sum * exp2_fast(max - shift) + other.sum * exp2_fast(other.max - shift);
+    max = top;
+  }
+
+  // -inf - -inf is NaN
+  FASTDPO_HD static float finite(float max) { return max == -INFINITY ? 0.0f : max; }
+};
+
+struct LabelLogp {
+  double logp, lse;
+};
+
+// From the log-sum-exp of the other logits and the label's own logit; -inf for a row without a label. log p keeps its
+// relative precision near 0: log(1 + e^x) is taken on the side that does not overflow.
+FASTDPO_HD inline LabelLogp label_logp(double rest, double label_logit) {
+  const double x = rest - label_logit;
+  const double softplus = x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x));
+  return {-softplus, x > 0.0 ? rest + log1p(exp(-x)) : label_logit + softplus};
+}
+
+template <class T>
+FASTDPO_HD inline T* row_of(T* first, int64_t stride, int64_t row) {
+  return first + row * stride;  // 64-bit: rows reach past 2^31 elements
+}
+
+// -inf in the place of the label, if these K columns have it: one comparison for most of a row.
+template <int K>
+FASTDPO_HD inline void leave_out(int64_t label, int64_t first, float* x) {
+  if (static_cast<uint64_t>(label - first) >= K) return;
+  const int place = static_cast<int>(label - first);
+  for (int k = 0; k < K; ++k) x[k] = k == place ? -INFINITY : x[k];
+}
+
+// A lane's share of the sum over every logit but the label's. A row that is left out is not read.
+template <class T>
+FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, float scale, int64_t lane,
+                                     int64_t lanes) {
+  constexpr int kSize = Vector<T>::kSize, kVectors = kBatch / kSize;
+  OnlineSum total;
+  if (label == kLeftOut) return total;
+  const RowSplit split = split_row(row, size);
+  int64_t v = lane;
+  for (; v + (kVectors - 1) * lanes < split.vectors; v += kVectors * lanes) {
+    Vector<T> loaded[kVectors];  // all loads are issued before the first is waited for
+    for (int i = 0; i < kVectors; ++i) loaded[i] = load_vector(row + split.head + (v + i * lanes) * kSize);
+    float x[kBatch];
+    for (int i = 0; i < kVectors; ++i) {
+      unpack(loaded[i], x + i * kSize);
+      leave_out<kSize>(label, split.head + (v + i * lanes) * kSize, x + i * kSize);
+    }
+    total.add(x, scale);
+  }
+  for (; v < split.vectors; v += lanes) {
+    const int64_t first = split.head + v * kSize;
+    float x[kSize];
+    unpack(load_vector(row + first), x);
+    leave_out<kSize>(label, first, x);
+    total.add(x, scale);
+  }
+  const auto add_one = [&](int64_t i) {
+    const float x[1] = {i == label ? -INFINITY : to_float(row[i])};
+    total.add(x, scale);
+  };
+  for (int64_t i = lane; i < split.head; i += lanes) add_one(i);
+  for (int64_t i = split.tail + lane; i < size; i += lanes) add_one(i);
+  return total;
+}
+
+// After the lanes' sums are merged; of nothing for a row that is left out. In double: `rest` and the label's logit may be
+// large and close.
+template <class T>
+FASTDPO_HD inline void finish_row(const LogitsForwardArgs& a, int64_t row, const T* logits, const OnlineSum& total) {
+  const int64_t label = a.labels[row];
+  LabelLogp result = {0.0, 0.0};
+  if (label != kLeftOut) {
+    const double scale = row_scale(a.inv_temperature) * kLn2;  // as rounded for the fold
+    const double rest = total.max * kLn2 + log(static_cast<double>(total.sum));
+    result = label_logp(rest, label < 0 ? -INFINITY : to_float(logits[label]) * scale);
+  }
+  a.logps[row] = static_cast<float>(result.logp);
+  a.lse[row] = static_cast<float>(result.lse);
+}
+
+// What a gradient of the row needs to know besides its logits.
+struct RowGrad {
+  float inv_temperature, lse, logp, coef;
+
+  FASTDPO_HD float other(float x) const {
+    const float log_p = fmaf(x, inv_temperature, -lse);
+    return -coef * inv_temperature * exp2_fast(log_p * kLog2E);
+  }
+  // 1 - p from logp, in full precision: p rounds to 1 for confident tokens.
+  FASTDPO_HD float label() const { return coef * inv_temperature * -expm1f(logp); }
+};
+
+// A lane's share of a row of zeros.
+template <class T>
+FASTDPO_HD inline void zero_row(T* out, int64_t size, int64_t lane, int64_t lanes) {
+  const RowSplit split = split_row(out, size);
+  const Vector<T> zeros = {};
+  for (int64_t v = lane; v < split.vectors; v += lanes) store_vector(out + split.head + v * Vector<T>::kSize, zeros);
+  for (int64_t i = lane; i < split.head; i += lanes) out[i] = zeros.element[0];
+  for (int64_t i = split.tail + lane; i < size; i += lanes) out[i] = zeros.element[0];
+}
+
+// A lane's share of the row's gradient into `out`, which may be `row`: an element is written by the lane that read it.
+// Vectors are used where both rows have the same alignment.
+template <class T>
+FASTDPO_HD inline void grad_row(const T* row, T* out, int64_t size, int64_t label, const RowGrad& grad, int64_t lane,
+                                int64_t lanes) {
+  constexpr int kSize = Vector<T>::kSize, kVectors = kBatch / kSize;
+  const bool same_alignment = (reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
+  const RowSplit split = same_alignment ? split_row(out, size) : RowSplit{size, 0, size};
+  const float label_grad = grad.label();
+  const auto gradient = [&](T x, bool is_label) {
+    T result;
+    from_float(is_label ? label_grad : grad.other(to_float(x)), &result);
+    return result;
+  };
+  int64_t v = lane;
+  for (; v + (kVectors - 1) * lanes < split.vectors; v += kVectors * lanes) {
+    Vector<T> loaded[kVectors];
+    for (int i = 0; i < kVectors; ++i) loaded[i] = load_vector(row + split.head + (v + i * lanes) * kSize);
+    for (int i = 0; i < kVectors; ++i) {
+      const int64_t first = split.head + (v + i * lanes) * kSize;
+      for (int k = 0; k < kSize; ++k) loaded[i].element[k] = gradient(loaded[i].element[k], first + k == label);
+      store_vector(out + first, loaded[i]);
+    }
+  }
+  for (; v < split.vectors; v += lanes) {
+    const int64_t first = split.head + v * kSize;
+    Vector<T> loaded = load_vector(row + first);
+    for (int k = 0; k < kSize; ++k) loaded.element[k] = gradient(loaded.element[k], first + k == label);
+    store_vector(out + first, loaded);
+  }
+  for (int64_t i = lane; i < split.head; i += lanes) out[i] = gradient(row[i], i == label);
+  for (int64_t i = split.tail + lane; i < size; i += lanes) out[i] = gradient(row[i], i == label);
+}
+
+// A row whose coef is 0 gets zeros, whatever its logits; they are not read.
+template <class T>
+FASTDPO_HD inline void backward_row(const LogitsBackwardArgs& a, int64_t row, int64_t lane, int64_t lanes) {
+  T* out = row_of(static_cast<T*>(a.dlogits), a.dlogits_stride, row);
+  const RowGrad grad = {a.inv_temperature, a.lse[row], a.logps[row], a.coef[row]};
+  if (grad.coef == 0.0f) {
+    zero_row(out, a.vocab_size, lane, lanes);
+  } else {
+    grad_row(row_of(static_cast<const T*>(a.logits), a.logits_stride, row), out, a.vocab_size, a.labels[row], grad,
+             lane, lanes);
+  }
+}
+
+}  // namespace fastdpo
