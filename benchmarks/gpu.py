@@ -15,9 +15,11 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +53,9 @@ class Suite:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def run(self, command: list, limit: float, *, interpret: bool = True) -> tuple[int, str, float]:
+    def run(
+        self, command: list, limit: float, *, interpret: bool = True, under: Sequence[str] = ()
+    ) -> tuple[int, str, float]:
         """(exit status, output, seconds); 124 when it ran out of time. `interpret`: in a dry run."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         environment.pop("TRITON_INTERPRET", None)
@@ -60,7 +64,7 @@ class Suite:
         begin = time.monotonic()
         try:
             done = subprocess.run(
-                [sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
+                [*under, sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
                 timeout=max(1.0, min(limit, self.left())),
             )  # fmt: skip
         except subprocess.TimeoutExpired as error:
@@ -96,6 +100,25 @@ class Suite:
         if failures:
             print(output[-6000:], file=sys.stderr)
         return record
+
+    def sanitizers(self) -> dict:
+        """The CUDA kernels under compute-sanitizer: what each tool ended with; 0 where it found nothing."""
+        script = [HERE / "gpu_sanitized.py", "--device", self.device]
+        checker = shutil.which("compute-sanitizer")
+        if self.args.dry_run:
+            return {"without": self.run(script, 120)[0]}
+        if checker is None:
+            return {"left out": "compute-sanitizer is not on PATH"}
+        found = {}
+        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+            if self.left() < 20:
+                found[tool] = "not reached"
+                continue
+            status, output, _ = self.run(script, 90, under=[checker, "--tool", tool, "--error-exitcode", "99"])
+            found[tool] = status
+            if status != 0:
+                found[f"{tool} output"] = output[-3000:]
+        return found
 
     def shape(self, shape, dtype: str, groups, seconds: float, rates, kernels: bool) -> dict:
         command = [HERE / "gpu_cases.py", *shape, "--dtype", dtype, "--device", self.device, "--seconds", seconds]
@@ -135,6 +158,8 @@ class Suite:
                 continue
             _say(f"{shape} {dtype}")
             record["shapes"].append(self.shape(shape, dtype, groups, seconds, rates, kernels=index == 0))
+        _say("sanitizers")
+        record["sanitizers"] = self.sanitizers()
         return record
 
 
@@ -241,6 +266,9 @@ def summary(record: dict) -> str:
                 lines.append(f"    {row['kernel']:32} {took:>9} {floor:>9} {row['launches']:8.0f}")
         lines += [f"  left out: {name}: {why}" for name, why in shape["left out"].items()]
     lines += ["", *(f"not reached: {name}" for name in record["not reached"])]
+    lines.append(
+        f"sanitizers: { {tool: status for tool, status in record['sanitizers'].items() if 'output' not in tool} }"
+    )
     for what, value, limit in [] if record["device"]["name"] == "none" else targets(record):
         lines.append(f"{'ok  ' if value <= limit else 'MISS'} {what}: {value:.3f} (at most {limit:.2f})")
     return "\n".join(lines)

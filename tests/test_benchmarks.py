@@ -54,6 +54,7 @@ def test_a_dry_run_walks_every_stage(dry_run):
     assert dry_run["device"]["name"] == "none" and "no GPU" in dry_run["title"]
     assert dry_run["compile"]["status"] == 0 and dry_run["compile"]["faults"] == []
     assert dry_run["tests"]["status"] == 0 and dry_run["tests"]["collected"] > 200
+    assert dry_run["sanitizers"] == {"without": 0}
     assert dry_run["ceilings"]["flops"] > 0 and dry_run["ceilings"]["left out"] == {}
     assert {group for _, _, groups, _ in GRID for group in groups} == set(GROUPS) == set(dry_run["shapes"][0]["groups"])
     assert "MISS" not in dry_run["printed"]  # nothing of a dry run is judged
