@@ -2,8 +2,8 @@
 
 python benchmarks/measured.py [--check]
 
-A result file of the GPU suite carries a digest of every kernel it ran: of its code with all that it calls, and of its
-tiles. `--check` fails where the README's line on the last run is not what the newest result file says.
+A result file of the GPU suite carries a digest of every kernel it ran: of a Triton kernel's code with all that it calls
+and its tiles, of a CUDA file with the headers that it includes. `--check` fails where the README's line on the last run is not what the newest result file says.
 """
 
 from __future__ import annotations
@@ -19,14 +19,35 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = sorted((ROOT / "fastdpo" / "ops").glob("triton_*.py"))
+CUDA = sorted((ROOT / "csrc").glob("*.cu"))
 README_LINE = re.compile(r"^\*\*Last GPU run:\*\* .*$", re.MULTILINE)
 
 
-def digests(files: list[Path] | None = None) -> dict[str, str]:
-    """Kernel -> digest. Comments, docstrings and layout do not count."""
+def digests(triton: list[Path] = KERNELS, cuda: list[Path] = CUDA) -> dict[str, str]:
+    """Kernel, or CUDA file -> digest. Comments, docstrings and Python's layout do not count."""
+    return {**_triton_digests(triton), **{f"csrc/{file.name}": _digest(_included(file)) for file in cuda}}
+
+
+def _digest(parts: list[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _included(file: Path) -> list[str]:
+    """The text of a source and of our headers in it, without comments."""
+    texts, waiting = {}, [file]
+    while waiting:
+        current = waiting.pop()
+        text = re.sub(r"//.*", "", current.read_text())
+        texts[current.name] = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
+        names = re.findall(r'#include "([^"]+)"', text)
+        waiting += [current.parent / name for name in names if name not in texts]
+    return [texts[name] for name in sorted(texts)]
+
+
+def _triton_digests(files: list[Path]) -> dict[str, str]:
     functions: dict[str, ast.FunctionDef] = {}
     tiles: dict[str, str] = {}
-    for file in files or KERNELS:
+    for file in files:
         tree = ast.parse(file.read_text())
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
@@ -39,7 +60,7 @@ def digests(files: list[Path] | None = None) -> dict[str, str]:
             continue
         parts = [ast.dump(functions[used]) for used in sorted(_reached(name, functions))]
         parts.append(tiles.get(name.removesuffix("_kernel"), ""))
-        found[name.removesuffix("_kernel")] = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        found[name.removesuffix("_kernel")] = _digest(parts)
     return found
 
 

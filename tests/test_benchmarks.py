@@ -213,6 +213,23 @@ def test_an_edit_changes_the_digests_of_what_it_reaches(sources):
     assert every - {"routed_dz"} - edited(sources, "triton_common.py", "+ 0x7FFF", "+ 0x7FFE") < every
 
 
+def test_an_edit_of_a_header_changes_the_digest_of_the_cuda_files_with_it(tmp_path):
+    import shutil
+
+    from measured import CUDA, digests
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    files = [tmp_path / "csrc" / file.name for file in CUDA]
+    before = digests([], files)
+    assert "csrc/logits.cu" in before
+    header = tmp_path / "csrc" / "logits_row.h"
+    text = header.read_text()
+    header.write_text("// a comment\n" + text)
+    assert digests([], files) == before
+    header.write_text(text.replace("kBatch = 16", "kBatch = 32"))
+    assert digests([], files)["csrc/logits.cu"] != before["csrc/logits.cu"]
+
+
 def test_what_changed_since_it_was_measured_is_listed():
     from measured import changed, line
 
