@@ -3,7 +3,8 @@
 python benchmarks/measured.py [--check]
 
 A result file of the GPU suite carries a digest of every kernel it ran: of a Triton kernel's code with all that it calls
-and its tiles, of a CUDA file with the headers that it includes. `--check` fails where the README's line on the last run is not what the newest result file says.
+and its tiles, of a CUDA file with the headers that it includes. `--check` fails where the README's line on the last run
+is not what the newest result file says.
 """
 
 from __future__ import annotations
