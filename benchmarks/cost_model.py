@@ -131,7 +131,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     launches, torch_calls = [], Counter()
     saved = None
     for part in STEP if "backward" in parts else parts:
-        with Recorder(target) as recorded, _CountTorch() as counted:
+        with Recorder(target, native=True) as recorded, _CountTorch() as counted:
             if part == "forward":
                 saved = triton_engine.forward(head, rows, stats=frozenset(), routing=routing, shards=None)
             elif part == "backward":
@@ -153,11 +153,11 @@ def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **o
     for kernel, _, arguments, *_ in launches:
         bound = dict(zip(kernel.arg_names, arguments))
         if "lengths" in bound and "out" in bound:
-            lists, name = id(bound["lengths"]), kernel.fn.__name__
-            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name == "routed_dhidden_kernel"
+            lists, name = id(bound["lengths"]), kernel.__name__
+            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name in ("routed_dhidden_kernel", "ordered_dhidden_kernel")
     step = StepCost(other_launches=torch_calls)
     for kernel, grid, arguments, constants, *_ in launches:
-        name = kernel.fn.__name__.removesuffix("_kernel")
+        name = kernel.__name__.removesuffix("_kernel")
         bound = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
         alone = "lengths" in bound and sweeps_of_hidden.get(id(bound["lengths"]), False)
         cost = _COSTS[name](bound, shape, live_hidden if alone else live)
@@ -298,5 +298,8 @@ _COSTS = {
     "count": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),
     "plan": _rows(lambda a, s: 4 * a["running"].numel()),
     "fill": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["running"].numel()),
+    "list_count": _rows(lambda a, s: a["capacity"] * a["num_blocks"] // 8 + 4 * a["running"].numel()),
+    "list_plan": _rows(lambda a, s: 8 * a["running"].numel()),
+    "list_fill": _rows(lambda a, s: a["capacity"] * a["num_blocks"] // 8 + 4 * a["running"].numel()),
     "spread": _rows(lambda a, s: a["capacity"] * a["H"] * (4 + s.dtype.itemsize)),
 }

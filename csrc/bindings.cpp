@@ -9,6 +9,7 @@
 
 #include "cpu_folds.h"
 #include "logits.h"
+#include "pair_lists.h"
 #include "parallel.h"
 #include "preference.h"
 
@@ -78,6 +79,26 @@ void def_logits_backward(py::module_& m, const char* name,
       py::call_guard<py::gil_scoped_release>());
 }
 
+template <class Result, class... Extra>
+void def_pair_lists(py::module_& m, const char* name, Result (*call)(const fastdpo::PairListArgs&, Extra...)) {
+  m.def(
+      name,
+      [call](Address bitmap, int64_t bitmap_stride, Address coef, Address rows, Address count, int64_t first_token,
+             int64_t capacity, int64_t first_block, int64_t num_blocks, int32_t tile, int32_t tiles_per_round,
+             int32_t rounds, double crossover, Address running, Address lengths, Address first_tile,
+             Address round_block, Address is_routed, Address tile_block, Address tokens, Address finished,
+             Extra... extra) {
+        return call(fastdpo::PairListArgs{ptr<const uint8_t>(bitmap), bitmap_stride, ptr<const float>(coef),
+                                          ptr<const int32_t>(rows), ptr<const int32_t>(count), first_token, capacity,
+                                          first_block, num_blocks, tile, tiles_per_round, rounds, crossover,
+                                          ptr<int32_t>(running), ptr<int32_t>(lengths), ptr<int32_t>(first_tile),
+                                          ptr<int32_t>(round_block), ptr<int32_t>(is_routed),
+                                          ptr<int32_t>(tile_block), ptr<int32_t>(tokens), ptr<int32_t>(finished)},
+                    extra...);
+      },
+      py::call_guard<py::gil_scoped_release>());
+}
+
 #ifdef FASTDPO_HAVE_CUDA
 // A stream comes as an integer too.
 int launch_logits_forward(const fastdpo::LogitsForwardArgs& a, DType dtype, int device, Address stream) {
@@ -85,6 +106,9 @@ int launch_logits_forward(const fastdpo::LogitsForwardArgs& a, DType dtype, int 
 }
 int launch_logits_backward(const fastdpo::LogitsBackwardArgs& a, DType dtype, int device, Address stream) {
   return fastdpo::launch_logits_backward(a, dtype, device, ptr<void>(stream));
+}
+int launch_pair_lists(const fastdpo::PairListArgs& a, int device, Address stream) {
+  return fastdpo::launch_pair_lists(a, device, ptr<void>(stream));
 }
 #endif
 
@@ -208,7 +232,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   def_logits_forward(m, "host_logits_forward", &fastdpo::host_logits_forward);
   def_logits_backward(m, "host_logits_backward", &fastdpo::host_logits_backward);
+  def_pair_lists(m, "host_pair_lists", &fastdpo::host_pair_lists);
 #ifdef FASTDPO_HAVE_CUDA
+  def_pair_lists(m, "cuda_pair_lists", &launch_pair_lists);
   def_logits_forward(m, "cuda_logits_forward", &launch_logits_forward);
   def_logits_backward(m, "cuda_logits_backward", &launch_logits_backward);
   m.def("cuda_error_text", &fastdpo::cuda_error_text);

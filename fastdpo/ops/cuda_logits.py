@@ -8,20 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import extension
+from . import native
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/launch.h
 
 
 def _launch(name: str, x: Tensor, *arguments) -> None:
-    with torch.cuda.device(x.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        error = getattr(extension(), name)(*arguments, DTYPES[x.dtype], x.device.index, stream)
-    if error:
-        raise RuntimeError(
-            f"{name} on {x.device}, {x.dtype} logits of shape {tuple(x.shape)}: CUDA error {error}, "
-            f"{extension().cuda_error_text(error)}"
-        )
+    what = f", {x.dtype} logits of shape {tuple(x.shape)}"
+    native.launch(name, x.device, *arguments, DTYPES[x.dtype], what=what)
 
 
 def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

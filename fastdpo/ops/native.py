@@ -56,6 +56,17 @@ def cuda_problem(capability: tuple[int, int] | None = None) -> str | None:
     return None
 
 
+def launch(name: str, device, *arguments, what: str = "") -> None:
+    """Calls the extension's `name` on the current stream of a CUDA device. RuntimeError where the launch fails."""
+    import torch
+
+    with torch.cuda.device(device):
+        error = getattr(extension(), name)(*arguments, device.index, torch.cuda.current_stream().cuda_stream)
+    if error:
+        text = extension().cuda_error_text(error)
+        raise RuntimeError(f"{name} on {device}{what}: CUDA error {error}, {text}")
+
+
 def serves(capability: tuple[int, int], archs: list[int], ptx: int) -> bool:
     """Machine code runs on its own major version from its minor version on; PTX on all that is newer."""
     gpu = 10 * capability[0] + capability[1]

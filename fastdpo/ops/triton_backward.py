@@ -1,10 +1,7 @@
-"""The backward's kernels: recompute a tile, turn it into dz, multiply twice.
+"""The backward's exact kernels: dz of a slab of blocks by a range of tokens [tokens, columns], then two plain products.
 
-    exact    dz of a slab of blocks by a range of tokens [tokens, columns], then two plain products
-    routed   dz of work tiles [TILE pairs, 128], gathered; dz.T @ hidden per block, whose rows no other program has;
-             dz @ weight added to the rows of the tiles' tokens
-
-`flag` is where a routed call decides between the two, on the device: a kernel whose flag is not `wanted` does nothing.
+`flag` is where a routed call decides between these and triton_routed.py's, on the device: a kernel whose flag is not
+`wanted` does nothing.
 """
 
 from __future__ import annotations
@@ -19,16 +16,12 @@ from .triton_common import (
     exp,
     expm1,
     halves,
-    load_rows,
     load_tile,
     logit,
     logit_slope,
     num_tokens,
     operand,
-    pair_uniform,
-    pair_weight,
     rounded,
-    row_offset,
     start_products,
     store_tile,
     tile_of,
@@ -38,7 +31,7 @@ from .triton_common import (
 
 
 @triton.jit
-def _is_off(flag, wanted: tl.constexpr):
+def is_off(flag, wanted: tl.constexpr):
     off = False
     if flag is not None:
         off = tl.load(flag) != wanted
@@ -46,7 +39,7 @@ def _is_off(flag, wanted: tl.constexpr):
 
 
 @triton.jit
-def _row_terms(row, exists, logps, lse, entropy, coef, coef_entropy):
+def row_terms(row, exists, logps, lse, entropy, coef, coef_entropy):
     """What dz takes from its rows: (row has a gradient, lse, coef, dz of the label's logit, two for the entropy's)."""
     c = tl.load(coef + row, mask=exists, other=0.0)
     row_lse = tl.load(lse + row, mask=exists, other=0.0)
@@ -62,7 +55,7 @@ def _row_terms(row, exists, logps, lse, entropy, coef, coef_entropy):
 
 
 @triton.jit
-def _dz(z, slope, terms, label, column, V, ENTROPY: tl.constexpr):
+def dz_of(z, slope, terms, label, column, V, ENTROPY: tl.constexpr):
     """(dz, p without the label's) of a tile of logits, fp32."""
     active, row_lse, c, own, ce, shift = terms
     is_label = column[None, :] == label[:, None]
@@ -73,70 +66,6 @@ def _dz(z, slope, terms, label, column, V, ENTROPY: tl.constexpr):
     inside = (column < V)[None, :]
     dz = tl.where(active[:, None] & inside, dz * slope, 0.0)
     return dz, tl.where(inside & ~is_label, p, 0.0)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def routed_dz_kernel(
-    hidden,  # [outer, inner, H], the caller's strides
-    weight, bias, rank, lora_b,  # rank [capacity, R], of tokens from first_token
-    rows, token_labels, logps, lse, coef, seed, dz_scale,
-    tile_block, tokens, lengths, first_tile, round_block, flag,  # of Lists
-    dz,  # [tiles in memory * TILE, 128], weighted for the smaller tau
-    ratio,  # [tiles in memory * TILE] fp32 or None: what turns that into the larger tau's
-    column_sums,  # [tiles in memory, 128] fp32 or None: dz summed over a tile's tokens before it is rounded
-    round, first_token, first_block, generator_block, V, H, inner, outer_stride, inner_stride, weight_stride, rank_size,
-    logit_scale, softcap, inv_temperature, tau, other_tau,
-    COMPUTE: tl.constexpr, SOFTCAP: tl.constexpr, R: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    RATIO_WEIGHT: tl.constexpr,  # `ratio` is dweight's and dbias's, not dhidden's
-    TILE: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    if _is_off(flag, 1):
-        return
-    begin = tl.load(first_tile + tl.load(round_block + round))
-    end = tl.load(first_tile + tl.load(round_block + round + 1))
-    key = tl.load(seed)
-    for index in tl.range(begin + tl.program_id(0), end, PROGRAMS):
-        local = tl.load(tile_block + index)
-        place = (index - tl.load(first_tile + local)) * TILE + tl.arange(0, TILE)
-        exists = place < tl.load(lengths + local)
-        t = tl.load(tokens + index * TILE + tl.arange(0, TILE), mask=exists, other=0)
-        token = first_token + t
-        row = tl.load(rows + token, mask=exists, other=0).to(tl.int64)
-        label = tl.load(token_labels + token, mask=exists, other=-1)
-        offsets = row_offset(row, inner, outer_stride, inner_stride)
-        block = first_block + local
-        column = block * BLOCK + tl.arange(0, BLOCK)
-        acc = start_products(bias, block * BLOCK, V, TILE, BLOCK)
-        if R > 0:
-            acc = add_low_rank(acc, rank, lora_b, t, exists, block * BLOCK, V, rank_size, COMPUTE, R, BLOCK)
-        for k in range(0, H, BK):
-            a = load_rows(hidden, offsets, exists, k, H, BK)
-            b = load_tile(weight, block * BLOCK, k, V, H, weight_stride, BLOCK, BK, TMA)
-            acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE).T, acc, input_precision=PRECISION)
-        z = logit(acc, logit_scale, softcap, inv_temperature, SOFTCAP)
-        slope = logit_slope(z, logit_scale, softcap, inv_temperature, SOFTCAP)
-        terms = _row_terms(row, exists, logps, lse, None, coef, None)
-        tile_dz, p = _dz(z, slope, terms, label, column, V, False)
-        mass = tl.sum(p, 1)
-        uniform = pair_uniform(key, token, generator_block + block)
-        own = (label >= block * BLOCK) & (label < (block + 1) * BLOCK)
-        w = tl.where(own, 1.0, pair_weight(mass, tau, uniform))
-        if dz_scale is not None:
-            w *= tl.load(dz_scale)
-        tile_dz = tl.where((w == 0)[:, None], 0.0, tile_dz * w[:, None])
-        at = ((index - begin) * TILE + tl.arange(0, TILE)).to(tl.int64)
-        target = dz + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tl.store(target, rounded(tile_dz, dz.dtype.element_ty))  # padding rows are zero
-        if ratio is not None:
-            smaller = pair_weight(mass, tau, uniform)
-            larger = pair_weight(mass, other_tau, uniform)
-            larger = tl.where(own, 1.0, tl.where(smaller == 0, 0.0, larger / smaller))
-            tl.store(ratio + at, larger)
-        if column_sums is not None:
-            if RATIO_WEIGHT:
-                tile_dz = tl.where((larger == 0)[:, None], 0.0, tile_dz * larger[:, None])
-            place = column_sums + (index - begin) * BLOCK + tl.arange(0, BLOCK)
-            tl.store(place, tl.sum(tile_dz, 0))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -152,7 +81,7 @@ def dz_kernel(
     PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Rows without a token and columns from V on get zeros, so that the products need no masks along their sums."""
-    if _is_off(flag, wanted):
+    if is_off(flag, wanted):
         return
     n = num_tokens(count, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(capacity, BM), tl.cdiv(last_column - first_column, BN)
@@ -170,7 +99,7 @@ def dz_kernel(
             acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE).T, acc, input_precision=PRECISION)
         row = tl.load(rows + first_token + i, mask=exists, other=0).to(tl.int64)
         label = tl.load(token_labels + first_token + i, mask=exists, other=-1)
-        terms = _row_terms(row, exists, logps, lse, entropy, coef, coef_entropy)
+        terms = row_terms(row, exists, logps, lse, entropy, coef, coef_entropy)
         target = dz + (m * BM).to(tl.int64) * dz_stride
         sums = column_sums
         if column_sums is not None:
@@ -178,25 +107,25 @@ def dz_kernel(
         scale = 1.0
         if dz_scale is not None:
             scale = tl.load(dz_scale)
-        _dz_columns(
+        dz_columns(
             acc, v * BN, first_column, i < capacity, label, terms, scale, target, sums, dz_stride, V,
             logit_scale, softcap, inv_temperature, SOFTCAP, coef_entropy is not None,
         )  # fmt: skip
 
 
 @triton.jit
-def _dz_columns(
+def dz_columns(
     acc, begin, first_column, inside, label, terms, scale, target, sums, dz_stride, V,
     logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Products [tokens, columns from first_column + begin on] -> dz, a block of columns at a time to save registers."""
     if acc.shape[1] > BLOCK:
         left, right = halves(acc)
-        _dz_columns(
+        dz_columns(
             left, begin, first_column, inside, label, terms, scale, target, sums, dz_stride, V,
             logit_scale, softcap, inv_temperature, SOFTCAP, ENTROPY,
         )  # fmt: skip
-        _dz_columns(
+        dz_columns(
             right, begin + acc.shape[1] // 2, first_column, inside, label, terms, scale, target, sums,
             dz_stride, V, logit_scale, softcap, inv_temperature, SOFTCAP, ENTROPY,
         )  # fmt: skip
@@ -205,7 +134,7 @@ def _dz_columns(
         column = first_column + at
         z = logit(acc, logit_scale, softcap, inv_temperature, SOFTCAP)
         slope = logit_slope(z, logit_scale, softcap, inv_temperature, SOFTCAP)
-        tile_dz, _ = _dz(z, slope, terms, label, column, V, ENTROPY)
+        tile_dz, _ = dz_of(z, slope, terms, label, column, V, ENTROPY)
         tile_dz *= scale
         where = tl.arange(0, acc.shape[0])[:, None] * dz_stride + at[None, :]
         tl.store(
@@ -213,55 +142,6 @@ def _dz_columns(
         )
         if sums is not None:
             tl.store(sums + at, tl.sum(tile_dz, 0), mask=at < dz_stride)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def routed_dhidden_kernel(
-    dz, ratio, weight,  # weight [V, H], or lora_b
-    tile_block, tokens, lengths, first_tile, round_block, flag,
-    out,  # [capacity, H] fp32, added to
-    round, first_block, V, H, weight_stride, out_stride,
-    ORDERED: tl.constexpr,  # one program per columns of `out` takes all tiles in turn: repeatable; else atomics
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    if _is_off(flag, 1):
-        return
-    begin = tl.load(first_tile + tl.load(round_block + round))
-    end = tl.load(first_tile + tl.load(round_block + round + 1))
-    tiles_n = tl.cdiv(H, BN)
-    if ORDERED:
-        lo, hi, step = begin, end, 1
-    else:
-        lo, hi, step = begin * tiles_n + tl.program_id(0), end * tiles_n, PROGRAMS
-    for work in tl.range(lo, hi, step):
-        if ORDERED:
-            index, part = work, tl.program_id(0)
-        else:
-            index, part = work // tiles_n, work % tiles_n
-        local = tl.load(tile_block + index)
-        place = (index - tl.load(first_tile + local)) * TILE + tl.arange(0, TILE)
-        exists = place < tl.load(lengths + local)
-        t = tl.load(tokens + index * TILE + tl.arange(0, TILE), mask=exists, other=0)
-        at = ((index - begin) * TILE + tl.arange(0, TILE)).to(tl.int64)
-        c = part * BN + tl.arange(0, BN)
-        product = tl.zeros((TILE, BN), tl.float32)
-        for k in range(0, BLOCK, BK):
-            a = tl.load(dz + at[:, None] * BLOCK + (k + tl.arange(0, BK))[None, :])
-            r = (first_block + local) * BLOCK + k + tl.arange(0, BK)
-            inside = (r < V)[:, None] & (c < H)[None, :]
-            b = tl.load(weight + r.to(tl.int64)[:, None] * weight_stride + c[None, :], mask=inside, other=0.0)
-            product = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), product, input_precision=PRECISION)
-        if ratio is not None:
-            scale = tl.load(ratio + at)[:, None]
-            product = tl.where(scale == 0, 0.0, product * scale)
-        target = out + t.to(tl.int64)[:, None] * out_stride + c[None, :]
-        inside = exists[:, None] & (c < H)[None, :]
-        if ORDERED:
-            tl.store(target, tl.load(target, mask=inside, other=0.0) + product, mask=inside)
-            tl.debug_barrier()  # the next tile may hold the same tokens
-        else:
-            tl.atomic_add(target, product, mask=inside, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -274,7 +154,7 @@ def dhidden_kernel(
     wanted: tl.constexpr, COMPUTE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    if _is_off(flag, wanted):
+    if is_off(flag, wanted):
         return
     n = num_tokens(count, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(H, BN)
@@ -288,60 +168,6 @@ def dhidden_kernel(
             b = load_tile(weight, first_column + k, h * BN, V, H, weight_stride, BK, BN, TMA)
             acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), acc, input_precision=PRECISION)
         store_tile(out, acc, m * BM, h * BN, n, H, out_stride)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def routed_dweight_kernel(
-    dz, ratio, column_sums,
-    hidden,  # [outer, inner, H], the caller's strides, or rank [capacity, R] as one outer row
-    rows,  # [M], or None: token i is row i of `hidden`
-    tokens, lengths, first_tile, round_block, flag, unscale,
-    out,  # [V, H]
-    out_bias,  # [V], or None: sums of dz over the tokens
-    round, first_token, first_block, V, H, inner, outer_stride, inner_stride, out_stride,
-    COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Program (block, columns): the block's rows of `out`, written once; blocks without a pair get zeros."""
-    if _is_off(flag, 1):
-        return
-    local = tl.load(round_block + round) + tl.program_id(1)
-    if local >= tl.load(round_block + round + 1):
-        return
-    base = tl.load(first_tile + tl.load(round_block + round))
-    start = tl.load(first_tile + local)
-    length = tl.load(lengths + local)
-    c = tl.program_id(0) * BN + tl.arange(0, BN)
-    acc = tl.zeros((BLOCK, BN), tl.float32)
-    for k in range(0, length, BK):
-        place = k + tl.arange(0, BK)
-        exists = place < length
-        t = tl.load(tokens + start * TILE + place, mask=exists, other=0)
-        at = ((start - base) * TILE + place).to(tl.int64)
-        a = tl.load(dz + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], mask=exists[:, None], other=0.0)
-        if ratio is not None:
-            scale = tl.load(ratio + at, mask=exists, other=0.0)[:, None]
-            a = rounded(tl.where(scale == 0, 0.0, a.to(tl.float32) * scale), a.dtype)
-        if rows is not None:
-            row = tl.load(rows + first_token + t, mask=exists, other=0)
-            offsets = row_offset(row, inner, outer_stride, inner_stride)
-        else:
-            offsets = t.to(tl.int64) * inner_stride
-        b = load_rows(hidden, offsets, exists, tl.program_id(0) * BN, H, BN)
-        acc = tl.dot(operand(a, COMPUTE).T, operand(b, COMPUTE), acc, input_precision=PRECISION)
-    if unscale is not None:
-        acc *= tl.load(unscale)
-    r = (first_block + local) * BLOCK + tl.arange(0, BLOCK)
-    if out is not None:
-        target = out + r.to(tl.int64)[:, None] * out_stride + c[None, :]
-        tl.store(target, rounded(acc, out.dtype.element_ty), mask=(r < V)[:, None] & (c < H)[None, :])
-    if out_bias is not None:
-        if tl.program_id(0) == 0:
-            total = tl.zeros((BLOCK,), tl.float32)
-            for index in range(start - base, start - base + tl.cdiv(length, TILE)):
-                total += tl.load(column_sums + index * BLOCK + tl.arange(0, BLOCK))
-            if unscale is not None:
-                total *= tl.load(unscale)
-            tl.store(out_bias + r, rounded(total, out_bias.dtype.element_ty), mask=r < V)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -362,7 +188,7 @@ def dweight_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """dz.T @ hidden of a slab of columns; capacity is a multiple of BK and rows without a token are zero."""
-    if _is_off(flag, wanted):
+    if is_off(flag, wanted):
         return
     n = num_tokens(count, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(last_column - first_column, BM), tl.cdiv(H, BN)

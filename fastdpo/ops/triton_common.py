@@ -14,9 +14,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
 VARYING = (
-    "capacity", "first_block", "first_column", "first_token", "generator_block", "ignore_index", "last_column",
-    "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns", "tiles_per_round",
-    "token_tiles", "vocab_size", "vocab_start",
+    "capacity", "first_block", "first_column", "first_token", "generator_block", "group_tiles", "ignore_index",
+    "last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns",
+    "tiles_per_round", "token_tiles", "vocab_size", "vocab_start",
 )  # fmt: skip
 
 

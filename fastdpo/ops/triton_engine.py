@@ -1,7 +1,7 @@
 """The Triton engine: one tile of logits at a time in registers, fp32; nothing waits for the device.
 
-triton_forward.py, triton_lists.py and triton_backward.py hold the kernels; this file and triton_gradients.py launch
-them.
+triton_forward.py, triton_lists.py, triton_routed.py and triton_backward.py hold the kernels; this file and
+triton_gradients.py launch them.
 """
 
 from __future__ import annotations

@@ -16,17 +16,10 @@ from ..routing import BLOCK, Routing
 from . import triton_lists
 from . import triton_memory as memory
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
-from .triton_backward import (
-    dhidden_kernel,
-    dweight_kernel,
-    dz_kernel,
-    routed_dhidden_kernel,
-    routed_dweight_kernel,
-    routed_dz_kernel,
-    spread_kernel,
-)
+from .triton_backward import dhidden_kernel, dweight_kernel, dz_kernel, spread_kernel
 from .triton_launch import DTYPES, launch, on_device
 from .triton_operands import Operands, operands
+from .triton_routed import ordered_dhidden_kernel, routed_dhidden_kernel, routed_dweight_kernel, routed_dz_kernel
 
 # Share of live pairs up to which the routed kernels are used, by their costs per pair in units of one exact product:
 # three gathered products of about 1.15, and rows of dhidden added at about 6, against 3. To be measured.
@@ -212,7 +205,7 @@ class _Sweep:
             ratio_hidden = ratio if unit.tau_hidden is not None else None
             for out, operand in ((unit.dhidden, ops.weight), (unit.drank, ops.lora_b)):
                 if out is not None:
-                    self._routed_dhidden(dz, ratio_hidden, operand, listed, out, round, first_block, shape.m)
+                    self._routed_dhidden(dz, ratio_hidden, operand, lists, out, round, first_block, shape.m)
             ratio_weight = ratio if unit.tau_weight is not None else None
             if unit.weight and (grads.weight is not None or grads.bias is not None):
                 self._routed_dweight(
@@ -225,18 +218,30 @@ class _Sweep:
                     round, unit.first, first_block, count, shape.m, ops.rank_size, (1, 0, ops.rank_pitch),
                 )  # fmt: skip
 
-    def _routed_dhidden(self, dz, ratio, weight, listed, out, round, first_block, pair_tile) -> None:
+    def _routed_dhidden(self, dz, ratio, weight, lists, out, round, first_block, pair_tile) -> None:
         ops, low_rank, columns = self.ops, weight is self.ops.lora_b, weight.shape[1]
         compute, precision = self._arithmetic(low_rank)
-        shape = ops.tile("routed_dhidden", columns, low_rank=low_rank)
         ordered = torch.are_deterministic_algorithms_enabled()
-        programs = triton.cdiv(columns, shape.n) if ordered else ops.target.programs * shape.per_sm
-        launch(
-            routed_dhidden_kernel, (programs,),
-            dz, ratio, weight, *listed, out, round, first_block, ops.vocab_size, columns, weight.stride(0),
-            out.stride(0), ORDERED=ordered, COMPUTE=compute, PRECISION=precision, TILE=pair_tile, BN=shape.n,
-            BK=shape.k, PROGRAMS=programs, warps=shape.warps, stages=shape.stages,
-        )  # fmt: skip
+        shape = ops.tile("ordered_dhidden" if ordered else "routed_dhidden", columns, low_rank=low_rank)
+        programs, parts = ops.target.programs * shape.per_sm, triton.cdiv(columns, shape.n)
+        constants = {"COMPUTE": compute, "PRECISION": precision, "TILE": pair_tile, "BN": shape.n, "BK": shape.k}
+        constants |= {"warps": shape.warps, "stages": shape.stages}
+        if ordered:
+            token_tiles, num_blocks = lists.running.shape
+            group_tiles = triton.cdiv(token_tiles * parts, programs)
+            launch(
+                ordered_dhidden_kernel, (parts, triton.cdiv(token_tiles, group_tiles)),
+                dz, ratio, weight, lists.tokens, lists.running, lists.first_tile, lists.round_block, lists.is_routed,
+                out, round, first_block, num_blocks, ops.vocab_size, columns, weight.stride(0), out.stride(0),
+                token_tiles, group_tiles, ROWS=shape.m, **constants,
+            )  # fmt: skip
+        else:
+            launch(
+                routed_dhidden_kernel, (programs,),
+                dz, ratio, weight, lists.tile_block, lists.tokens, lists.lengths, lists.first_tile, lists.round_block,
+                lists.is_routed, out, round, first_block, ops.vocab_size, columns, weight.stride(0), out.stride(0),
+                PROGRAMS=programs, **constants,
+            )  # fmt: skip
 
     def _routed_dweight(
         self, dz, ratio, column_sums, hidden, rows, listed, out, out_bias,

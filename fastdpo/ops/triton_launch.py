@@ -65,13 +65,14 @@ class Recorder:
     """Inside `with Recorder(target) as launches`, kernels are listed with their arguments instead of run.
 
     The tools that compile kernels ahead of time and count what a step costs see through it exactly what the engine
-    launches.
+    launches. `native`: as where csrc's CUDA kernels can run; they are listed as a `NativeKernel`.
     """
 
     active: Recorder | None = None
 
-    def __init__(self, target: Target):
+    def __init__(self, target: Target, native: bool = False):
         self.target = target
+        self.native = native
         self.launches: list[tuple] = []
 
     def __enter__(self) -> list[tuple]:
@@ -80,6 +81,14 @@ class Recorder:
 
     def __exit__(self, *_):
         Recorder.active = None
+
+
+class NativeKernel:
+    """What stands for a kernel of csrc in the list of launches."""
+
+    def __init__(self, name: str, *arg_names: str):
+        self.__name__ = name
+        self.arg_names = arg_names
 
 
 def target_of(device: torch.device) -> Target:
@@ -208,6 +217,12 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "low_rank": {80: Tile(64, 16, 128, 4, 1, per_sm=2)},
         "unaligned": {80: Tile(64, 32, 128, 4, 1, per_sm=2)},
     },
+    "ordered_dhidden": {
+        "half": {80: Tile(32, 128, 128, 4, 1, per_sm=2)},
+        "fp32": {80: Tile(32, 64, 32, 4, 2, per_sm=2)},
+        "low_rank": {80: Tile(32, 16, 128, 4, 1, per_sm=2)},
+        "unaligned": {80: Tile(32, 32, 128, 4, 1, per_sm=2)},
+    },
     "routed_dweight": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 4, 3)},
         "narrow": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 8, 3)},
@@ -225,5 +240,6 @@ _INTERPRETED = {
     "finish": Tile(64, 1024, 0, 4, 1),
     "routed_dz": Tile(128, 128, 64, 4, 1),
     "routed_dhidden": Tile(64, 64, 128, 4, 1),
+    "ordered_dhidden": Tile(32, 64, 128, 4, 1),
     "routed_dweight": Tile(128, 64, 64, 4, 1),
 }

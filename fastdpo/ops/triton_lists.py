@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import cuda_lists
 from .triton_common import VARYING, num_tokens
 from .triton_launch import launch
 
-TOKENS = 128  # of one program
+TOKENS = 128  # of one program, and of one row of `running`: kListTokens in csrc/pair_lists.h
 BLOCKS = 32  # of one program
 
 
@@ -97,8 +98,9 @@ def fill_kernel(
 
 @dataclass(frozen=True)
 class Lists:
-    """The pairs of a range of tokens by a range of blocks."""
+    """The pairs of a range of tokens by a range of blocks. Sizes are bounds: the true ones are on the device."""
 
+    running: Tensor  # [ceil(capacity / TOKENS), num_blocks] int32, pairs of a block up to this many tokens, inclusive
     lengths: Tensor  # [num_blocks] int32
     first_tile: Tensor  # [num_blocks + 1] int32
     tile_block: Tensor  # [max tiles] int32
@@ -123,7 +125,7 @@ def build(
     max_pairs_in_memory: int,
     crossover: float,
 ) -> Lists:
-    """Five launches, whatever the sizes."""
+    """Three launches where csrc's kernels can run and four otherwise, whatever the sizes."""
     device = bitmap.device
 
     def ints(*shape: int) -> Tensor:
@@ -132,13 +134,8 @@ def build(
     max_tiles = int(crossover * capacity * num_blocks) // tile + num_blocks
     tiles_per_round = max(1, max_pairs_in_memory // tile)
     rounds = max_tiles // tiles_per_round + 1
-    token_tiles = triton.cdiv(capacity, TOKENS)
-    grid = (token_tiles, triton.cdiv(num_blocks, BLOCKS))
-    where = (first_token, capacity, first_block, num_blocks, bitmap.stride(0))
-    counts = ints(token_tiles, num_blocks)
-    launch(count_kernel, grid, bitmap, coef, rows, count, counts, *where, T=TOKENS, B=BLOCKS)
-    running = counts.cumsum(0, dtype=torch.int32)
     lists = Lists(
+        running=ints(triton.cdiv(capacity, TOKENS), num_blocks),
         lengths=ints(num_blocks),
         first_tile=ints(num_blocks + 1),
         tile_block=ints(max_tiles),
@@ -148,13 +145,27 @@ def build(
         rounds=rounds,
         tiles_in_memory=tiles_per_round + triton.cdiv(capacity, tile),
     )
+    where = (first_token, capacity, first_block, num_blocks)
+    fill = cuda_lists.fill if cuda_lists.available(device) else _fill
+    fill(lists, bitmap, coef, rows, count, *where, tile, tiles_per_round, crossover)
+    return lists
+
+
+def _fill(
+    lists: Lists, bitmap, coef, rows, count, first_token, capacity, first_block, num_blocks,
+    tile, tiles_per_round, crossover,
+) -> None:  # fmt: skip
+    token_tiles = lists.running.shape[0]
+    grid = (token_tiles, triton.cdiv(num_blocks, BLOCKS))
+    where = (first_token, capacity, first_block, num_blocks, bitmap.stride(0))
+    launch(count_kernel, grid, bitmap, coef, rows, count, lists.running, *where, T=TOKENS, B=BLOCKS)
+    lists.running.cumsum_(0, dtype=torch.int32)
     launch(
-        plan_kernel, (1,), running, count, lists.lengths, lists.first_tile, lists.round_block, lists.is_routed,
-        first_token, capacity, num_blocks, token_tiles, rounds, tiles_per_round, crossover,
+        plan_kernel, (1,), lists.running, count, lists.lengths, lists.first_tile, lists.round_block, lists.is_routed,
+        first_token, capacity, num_blocks, token_tiles, lists.rounds, tiles_per_round, crossover,
         TILE=tile, B=max(16, triton.next_power_of_2(num_blocks)),
     )  # fmt: skip
     launch(
-        fill_kernel, grid, bitmap, coef, rows, count, running, lists.first_tile, lists.is_routed,
+        fill_kernel, grid, bitmap, coef, rows, count, lists.running, lists.first_tile, lists.is_routed,
         lists.tile_block, lists.tokens, *where, TILE=tile, T=TOKENS, B=BLOCKS,
     )  # fmt: skip
-    return lists
