@@ -154,7 +154,10 @@ def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **o
         bound = dict(zip(kernel.arg_names, arguments))
         if "lengths" in bound and "out" in bound:
             lists, name = id(bound["lengths"]), kernel.__name__
-            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name in ("routed_dhidden_kernel", "ordered_dhidden_kernel")
+            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name in (
+                "routed_dhidden_kernel",
+                "ordered_dhidden_kernel",
+            )
     step = StepCost(other_launches=torch_calls)
     for kernel, grid, arguments, constants, *_ in launches:
         name = kernel.__name__.removesuffix("_kernel")
@@ -223,7 +226,7 @@ def _lengths(a, shape, live, first_token, capacity, blocks) -> Tensor:
 
 def _routed(a, shape, live) -> tuple[Tensor, Tensor, float]:
     """(pairs, padded pairs) per block and tiles of this launch's list; the first round stands for all of them."""
-    blocks = a["lengths"].shape[0]
+    blocks = a["running"].shape[1] if "running" in a else a["lengths"].shape[0]
     lengths = _lengths(a, shape, live, a["first_token"], a.get("capacity", shape.num_tokens), blocks)
     return lengths, (lengths / a["TILE"]).ceil() * a["TILE"], a["round"] == 0
 
@@ -247,6 +250,8 @@ def _capacity(a: dict) -> int:
     """Tokens of the range that a list covers, from the size of its room (triton_lists.build)."""
     from fastdpo.ops import triton_gradients
 
+    if "running" in a:
+        return BLOCK * a["running"].shape[0]
     blocks = a["lengths"].shape[0]
     tiles = a["tile_block"].shape[0] - blocks if "tile_block" in a else a["tokens"].shape[0] // a["TILE"] - blocks
     return round((tiles + 1) * a["TILE"] / (triton_gradients.CROSSOVER * blocks))
@@ -262,6 +267,51 @@ def _routed_dhidden(a, shape, live):
     # rows are added in memory: read and written
     added = _missed(8 * lengths.sum().item() * a["H"], 8 * _range(a, shape) * a["H"])
     return Cost(2.0 * pairs * BLOCK * _padded(a["H"], a["BN"]), item * (pairs * BLOCK + touched) + added)
+
+
+def _ordered_dhidden(a, shape, live):
+    lengths, _, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live)
+    if not first:
+        return Cost()
+    item, columns = shape.dtype.itemsize, _padded(a["H"], a["BN"])
+    touched = (lengths > 0).sum().item() * BLOCK * a["H"]
+    added = _missed(8 * lengths.sum().item() * a["H"], 8 * _range(a, shape) * a["H"])
+    pairs = (_ordered_shares(a, lengths) / a["ROWS"]).ceil().sum().item() * a["ROWS"]
+    return Cost(2.0 * pairs * BLOCK * columns, item * (lengths.sum().item() * BLOCK + touched) + added)
+
+
+def _ordered_shares(a: dict, lengths: Tensor) -> Tensor:
+    """[groups, blocks] pairs."""
+    groups = a["grid"][1]
+    return torch.poisson((lengths / groups).expand(groups, -1), generator=torch.Generator().manual_seed(0))
+
+
+def dhidden_through_cache(shape: Shape, live_hidden: Tensor, target) -> dict[str, float]:
+    """Bytes that adding up the routed dhidden moves between the L2 cache and the multiprocessors, with atomics and in
+    order, whose adding counts as a read and a write both ways.
+
+    Where rows of fp32 sums stay in the L2 cache this, not memory, is what bounds the two kernels.
+    """
+    moved = {}
+    before = torch.are_deterministic_algorithms_enabled()
+    for name, ordered in (("atomics", False), ("ordered", True)):
+        torch.use_deterministic_algorithms(ordered)
+        launches, _ = record(shape, frozen=True, backward="routed", tau=None, target=target, parts=("backward",))
+        torch.use_deterministic_algorithms(before)
+        moved[name] = 0.0
+        for kernel, grid, arguments, constants, *_ in launches:
+            if kernel.__name__ not in ("routed_dhidden_kernel", "ordered_dhidden_kernel"):
+                continue
+            a = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
+            lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live_hidden)
+            if first:
+                parts, item, pairs = -(-a["H"] // a["BN"]), shape.dtype.itemsize, lengths.sum().item()
+                reads_of_blocks = padded.sum().item() / a["TILE"]
+                if ordered:  # a program reads its part of a block once, if it has pairs there
+                    reads_of_blocks = (_ordered_shares(a, lengths) > 0).sum().item()
+                operands = parts * item * BLOCK * (pairs + reads_of_blocks * a["BN"])
+                moved[name] += operands + 8 * pairs * a["H"]
+    return moved
 
 
 def _routed_dweight(a, shape, live):
@@ -290,6 +340,7 @@ _COSTS = {
     "dweight": _dweight,
     "routed_dz": _routed_dz,
     "routed_dhidden": _routed_dhidden,
+    "ordered_dhidden": _ordered_dhidden,
     "routed_dweight": _routed_dweight,
     "compact": _rows(lambda a, s: 30 * s.num_tokens),
     "gather": _rows(lambda a, s: 2 * s.dtype.itemsize * a["capacity"] * a["pitch"]),

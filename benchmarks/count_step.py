@@ -20,7 +20,7 @@ import json
 
 import inputs
 import torch
-from cost_model import GPUS, Gpu, Shape, StepCost, step_cost
+from cost_model import GPUS, Gpu, Shape, StepCost, dhidden_through_cache, step_cost
 from torch import Tensor
 
 from fastdpo.routing import BLOCK, num_blocks, parse_tau
@@ -99,6 +99,13 @@ def main() -> None:
                 "floor over two products": step.floor(gpu) / products,
                 "kernels": {name: vars(cost) for name, cost in step.kernels.items()},
             }
+    moved = dhidden_through_cache(shape, live_pairs(head, shape, parse_tau(None)[0], "same"), target)
+    print(
+        "\nrouted dhidden, added up: " + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in moved.items()),
+        end=" ",
+    )
+    print(f"through the L2 cache; ordered over atomics {moved['ordered'] / moved['atomics']:.2f}")
+    results["dhidden, bytes through the L2 cache"] = moved
     if args.output:
         shown = {"head": head.name, **{k: v for k, v in vars(args).items() if k not in ("output", "head")}}
         document = {"inputs": shown, "environment": inputs.environment(), "results": results}

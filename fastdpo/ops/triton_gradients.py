@@ -224,7 +224,7 @@ class _Sweep:
         ordered = torch.are_deterministic_algorithms_enabled()
         shape = ops.tile("ordered_dhidden" if ordered else "routed_dhidden", columns, low_rank=low_rank)
         programs, parts = ops.target.programs * shape.per_sm, triton.cdiv(columns, shape.n)
-        constants = {"COMPUTE": compute, "PRECISION": precision, "TILE": pair_tile, "BN": shape.n, "BK": shape.k}
+        constants = {"COMPUTE": compute, "PRECISION": precision, "TILE": pair_tile, "BN": shape.n}
         constants |= {"warps": shape.warps, "stages": shape.stages}
         if ordered:
             token_tiles, num_blocks = lists.running.shape
@@ -240,7 +240,7 @@ class _Sweep:
                 routed_dhidden_kernel, (programs,),
                 dz, ratio, weight, lists.tile_block, lists.tokens, lists.lengths, lists.first_tile, lists.round_block,
                 lists.is_routed, out, round, first_block, ops.vocab_size, columns, weight.stride(0), out.stride(0),
-                PROGRAMS=programs, **constants,
+                BK=shape.k, PROGRAMS=programs, **constants,
             )  # fmt: skip
 
     def _routed_dweight(

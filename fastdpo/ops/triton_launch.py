@@ -217,11 +217,11 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "low_rank": {80: Tile(64, 16, 128, 4, 1, per_sm=2)},
         "unaligned": {80: Tile(64, 32, 128, 4, 1, per_sm=2)},
     },
+    # m: pairs at a time, of one block of 128 columns and of one program's tokens.
     "ordered_dhidden": {
-        "half": {80: Tile(32, 128, 128, 4, 1, per_sm=2)},
-        "fp32": {80: Tile(32, 64, 32, 4, 2, per_sm=2)},
+        "half": {80: Tile(32, 64, 128, 4, 1, per_sm=2)},
+        "fp32": {80: Tile(32, 32, 128, 4, 1, per_sm=2)},
         "low_rank": {80: Tile(32, 16, 128, 4, 1, per_sm=2)},
-        "unaligned": {80: Tile(32, 32, 128, 4, 1, per_sm=2)},
     },
     "routed_dweight": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 4, 3)},

@@ -92,16 +92,15 @@ def routed_dz_kernel(
 
 
 @triton.jit
-def _dhidden_part(dz, ratio, weight, place, exists, block, c, V, H, weight_stride,
-                  COMPUTE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, BK: tl.constexpr):  # fmt: skip
-    """dz @ weight of pairs that lie at `place`, all of one block: their columns `c` [BN]."""
-    product = tl.zeros((ROWS, c.shape[0]), tl.float32)
-    for k in range(0, BLOCK, BK):
-        a = tl.load(dz + place[:, None] * BLOCK + (k + tl.arange(0, BK))[None, :], mask=exists[:, None], other=0.0)
-        r = block * BLOCK + k + tl.arange(0, BK)
-        inside = (r < V)[:, None] & (c < H)[None, :]
-        b = tl.load(weight + r.to(tl.int64)[:, None] * weight_stride + c[None, :], mask=inside, other=0.0)
-        product = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), product, input_precision=PRECISION)
+def _weight_part(weight, row, c, V, H, weight_stride, ROWS: tl.constexpr):
+    """[ROWS, columns c] of the head from `row` on."""
+    r = row + tl.arange(0, ROWS)
+    inside = (r < V)[:, None] & (c < H)[None, :]
+    return tl.load(weight + r.to(tl.int64)[:, None] * weight_stride + c[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _times_ratio(product, ratio, place, exists):
     if ratio is not None:
         scale = tl.load(ratio + place, mask=exists, other=0.0)[:, None]
         product = tl.where(scale == 0, 0.0, product * scale)
@@ -130,9 +129,12 @@ def routed_dhidden_kernel(
         t = tl.load(tokens + index * TILE + tl.arange(0, TILE), mask=exists, other=0)
         place = ((index - begin) * TILE + tl.arange(0, TILE)).to(tl.int64)
         c = part * BN + tl.arange(0, BN)
-        product = _dhidden_part(
-            dz, ratio, weight, place, exists, first_block + local, c, V, H, weight_stride, COMPUTE, PRECISION, TILE, BK
-        )
+        product = tl.zeros((TILE, BN), tl.float32)
+        for k in range(0, BLOCK, BK):
+            a = tl.load(dz + place[:, None] * BLOCK + (k + tl.arange(0, BK))[None, :])
+            b = _weight_part(weight, (first_block + local) * BLOCK + k, c, V, H, weight_stride, BK)
+            product = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), product, input_precision=PRECISION)
+        product = _times_ratio(product, ratio, place, exists)
         target = out + t.to(tl.int64)[:, None] * out_stride + c[None, :]
         tl.atomic_add(target, product, mask=exists[:, None] & (c < H)[None, :], sem="relaxed")
 
@@ -145,7 +147,6 @@ def ordered_dhidden_kernel(
     round, first_block, num_blocks, V, H, weight_stride, out_stride,
     token_tiles, group_tiles,  # rows of `running`, and how many of them a program has
     COMPUTE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr,
 ):  # fmt: skip
     """Repeatable: program (columns, group of tokens) has its part of `out` to itself, and adds one block after the
     other. A block's list is in the order of the tokens, so a group's pairs are neighbours in it."""
@@ -160,19 +161,20 @@ def ordered_dhidden_kernel(
         start = tl.load(first_tile + local)
         begin = tl.load(running + (row - 1) * num_blocks + local, mask=row > 0, other=0)
         end = tl.load(running + last_row * num_blocks + local)
-        for at in range(begin, end, ROWS):
-            rank = at + tl.arange(0, ROWS)
-            exists = rank < end
-            t = tl.load(tokens + start * TILE + rank, mask=exists, other=0)
-            place = ((start - base) * TILE + rank).to(tl.int64)
-            product = _dhidden_part(
-                dz, ratio, weight, place, exists, first_block + local, c, V, H, weight_stride, COMPUTE, PRECISION,
-                ROWS, BK,
-            )  # fmt: skip
-            target = out + t.to(tl.int64)[:, None] * out_stride + c[None, :]
-            inside = exists[:, None] & (c < H)[None, :]
-            tl.store(target, tl.load(target, mask=inside, other=0.0) + product, mask=inside)
-            tl.debug_barrier()  # the next block may hold the same tokens
+        if begin < end:
+            b = operand(_weight_part(weight, (first_block + local) * BLOCK, c, V, H, weight_stride, BLOCK), COMPUTE)
+            for at in range(begin, end, ROWS):
+                rank = at + tl.arange(0, ROWS)
+                exists = rank < end
+                t = tl.load(tokens + start * TILE + rank, mask=exists, other=0)
+                place = ((start - base) * TILE + rank).to(tl.int64)
+                a = tl.load(dz + place[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], mask=exists[:, None], other=0.0)
+                product = tl.dot(operand(a, COMPUTE), b, input_precision=PRECISION)
+                product = _times_ratio(product, ratio, place, exists)
+                target = out + t.to(tl.int64)[:, None] * out_stride + c[None, :]
+                inside = exists[:, None] & (c < H)[None, :]
+                tl.store(target, tl.load(target, mask=inside, other=0.0) + product, mask=inside)
+                tl.debug_barrier()  # the next block may hold the same tokens
 
 
 @triton.jit(do_not_specialize=VARYING)
