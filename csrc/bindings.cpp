@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <limits>
 #include <stdexcept>
 #include <vector>
@@ -11,7 +12,7 @@
 #include "logits.h"
 #include "pair_lists.h"
 #include "parallel.h"
-#include "preference.h"
+#include "preference_batch.h"
 
 namespace py = pybind11;
 using fastdpo::DType;
@@ -112,15 +113,84 @@ int launch_pair_lists(const fastdpo::PairListArgs& a, int device, Address stream
 }
 #endif
 
+// One of the two, by `is_double`.
+struct PyPreferenceBatch {
+  bool is_double;
+  fastdpo::PreferenceBatch<float> as_float;
+  fastdpo::PreferenceBatch<double> as_double;
+};
+
+using Pair = std::array<Address, 2>;  // of the chosen side and the rejected one
+
 template <class T>
-void run_preference_loss(Address chosen, Address rejected, Address ref_chosen, Address ref_rejected,
-                         Address chosen_lengths, Address rejected_lengths, Address losses, Address partials,
-                         int64_t batch_size, const std::vector<fastdpo::PreferenceLoss>& losses_used,
-                         const std::vector<double>& loss_weights, const fastdpo::PreferenceOptions& options) {
-  fastdpo::preference_loss_cpu(fastdpo::PreferenceArgs<T>{
-      ptr<const T>(chosen), ptr<const T>(rejected), ptr<const T>(ref_chosen), ptr<const T>(ref_rejected),
-      ptr<const int64_t>(chosen_lengths), ptr<const int64_t>(rejected_lengths), ptr<T>(losses), ptr<T>(partials),
-      batch_size, losses_used.data(), loss_weights.data(), static_cast<int64_t>(losses_used.size()), options});
+void set_pair(T* (&to)[2], const Pair& from) {
+  for (int side = 0; side < 2; ++side) to[side] = ptr<T>(from[side]);
+}
+
+template <class T>
+void fill_batch(fastdpo::PreferenceBatch<T>& a, const Pair& logps, const Pair& ref, const Pair& log_sum_sq_probs,
+                const Pair& labels, const Pair& lengths, Address offsets, bool offsets_are_int32, Address kto_kl,
+                int64_t label_stride, int64_t ignore_index, int64_t num_pairs, int64_t num_tokens, bool ref_per_token,
+                bool average, bool reward_per_token, double ld_alpha, double sft_weight,
+                const std::vector<int>& loss_ids, const std::vector<double>& loss_weights, int divergence,
+                const std::vector<double>& options) {
+  if (loss_ids.size() != loss_weights.size() || loss_ids.size() > fastdpo::kMaxTerms ||
+      options.size() != std::size(fastdpo::kPreferenceOptionFields)) {
+    throw std::invalid_argument("PreferenceBatch: wrong number of losses, weights or options");
+  }
+  set_pair(a.logps, logps);
+  set_pair(a.ref, ref);
+  set_pair(a.log_sum_sq_probs, log_sum_sq_probs);
+  set_pair(a.labels, labels);
+  set_pair(a.lengths, lengths);
+  a.offsets = ptr<const void>(offsets);
+  a.offsets_are_int32 = offsets_are_int32;
+  a.kto_kl = ptr<const double>(kto_kl);
+  a.label_stride = label_stride;
+  a.ignore_index = ignore_index;
+  a.num_pairs = num_pairs;
+  a.num_tokens = num_tokens;
+  a.ref_per_token = ref_per_token;
+  a.average = average;
+  a.reward_per_token = reward_per_token;
+  a.ld_alpha = ld_alpha;
+  a.sft_weight = sft_weight;
+  a.num_terms = static_cast<int>(loss_ids.size());
+  for (int i = 0; i < a.num_terms; ++i) {
+    a.terms[i] = {static_cast<fastdpo::PreferenceLoss>(loss_ids[i]), loss_weights[i]};
+  }
+  a.options.divergence = static_cast<fastdpo::Divergence>(divergence);
+  for (size_t i = 0; i < options.size(); ++i) {
+    a.options.*(fastdpo::kPreferenceOptionFields[i].field) = options[i];
+  }
+}
+
+template <class... Args>
+PyPreferenceBatch make_batch(bool is_double, const Args&... args) {
+  PyPreferenceBatch batch = {is_double, {}, {}};
+  is_double ? fill_batch(batch.as_double, args...) : fill_batch(batch.as_float, args...);
+  return batch;
+}
+
+template <class T>
+fastdpo::PreferenceResults<T> preference_results(Address sums, Address finished, Address loss, Address losses,
+                                                 const Pair& rewards, const Pair& logps, Address partials) {
+  fastdpo::PreferenceResults<T> out = {ptr<fastdpo::PairSums>(sums), ptr<int32_t>(finished), ptr<T>(loss),
+                                       ptr<T>(losses), {}, {}, ptr<double>(partials)};
+  set_pair(out.rewards, rewards);
+  set_pair(out.logps, logps);
+  return out;
+}
+
+template <class T>
+fastdpo::PreferenceUpstream<T> preference_upstream(Address partials, Address sums, Address dloss, Address dlosses,
+                                                   const Pair& dlogps, const Pair& dtokens, const Pair& dref) {
+  fastdpo::PreferenceUpstream<T> up = {ptr<const double>(partials), ptr<const fastdpo::PairSums>(sums),
+                                       ptr<const T>(dloss), ptr<const T>(dlosses), {}, {}, {}};
+  set_pair(up.dlogps, dlogps);
+  set_pair(up.dtokens, dtokens);
+  set_pair(up.dref, dref);
+  return up;
 }
 
 }  // namespace
@@ -251,26 +321,56 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("DIVERGENCES") = divergences;                // name -> value of `divergence`
   m.attr("PREFERENCE_OPTIONS") = preference_options;  // the order of `options`
 
+  m.attr("PAIR_SUMS_BYTES") = sizeof(fastdpo::PairSums);
+  py::class_<PyPreferenceBatch>(m, "PreferenceBatch")
+      .def(py::init(&make_batch<Pair, Pair, Pair, Pair, Pair, Address, bool, Address, int64_t, int64_t, int64_t, int64_t,
+                                bool, bool, bool, double, double, std::vector<int>, std::vector<double>, int,
+                                std::vector<double>>));
+
   m.def(
-      "preference_loss",
-      [](bool is_double, Address chosen, Address rejected, Address ref_chosen, Address ref_rejected,
-         Address chosen_lengths, Address rejected_lengths, Address losses, Address partials, int64_t batch_size,
-         const std::vector<int>& losses_used, const std::vector<double>& loss_weights, int divergence,
-         const std::vector<double>& options) {
-        if (losses_used.size() != loss_weights.size() ||
-            options.size() != std::size(fastdpo::kPreferenceOptionFields)) {
-          throw std::invalid_argument("preference_loss: wrong number of weights or options");
+      "host_preference_forward",
+      [](const PyPreferenceBatch& batch, Address sums, Address finished, Address loss, Address losses,
+         const Pair& rewards, const Pair& logps, Address partials) {
+        if (batch.is_double) {
+          fastdpo::host_preference_forward(
+              batch.as_double, preference_results<double>(sums, finished, loss, losses, rewards, logps, partials));
+        } else {
+          fastdpo::host_preference_forward(
+              batch.as_float, preference_results<float>(sums, finished, loss, losses, rewards, logps, partials));
         }
-        std::vector<fastdpo::PreferenceLoss> used;
-        for (int id : losses_used) used.push_back(static_cast<fastdpo::PreferenceLoss>(id));
-        fastdpo::PreferenceOptions fields = {};
-        fields.divergence = static_cast<fastdpo::Divergence>(divergence);
-        for (size_t i = 0; i < options.size(); ++i) {
-          fields.*(fastdpo::kPreferenceOptionFields[i].field) = options[i];
-        }
-        (is_double ? run_preference_loss<double> : run_preference_loss<float>)(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, losses, partials,
-            batch_size, used, loss_weights, fields);
       },
       nogil);
+  m.def(
+      "host_preference_backward",
+      [](const PyPreferenceBatch& batch, Address partials, Address sums, Address dloss, Address dlosses,
+         const Pair& dlogps, const Pair& dtokens, const Pair& dref) {
+        if (batch.is_double) {
+          fastdpo::host_preference_backward(
+              batch.as_double, preference_upstream<double>(partials, sums, dloss, dlosses, dlogps, dtokens, dref));
+        } else {
+          fastdpo::host_preference_backward(
+              batch.as_float, preference_upstream<float>(partials, sums, dloss, dlosses, dlogps, dtokens, dref));
+        }
+      },
+      nogil);
+#ifdef FASTDPO_HAVE_CUDA
+  m.def(
+      "cuda_preference_forward",
+      [](const PyPreferenceBatch& batch, Address sums, Address finished, Address loss, Address losses,
+         const Pair& rewards, const Pair& logps, Address partials, int device, Address stream) {
+        return fastdpo::launch_preference_forward(
+            batch.as_float, preference_results<float>(sums, finished, loss, losses, rewards, logps, partials), device,
+            ptr<void>(stream));
+      },
+      nogil);
+  m.def(
+      "cuda_preference_backward",
+      [](const PyPreferenceBatch& batch, Address partials, Address sums, Address dloss, Address dlosses,
+         const Pair& dlogps, const Pair& dtokens, const Pair& dref, int device, Address stream) {
+        return fastdpo::launch_preference_backward(
+            batch.as_float, preference_upstream<float>(partials, sums, dloss, dlosses, dlogps, dtokens, dref), device,
+            ptr<void>(stream));
+      },
+      nogil);
+#endif
 }

@@ -1,46 +1,76 @@
-// The preference losses on the CPU. A batch has at most some thousand rows: one thread, no workspace.
-#include "preference.h"
+// The preference losses on the CPU: the lanes of preference_batch.h one after the other, in one thread.
+#include <initializer_list>
 
-#include <cmath>
-#include <limits>
+#include "preference_batch.h"
 
 namespace fastdpo {
 namespace {
 
-template <class T>
-T store(double x) {
-  const double limit = std::numeric_limits<T>::max();
-  return static_cast<T>(std::isfinite(x) && std::fabs(x) > limit ? std::copysign(limit, x) : x);
-}
+struct HostMachine {
+  template <class T>
+  struct Local {
+    T values[kLanes];
+    T& operator[](int lane) { return values[lane]; }
+  };
 
-double length_of(const int64_t* lengths, int64_t i) {
-  return lengths != nullptr && lengths[i] > 1 ? static_cast<double>(lengths[i]) : 1.0;
-}
-
-template <class T>
-void run(const PreferenceArgs<T>& args) {
-  using D = Dual<double, 4>;
-  for (int64_t i = 0; i < args.batch_size; ++i) {
-    const PreferenceInputs<double> in = {
-        D::input(args.chosen[i], 0),
-        D::input(args.rejected[i], 1),
-        D::input(args.ref_chosen != nullptr ? args.ref_chosen[i] : 0, 2),
-        D::input(args.ref_rejected != nullptr ? args.ref_rejected[i] : 0, 3),
-        length_of(args.chosen_lengths, i),
-        length_of(args.rejected_lengths, i),
-    };
-    D sum(0.0);
-    for (int64_t l = 0; l < args.num_losses; ++l) {
-      sum = sum + args.loss_weights[l] * preference_loss(args.losses_used[l], in, args.options);
-    }
-    args.losses[i] = store<T>(sum.value);
-    for (int k = 0; k < 4; ++k) args.partials[k * args.batch_size + i] = store<T>(sum.tangent[k]);
+  template <class Function>
+  void each(Function function) {
+    for (int lane = 0; lane < kLanes; ++lane) function(lane);
   }
+
+  bool is_first() const { return true; }
+
+  // As a GPU's thread block adds: within warps of 32, then across them; each step adds neighbours at a distance.
+  static double tree(double (&x)[kLanes]) {
+    for (const int distance : {16, 8, 4, 2, 1, 128, 64, 32}) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        if ((lane & distance) == 0) x[lane] = x[lane | distance] = x[lane] + x[lane | distance];
+      }
+    }
+    return x[0];
+  }
+
+  double sum(const Local<double>& x) {
+    double values[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = x.values[lane];
+    return tree(values);
+  }
+
+  template <class T>
+  double sum(const Local<T>& x, double T::*field) {
+    double values[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) values[lane] = x.values[lane].*field;
+    return tree(values);
+  }
+
+  int64_t count(const Local<int64_t>& x, Local<int64_t>* before) {
+    int64_t total = 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      before->values[lane] = total;
+      total += x.values[lane];
+    }
+    return total;
+  }
+};
+
+template <class T>
+void forward(const PreferenceBatch<T>& a, const PreferenceResults<T>& out) {
+  HostMachine machine;
+  for (int64_t pair = 0; pair < a.num_pairs; ++pair) walk_pair(a, pair, machine, out.sums + pair);
+  finish_batch(a, machine, out);
+}
+
+template <class T>
+void backward(const PreferenceBatch<T>& a, const PreferenceUpstream<T>& up) {
+  HostMachine machine;
+  for (int64_t pair = 0; pair < a.num_pairs; ++pair) spread_pair(a, up, pair, machine);
 }
 
 }  // namespace
 
-void preference_loss_cpu(const PreferenceArgs<float>& args) { run(args); }
-void preference_loss_cpu(const PreferenceArgs<double>& args) { run(args); }
+void host_preference_forward(const PreferenceBatch<float>& a, const PreferenceResults<float>& out) { forward(a, out); }
+void host_preference_forward(const PreferenceBatch<double>& a, const PreferenceResults<double>& out) { forward(a, out); }
+void host_preference_backward(const PreferenceBatch<float>& a, const PreferenceUpstream<float>& up) { backward(a, up); }
+void host_preference_backward(const PreferenceBatch<double>& a, const PreferenceUpstream<double>& up) { backward(a, up); }
 
 }  // namespace fastdpo

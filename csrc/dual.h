@@ -93,7 +93,7 @@ FASTDPO_HD Dual<T, K> operator/(const Dual<T, K>& x, Scalar<T> c) {
 
 // 1 / (1 + e^-x) without overflow: the exponent is never positive.
 template <class T>
-FASTDPO_HD T sigmoid_value(T x) {
+FASTDPO_CALL T sigmoid_value(T x) {
   const T e = ::exp(x < T(0) ? x : -x);
   return (x < T(0) ? e : T(1)) / (T(1) + e);
 }
@@ -105,22 +105,35 @@ FASTDPO_HD Dual<T, K> sigmoid(const Dual<T, K>& x) {
   return chain(x, p, p * sigmoid_value(-x.value));
 }
 
+template <class T>
+FASTDPO_CALL T log_sigmoid_value(T x) {
+  return x < T(0) ? x - ::log1p(::exp(x)) : -::log1p(::exp(-x));
+}
+
 template <class T, int K>
 FASTDPO_HD Dual<T, K> log_sigmoid(const Dual<T, K>& x) {
-  const T v = x.value;
-  const T value = v < T(0) ? v - ::log1p(::exp(v)) : -::log1p(::exp(-v));
-  return chain(x, value, sigmoid_value(-v));
+  return chain(x, log_sigmoid_value(x.value), sigmoid_value(-x.value));
+}
+
+template <class T>
+FASTDPO_CALL T exp_value(T x) {
+  return ::exp(x);
 }
 
 template <class T, int K>
 FASTDPO_HD Dual<T, K> exp(const Dual<T, K>& x) {
-  const T e = ::exp(x.value);
+  const T e = exp_value(x.value);
   return chain(x, e, e);
+}
+
+template <class T>
+FASTDPO_CALL T expm1_value(T x) {
+  return ::expm1(x);
 }
 
 template <class T, int K>
 FASTDPO_HD Dual<T, K> expm1(const Dual<T, K>& x) {
-  return chain(x, ::expm1(x.value), ::exp(x.value));
+  return chain(x, expm1_value(x.value), exp_value(x.value));
 }
 
 template <class T, int K>
@@ -129,11 +142,14 @@ FASTDPO_HD Dual<T, K> square(const Dual<T, K>& x) {
 }
 
 // log(1 - e^x) for x < 0. Near 0 expm1 keeps the digits, far below log1p does; they meet at -log 2.
+template <class T>
+FASTDPO_CALL T log1mexp_value(T x) {
+  return x > T(-0.6931471805599453) ? ::log(-::expm1(x)) : ::log1p(-::exp(x));
+}
+
 template <class T, int K>
 FASTDPO_HD Dual<T, K> log1mexp(const Dual<T, K>& x) {
-  const T minus_expm1 = -::expm1(x.value);
-  const T value = x.value > T(-0.6931471805599453) ? ::log(minus_expm1) : ::log1p(-::exp(x.value));
-  return chain(x, value, -::exp(x.value) / minus_expm1);
+  return chain(x, log1mexp_value(x.value), exp_value(x.value) / expm1_value(x.value));
 }
 
 // Constants outside the bound, and the input inside; a NaN fails the comparison and stays.

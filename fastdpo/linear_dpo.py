@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .logps import linear_token_stats
+from .logps import TokenStats, linear_token_stats
 from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
-from .ops.preference import mean_loss, rewards, sequence_losses
+from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
 from .sequences import Sequences, check_layout
 from .validation import FLOATS, HeadOptions, check_number
@@ -169,6 +169,26 @@ def _linear_dpo_loss(
         with torch.no_grad():
             ref_logps = linear_token_stats(reference.hidden, ref_weight, labels, ref_bias, stats=(), **head).logps
 
+    whole = batch_losses(
+        options.preference,
+        stats.logps,
+        None,
+        ref_logps,
+        None,
+        labels=labels,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
+        log_sum_sq_probs=stats.log_sum_sq_probs,
+        ignore_index=options.head.get("ignore_index", -100),
+        average=options.average_log_prob,
+        ld_alpha=options.ld_alpha,
+    )
+    if whole is not None:
+        return DPOOutput(*whole)
+    return _in_steps(stats, ref_logps, sequences, options)
+
+
+def _in_steps(stats: TokenStats, ref_logps: Tensor | None, sequences: Sequences, options: _DPOOptions) -> DPOOutput:
+    """What `batch_losses` does in one call, in operations of torch."""
     dtype = stats.logps.dtype
     sums = sequences.sum(stats.logps)
     policy = _sequence_logps(options, sequences, stats.logps, sums)

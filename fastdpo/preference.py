@@ -16,7 +16,7 @@ from torch import Tensor
 from .autograd import traced
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
-from .ops.preference import PreferenceLossFunction, mean_loss, rewards, sequence_losses
+from .ops.preference import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
 from .validation import FLOATS
 
@@ -146,6 +146,11 @@ def preference_loss(
         ref_rejected_logps=ref_rejected_logps,
     )
     lengths = _check_lengths(options, chosen_logps, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
+    whole = batch_losses(
+        options, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths=lengths[0], rejected_lengths=lengths[1]
+    )
+    if whole is not None:
+        return PreferenceOutput(*whole[:4])
     losses = sequence_losses(options, chosen, rejected, ref_chosen, ref_rejected, *lengths, sft_logps=chosen)
     return PreferenceOutput(
         mean_loss(losses),

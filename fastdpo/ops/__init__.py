@@ -143,13 +143,13 @@ def backends() -> dict:
             except (RuntimeError, ValueError) as error:
                 engine, why = "none", str(error)
             operations[operation][device] = f"{engine} ({why})"
-    from .preference_native import AVAILABLE
+    from . import preference_native
 
-    has_native = AVAILABLE and os.environ.get("FASTDPO_ENGINE") != "reference"
-    operations["preference_loss"] = {
-        "cpu": "native templates" if has_native else "reference (plain torch)",
-        "cuda": "reference (plain torch)",
-    }
+    operations["preference_loss"] = {}
+    for device in ("cpu", "cuda"):
+        problem = preference_native.problem(torch.device(device), torch.float32)
+        found = "native templates" if problem is None else f"reference ({problem})"
+        operations["preference_loss"][device] = found
     return {
         "versions": {
             "fastdpo": __version__,

@@ -1,48 +1,119 @@
-"""Which engine computes the preference losses: csrc's templates on the CPU, otherwise plain torch."""
+"""Which engine computes the preference losses: csrc's templates, in one launch each way, otherwise plain torch."""
 
 from __future__ import annotations
-
-import os
 
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable, traced
+from ..autograd import once_differentiable
 from ..losses import RANKED, PreferenceOptions
 from . import preference_native
+from .preference_native import Spec
 from .preference_reference import cast, preference_losses_ref, sft, wide_dtype
+
+
+def _forward(ctx, spec: Spec, *tensors: Tensor | None) -> list[Tensor]:
+    """[loss, losses, rewards of chosen and of rejected, their log-probs]"""
+    *results, partials, sums = preference_native.preference_forward_op(*tensors, *spec.arguments())
+    ctx.spec = spec
+    ctx.save_for_backward(partials, sums, *tensors[:6])
+    return results
+
+
+def _backward(ctx, needs, *upstream: Tensor | None) -> list[Tensor | None]:
+    """Gradients of (logps, rejected, ref, ref_rejected) as far as `needs` them, from those of
+    (loss, losses, chosen log-probs, rejected log-probs)."""
+    partials, sums, *tensors = ctx.saved_tensors
+    if all(x is None for x in upstream):
+        return [None] * 4
+    spec = ctx.spec
+    made = iter(
+        preference_native.preference_backward_op(
+            partials, sums, *tensors, *upstream, list(needs),
+            spec.ignore_index, spec.average, spec.ld_alpha, spec.sft_weight,
+        )
+    )  # fmt: skip
+    return [next(made) if need else None for need in needs]
 
 
 class PreferenceLossFunction(torch.autograd.Function):
     """Autograd for the losses of one row: ``apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths,
-    rejected_lengths, options) -> losses [B]``, on the CPU, without validation; refs and lengths may be None.
+    rejected_lengths, options) -> losses [B]``, without validation; refs and lengths may be None.
 
-    Log-probs are [B] of one dtype, fp32 or fp64; lengths are int64; `options` comes from
-    `losses.check_options`. ``sft`` has no row of its own and is not taken; rows of ``aot`` and
-    ``aot_unpaired`` must be matched by rank. Saved: the four partial derivatives, [4, B]. Double backward
+    Log-probs are [B] of one dtype, fp32 or (on the CPU) fp64; lengths are int64; `options` comes from
+    `losses.check_options`. Rows of ``aot`` and ``aot_unpaired`` must be matched by rank. Needs the native extension
+    (`fastdpo.backends()`), for CUDA tensors with CUDA kernels. Saved: five derivatives of every row. Double backward
     raises RuntimeError.
     """
 
     @staticmethod
     def forward(ctx, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options):
-        losses, partials = preference_native.preference_losses(
-            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options
-        )
-        ctx.save_for_backward(chosen, rejected, ref_chosen, ref_rejected, partials)
-        return losses
+        lengths = (chosen_lengths, rejected_lengths)
+        kto_kl = _kto_kl(options, chosen.device)
+        logps = (chosen, rejected, ref_chosen, ref_rejected)
+        return _forward(ctx, Spec.of(options), *logps, None, None, *lengths, None, kto_kl)[1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlosses):
-        *_, partials = ctx.saved_tensors
-        grads = [dlosses * partial if need else None for need, partial in zip(ctx.needs_input_grad, partials)]
-        return (*grads, None, None, None)
+        return (*_backward(ctx, ctx.needs_input_grad[:4], None, dlosses, None, None), None, None, None)
 
 
-def _use_native(device: torch.device, options: PreferenceOptions) -> bool:
-    if isinstance(options.kto_kl, Tensor) and traced(options.kto_kl):
-        return False  # the templates take numbers
-    return device.type == "cpu" and preference_native.AVAILABLE and os.environ.get("FASTDPO_ENGINE") != "reference"
+class BatchLossFunction(torch.autograd.Function):
+    """``apply(spec, logps, rejected, ref, ref_rejected, labels, cu_seqlens, chosen_lengths, rejected_lengths,
+    log_sum_sq_probs, kto_kl) -> (loss, losses, rewards of chosen and of rejected, their log-probs)``: the arguments
+    of `preference_native.preference_forward_op`. Double backward raises RuntimeError.
+    """
+
+    @staticmethod
+    def forward(ctx, spec, *tensors):
+        ctx.set_materialize_grads(False)
+        results = _forward(ctx, spec, *tensors)
+        ctx.mark_non_differentiable(results[2], results[3])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, dlosses, _, __, dchosen, drejected):
+        gradients = _backward(ctx, ctx.needs_input_grad[1:5], dloss, dlosses, dchosen, drejected)
+        return None, *gradients, None, None, None, None, None, None
+
+
+def _kto_kl(options: PreferenceOptions, device: torch.device) -> Tensor | None:
+    given = options.kto_kl
+    return given.to(device, torch.float64) if isinstance(given, Tensor) else None
+
+
+def batch_losses(
+    options: PreferenceOptions,
+    logps: Tensor,
+    rejected: Tensor | None,
+    ref: Tensor | None,
+    ref_rejected: Tensor | None,
+    *,
+    labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    log_sum_sq_probs: Tensor | None = None,
+    **layout,
+) -> tuple[Tensor, ...] | None:
+    """(loss, losses, rewards of chosen and of rejected, their log-probs) by the templates, one call each way; None
+    where they cannot have it: of an empty batch, and of losses that match rows by rank, which need a sort first.
+
+    Arguments are those of `preference_native.preference_forward_op`; `layout` are options of `Spec.of`.
+    """
+    pairs = logps.shape[0] if rejected is not None else (logps if cu_seqlens is None else cu_seqlens).shape[0] // 2
+    wider = ref is not None and torch.promote_types(ref.dtype, logps.dtype) != logps.dtype
+    ranked = any(name in RANKED for name in options.loss_type)
+    if pairs == 0 or wider or ranked or preference_native.problem(logps.device, logps.dtype) is not None:
+        return None
+    if ref is not None:
+        ref = ref.to(logps.dtype)
+    return BatchLossFunction.apply(
+        Spec.of(options, **layout), logps, rejected, ref, ref_rejected, labels, cu_seqlens, chosen_lengths,
+        rejected_lengths, log_sum_sq_probs, _kto_kl(options, logps.device),
+    )  # fmt: skip
 
 
 def sequence_losses(
@@ -56,10 +127,11 @@ def sequence_losses(
     *,
     sft_logps: Tensor,
 ) -> Tensor:
-    """The weighted sum of the losses, [B]; `sft_logps` are sums of chosen tokens, whatever `chosen` is."""
+    """The weighted sum of the losses, [B], where `batch_losses` cannot have it; `sft_logps` are sums of chosen tokens,
+    whatever `chosen` is."""
     logps = (chosen, rejected, ref_chosen, ref_rejected)
     lengths = (chosen_lengths, rejected_lengths)
-    if not _use_native(chosen.device, options):
+    if preference_native.problem(chosen.device, chosen.dtype) is not None:
         return preference_losses_ref(options, *logps, *lengths, sft_logps)
     rowwise = [term for term in options.terms if term[0] != "sft" and term[0] not in RANKED]
     parts = []

@@ -1,8 +1,14 @@
-"""csrc/cpu_preference.cpp as a torch operator: losses and their four partial derivatives in one call."""
+"""csrc/preference_batch.h as torch operators: from log-probs to the preference loss in one call, and back in one.
+
+`logps` is per token, [2B, T] or packed [N], the B chosen sequences first; or per sequence, [B] of the chosen ones with
+`rejected` [B] beside it. One dtype: fp32, on the CPU fp64 too.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,74 +18,233 @@ from . import native
 
 # Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
 _extension = native.extension()
-AVAILABLE = hasattr(_extension, "preference_loss")
+AVAILABLE = hasattr(_extension, "PreferenceBatch")
 LOSS_IDS: dict[str, int] = _extension.PREFERENCE_LOSSES if AVAILABLE else {}
 DIVERGENCE_IDS: dict[str, int] = _extension.DIVERGENCES if AVAILABLE else {}
 OPTION_ORDER: list[str] = _extension.PREFERENCE_OPTIONS if AVAILABLE else []
+SUMS_BYTES: int = _extension.PAIR_SUMS_BYTES if AVAILABLE else 0
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def problem(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the losses of tensors of this device and type are not computed here; None when they are."""
+    if os.environ.get("FASTDPO_ENGINE") == "reference":
+        return "FASTDPO_ENGINE"
+    if not AVAILABLE:
+        return f"the native extension is missing ({native.reason()})"
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"not for {device.type}"
+    if dtype != torch.float32:
+        return "fp64 on a GPU"
+    return native.cuda_problem(torch.cuda.get_device_capability(device) if torch.cuda.is_initialized() else None)
 
 
-@torch.library.custom_op("fastdpo::preference_losses", mutates_args=(), device_types="cpu")
-def preference_losses_op(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
+@dataclass(frozen=True)
+class Spec:
+    """What is not a tensor, as the operators take it: ids of losses, and numbers in the order of the struct."""
+
+    loss_ids: list[int]
+    loss_weights: list[float]
+    divergence: int
+    options: list[float]
+    ignore_index: int
+    average: bool
+    reward_per_token: bool
+    ld_alpha: float  # negative: none
+    sft_weight: float
+
+    @staticmethod
+    def of(
+        options: PreferenceOptions, *, ignore_index: int = -100, average: bool = False, ld_alpha: float | None = None
+    ) -> Spec:
+        numbers = [getattr(options, name) for name in OPTION_ORDER]
+        return Spec(
+            [LOSS_IDS[name] for name in options.loss_type if name != "sft"],
+            [float(weight) for name, weight in options.terms if name != "sft"],
+            DIVERGENCE_IDS[options.f_divergence_type],
+            [0.0 if isinstance(x, Tensor) else float(x) for x in numbers],  # kto_kl may be a tensor
+            ignore_index,
+            average,
+            options.per_token_reward,
+            -1.0 if ld_alpha is None else float(ld_alpha),
+            float(sum(weight for name, weight in options.terms if name == "sft")),
+        )
+
+    def arguments(self) -> tuple:
+        return tuple(vars(self).values())
+
+
+def _num_pairs(logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None) -> int:
+    if rejected is not None:
+        return logps.shape[0]
+    return (logps.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1) // 2
+
+
+class _Layout:
+    """The addresses of both sides of what comes as one tensor or as two."""
+
+    def __init__(self, logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None):
+        self.num_pairs = _num_pairs(logps, rejected, cu_seqlens)
+        self.by_sequence, self.packed = rejected is not None, cu_seqlens is not None
+        self.num_tokens = 1 if self.by_sequence else logps.shape[0] if self.packed else logps.shape[1]
+
+    def sides(self, x: Tensor | None, other: Tensor | None = None, per_token: bool = True) -> tuple[int, int]:
+        if x is None:
+            return 0, 0
+        if self.by_sequence:
+            return x.data_ptr(), 0 if other is None else other.data_ptr()
+        if self.packed and per_token:
+            return x.data_ptr(), x.data_ptr()
+        return x.data_ptr(), x.data_ptr() + self.num_pairs * x.stride(0) * x.element_size()
+
+
+def _run(name: str, device: torch.device, *arguments) -> None:
+    if device.type == "cpu":
+        getattr(_extension, f"host_{name}")(*arguments)
+    else:
+        native.launch(f"cuda_{name}", device, *arguments)
+
+
+def _batch(
+    layout: _Layout, is_double, logps, ref, log_sum_sq_probs, labels, lengths, cu_seqlens, kto_kl, ref_per_token,
+    loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
+):  # fmt: skip
+    return _extension.PreferenceBatch(
+        is_double, logps, ref, log_sum_sq_probs, layout.sides(labels), lengths,
+        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
+        cu_seqlens is not None and cu_seqlens.dtype == torch.int32, 0 if kto_kl is None else kto_kl.data_ptr(),
+        0 if labels is None or layout.packed else labels.stride(0), ignore_index, layout.num_pairs, layout.num_tokens,
+        ref_per_token, average, reward_per_token, ld_alpha, sft_weight, list(loss_ids), list(loss_weights), divergence,
+        list(options),
+    )  # fmt: skip
+
+
+def _rows(labels: Tensor | None) -> Tensor | None:
+    return labels if labels is None or labels.stride(-1) == 1 else labels.contiguous()
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if x is None else x.contiguous() for x in tensors]
+
+
+@torch.library.custom_op("fastdpo::preference_forward", mutates_args=())
+def preference_forward_op(
+    logps: Tensor,
+    rejected: Tensor | None,
+    ref: Tensor | None,  # like `logps`, or [2B] per sequence
     ref_rejected: Tensor | None,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
     chosen_lengths: Tensor | None,
     rejected_lengths: Tensor | None,
+    log_sum_sq_probs: Tensor | None,
+    kto_kl: Tensor | None,  # [] fp64
     loss_ids: Sequence[int],
     loss_weights: Sequence[float],
     divergence: int,
     options: Sequence[float],
-) -> tuple[Tensor, Tensor]:
-    arrays = [
-        None if x is None else x.contiguous()
-        for x in (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-    ]
-    batch_size = chosen.shape[0]
-    losses = chosen.new_empty(batch_size)
-    partials = chosen.new_empty(4, batch_size)
-    _extension.preference_loss(
-        chosen.dtype == torch.float64,
-        *map(_address, arrays),
-        _address(losses),
-        _address(partials),
-        batch_size,
-        list(loss_ids),
-        list(loss_weights),
-        divergence,
-        list(options),
+    ignore_index: int,
+    average: bool,
+    reward_per_token: bool,
+    ld_alpha: float,
+    sft_weight: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [5, B]; sums of a pair)."""
+    spec = (
+        loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
+    )  # fmt: skip
+    logps, rejected, ref, ref_rejected, cu_seqlens, log_sum_sq_probs = _contiguous(
+        logps, rejected, ref, ref_rejected, cu_seqlens, log_sum_sq_probs
     )
-    return losses, partials
+    chosen_lengths, rejected_lengths = _contiguous(chosen_lengths, rejected_lengths)
+    labels = _rows(labels)
+    layout = _Layout(logps, rejected, cu_seqlens)
+    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
+    lengths = tuple(0 if x is None else x.data_ptr() for x in (chosen_lengths, rejected_lengths))
+    batch = _batch(
+        layout, logps.dtype == torch.float64, layout.sides(logps, rejected),
+        layout.sides(ref, ref_rejected, ref_per_token), layout.sides(log_sum_sq_probs), labels, lengths, cu_seqlens,
+        kto_kl, ref_per_token, *spec,
+    )  # fmt: skip
+    out = _results(logps, layout.num_pairs)
+    loss, losses, *sides, partials, sums = out
+    finished = torch.empty(1, dtype=torch.int32, device=logps.device)
+    addresses = [x.data_ptr() for x in sides]
+    _run(
+        "preference_forward", logps.device, batch, sums.data_ptr(), finished.data_ptr(), loss.data_ptr(),
+        losses.data_ptr(), addresses[:2], addresses[2:], partials.data_ptr(),
+    )  # fmt: skip
+    return out
 
 
-@preference_losses_op.register_fake
-def _(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, *scalars):
-    return chosen.new_empty(chosen.shape), chosen.new_empty(4, *chosen.shape)
+def _results(logps: Tensor, num_pairs: int) -> tuple[Tensor, ...]:
+    return (
+        logps.new_empty(()),
+        *(logps.new_empty(num_pairs) for _ in range(5)),
+        logps.new_empty(5, num_pairs, dtype=torch.float64),
+        logps.new_empty(num_pairs, SUMS_BYTES, dtype=torch.uint8),
+    )
 
 
-def preference_losses(
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
+@preference_forward_op.register_fake
+def _(logps, rejected, ref, ref_rejected, labels, cu_seqlens, *_):
+    return _results(logps, _num_pairs(logps, rejected, cu_seqlens))
+
+
+@torch.library.custom_op("fastdpo::preference_backward", mutates_args=())
+def preference_backward_op(
+    partials: Tensor,
+    sums: Tensor,
+    logps: Tensor,  # whose values are not read, as those of the three below
+    rejected: Tensor | None,
+    ref: Tensor | None,
     ref_rejected: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    options: PreferenceOptions,
-) -> tuple[Tensor, Tensor]:
-    """[B] inputs of one dtype, fp32 or fp64, lengths int64 -> losses [B], partials [4, B]; no autograd."""
-    return preference_losses_op(
-        chosen,
-        rejected,
-        ref_chosen,
-        ref_rejected,
-        chosen_lengths,
-        rejected_lengths,
-        [LOSS_IDS[name] for name in options.loss_type],
-        list(options.loss_weights),
-        DIVERGENCE_IDS[options.f_divergence_type],
-        [float(getattr(options, name)) for name in OPTION_ORDER],
-    )
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    dloss: Tensor | None,
+    dlosses: Tensor | None,
+    dchosen: Tensor | None,
+    drejected: Tensor | None,
+    wanted: Sequence[bool],
+    ignore_index: int,
+    average: bool,
+    ld_alpha: float,
+    sft_weight: float,
+) -> list[Tensor]:
+    """Of logps, rejected, ref and ref_rejected, the gradients that are wanted."""
+    labels, (cu_seqlens,) = _rows(labels), _contiguous(cu_seqlens)
+    dloss, dlosses, dchosen, drejected = _contiguous(dloss, dlosses, dchosen, drejected)
+    layout = _Layout(logps, rejected, cu_seqlens)
+    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
+    batch = _batch(
+        layout, logps.dtype == torch.float64, (0, 0), (0, 0), (0, 0), labels, (0, 0), cu_seqlens, None,
+        ref_per_token, [], [], 0, [0.0] * len(OPTION_ORDER), ignore_index, average, False, ld_alpha, sft_weight,
+    )  # fmt: skip
+    out = [
+        None if not want else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
+    ]
+    of_logps, of_rejected, of_ref, of_ref_rejected = out
+    address = [0 if x is None else x.data_ptr() for x in (dloss, dlosses, dchosen, drejected)]
+    _run(
+        "preference_backward", logps.device, batch, partials.data_ptr(), sums.data_ptr(), *address[:2], address[2:],
+        _gradients(layout, of_logps, of_rejected), _gradients(layout, of_ref, of_ref_rejected, ref_per_token),
+    )  # fmt: skip
+    return [x for x in out if x is not None]
+
+
+def _gradients(layout: _Layout, x: Tensor | None, other: Tensor | None, per_token: bool = True) -> tuple[int, int]:
+    if layout.by_sequence:
+        return 0 if x is None else x.data_ptr(), 0 if other is None else other.data_ptr()
+    return layout.sides(x, None, per_token)
+
+
+@preference_backward_op.register_fake
+def _(partials, sums, logps, rejected, ref, ref_rejected, labels, cu_seqlens, dloss, dlosses, dchosen, drejected,
+      wanted, *_):  # fmt: skip
+    return [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
+        if want
+    ]
