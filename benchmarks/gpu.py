@@ -227,6 +227,11 @@ def targets(record: dict) -> list[tuple[str, float, float]]:
             if f"fastdpo, {part}" in logits:
                 ratio = logits[f"fastdpo, {part}"]["median"] / logits[unit]["median"]
                 found.append((f"{name}: logits to logps, {part}, over a {unit}", ratio, 1.10))
+        for kernel, (took, _) in shape.get("loss kernels", {}).items():
+            found.append((f"{name}: microseconds of {kernel}, 64 sequences", took * 1e3, 15))
+        routing = [row["ms"] for row in shape.get("kernels", {}).get("routed", []) if row["kernel"].startswith("list_")]
+        if "fastdpo" in forward and routing and None not in routing:
+            found.append((f"{name}: routing over torch.mm", sum(routing) / forward["torch.mm"]["median"], 0.03))
         if "fastdpo routed" not in step or "fastdpo exact" not in step:
             continue
         routed, exact = step["fastdpo routed"], step["fastdpo exact"]
@@ -253,11 +258,15 @@ def summary(record: dict) -> str:
             continue
         lines.append(f"  live blocks per token (dhidden, dweight): {shape['live blocks per token']}")
         for name, group in shape["groups"].items():
-            lines.append(f"  {name:34} {'ms':>9} {'over unit':>9} {'floor ms':>9} {'MiB':>8}")
+            lines.append(f"  {name:34} {'ms':>9} {'over unit':>9} {'floor ms':>9} {'MiB':>8} {'launches':>8}")
             for row in group["rows"]:
+                launches = next(
+                    (f"{row[key]:.0f}" for key in ("launches", "launches counted") if row[key] is not None), ""
+                )
                 floor = "" if row["floor ms"] is None else f"{row['floor ms']:.3f}"
                 extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
-                lines.append(f"    {row['name']:32} {row['median']:9.3f} {row['over unit']:9.3f} {floor:>9} {extra:>8}")
+                times = f"{row['median']:9.3f} {row['over unit']:9.3f} {floor:>9}"
+                lines.append(f"    {row['name']:32} {times} {extra:>8} {launches:>8}")
         for backward, rows in shape.get("kernels", {}).items():
             lines.append(f"  kernels of a {backward} step{'ms':>26} {'floor ms':>9} {'launches':>8}")
             for row in rows:

@@ -14,13 +14,14 @@ from functools import partial
 
 import torch
 from cost_model import STEP, Gpu, Shape, StepCost, step_cost
-from gpu_timing import interleaved, kernel_times
+from gpu_timing import interleaved, kernel_times, launches_of
 from inputs import HeadInputs, lifted, load, synthetic_head
 from peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
 from torch import Tensor
 
 STRENGTH = 15.0  # of the synthetic head: at H = 4096 about as many live blocks per token as on a trained head
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
+LAUNCHES = ("step", "frozen step", "loss")  # groups of which every contender's launches are counted
 GROUPS = ("forward", "backward", "step", "frozen step", "loss", "logits")
 
 
@@ -152,21 +153,27 @@ class ShapeCases:
         return self._step(frozen=True)
 
     def _loss(self) -> Case:
-        """From token log-probabilities to the loss and back, at this many tokens."""
+        """64 sequences' log-probabilities, per sequence or per token, to the loss and back."""
         import fastdpo
 
-        pairs = max(1, self.shape.num_tokens // 1024)
+        pairs, tokens = 32, 512
         logps = [torch.randn(pairs, device=self.device) - 100 for _ in range(4)]
         trained = [x.requires_grad_() for x in logps[:2]]
+        per_token, ref = (-torch.rand(2 * pairs, tokens, device=self.device) for _ in range(2))
+        per_token.requires_grad_()
+        labels = torch.zeros(2 * pairs, tokens, dtype=torch.int64, device=self.device)
 
         def ours():
             return torch.autograd.grad(fastdpo.preference_loss(*logps, beta=BETA).loss, trained)
+
+        def from_tokens():
+            return torch.autograd.grad(token_loss(per_token, labels, ref, BETA), per_token)
 
         def plain():
             margin = logps[0] - logps[1] - (logps[2] - logps[3])
             return torch.autograd.grad(-torch.nn.functional.logsigmoid(BETA * margin).mean(), trained)
 
-        return Case("plain torch", {"plain torch": plain, "fastdpo": ours})
+        return Case("plain torch", {"plain torch": plain, "fastdpo": ours, "fastdpo, from tokens": from_tokens})
 
     def _logits(self) -> Case:
         """Given logits to log-probabilities and back, beside copies: of half of them, which moves as many bytes as a
@@ -208,6 +215,14 @@ class ShapeCases:
         others = [sum(x) for x in zip(*measured.values())] or [None, cost.other_launches.total()]
         rows.append({"kernel": "torch's own", "ms": others[0], "launches": others[1]})
         return rows
+
+
+def token_loss(logps: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """What `linear_dpo_loss` does once it has the log-probabilities, [2B, T]."""
+    from fastdpo.losses import check_options
+    from fastdpo.ops.preference import batch_losses
+
+    return batch_losses(check_options(beta=beta), logps, None, ref_logps, None, labels=labels)[0]
 
 
 def _step(run: Callable, problem: Problem) -> tuple:
@@ -265,9 +280,13 @@ def worker(argv: list[str]) -> int:
             cost = case.floors.get(name)
             rows.append({
                 "name": name, **timing.row(), "over unit": timing.median / timings[case.unit].median,
-                "floor ms": cost and cost.floor(gpu) * 1e3, "launches": cost and cost.total().launches,
+                "floor ms": cost and cost.floor(gpu) * 1e3, "launches counted": cost and cost.total().launches,
+                "launches": launches_of(case.contenders[name], args.device) if group in LAUNCHES else None,
                 "passes": cost and cost.total().flops / shape.one_pass,
             })  # fmt: skip
+        if group == "loss" and args.device == "cuda":
+            found = kernel_times(case.contenders["fastdpo, from tokens"])
+            record["loss kernels"] = {name: took for name, took in found.items() if "preference" in name}
         record["groups"][group] = {"unit": case.unit, "rows": rows}
         record["left out"].update(left_out)
         del case

@@ -25,13 +25,36 @@ def logits_kernels(device: str) -> None:
                 assert logits.grad[[0, 2, 4]].isfinite().all() and (logits.grad[1] == 0).all()
 
 
+def loss_kernels(device: str) -> None:
+    """A step from hidden states: lists of kept pairs, and the loss from padded and from packed tokens."""
+    hidden = torch.randn(4, 300, 64, device=device, requires_grad=True)
+    weight = (3 * torch.randn(2000, 64, device=device)).requires_grad_()
+    labels = torch.randint(2000, (4, 300), device=device)
+    labels[:, :100] = -100
+    labels[1] = -100
+    offsets = torch.arange(5, device=device, dtype=torch.int32) * 300
+    options = {"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.5, "use_weighting": True, "seed": 1}
+    ref_logps = torch.randn(4, 300, device=device)
+    padded = fastdpo.linear_dpo_loss(hidden, weight, labels, ref_logps=ref_logps, **options).loss
+    flat = (x.flatten(0, 1) for x in (hidden, labels, ref_logps))
+    hidden_rows, label_rows, ref_rows = flat
+    packed = fastdpo.linear_dpo_loss(
+        hidden_rows, weight, label_rows, ref_logps=ref_rows, cu_seqlens=offsets, **options
+    ).loss
+    torch.testing.assert_close(padded, packed)
+    (padded + packed).backward()
+    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     torch.manual_seed(0)
     logits_kernels(args.device)
-    print(fastdpo.backends()["operations"]["selective_log_softmax"])
+    loss_kernels(args.device)
+    operations = fastdpo.backends()["operations"]
+    print({name: operations[name] for name in ("selective_log_softmax", "preference_loss")})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def _extra_memory(run: Callable[[], object], device: str) -> float | None:
 
 
 def kernel_times(run: Callable[[], object], runs: int = 3) -> dict[str, tuple[float, float]]:
-    """Per GPU kernel (milliseconds, launches) of one run, by the profiler's trace."""
+    """Per GPU kernel (milliseconds, launches) of one run, by the profiler's trace. csrc's by their bare names."""
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -102,7 +103,18 @@ def kernel_times(run: Callable[[], object], runs: int = 3) -> dict[str, tuple[fl
             run()
         torch.cuda.synchronize()
     return {
-        event.key: (event.self_device_time_total / 1e3 / runs, event.count / runs)
+        _bare(event.key): (event.self_device_time_total / 1e3 / runs, event.count / runs)
         for event in trace.key_averages()
         if event.self_device_time_total > 0
     }
+
+
+def _bare(name: str) -> str:
+    """list_fill_kernel of fastdpo::(anonymous namespace)::list_fill_kernel(fastdpo::PairListArgs)"""
+    found = re.search(r"fastdpo::.*?(\w+_kernel)\b", name)
+    return found[1] if found else name
+
+
+def launches_of(run: Callable[[], object], device: str) -> float | None:
+    """GPU kernels, copies and fills of one run."""
+    return sum(count for _, count in kernel_times(run, runs=1).values()) if device == "cuda" else None

@@ -25,6 +25,7 @@ OPTION_ORDER: list[str] = _extension.PREFERENCE_OPTIONS if AVAILABLE else []
 SUMS_BYTES: int = _extension.PAIR_SUMS_BYTES if AVAILABLE else 0
 
 
+@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
 def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the losses of tensors of this device and type are not computed here; None when they are."""
     if os.environ.get("FASTDPO_ENGINE") == "reference":

@@ -93,7 +93,7 @@ class Batch:
         g = torch.Generator().manual_seed(1)
         total = loss * 1.7
         for x in (losses, chosen, rejected):
-            total = total + (x * torch.randn(x.shape, generator=g).to(x.dtype)).sum()
+            total = total + (x * torch.randn(x.shape, generator=g).to(x)).sum()
         inputs = [x for x in (self.logps, self.ref) if x is not None]
         return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
 
@@ -231,3 +231,29 @@ def test_nothing_is_written_beside_the_outputs(dtype, monkeypatch):
         assert (buffer[64:-64] != 0x55).any()
     for x, y in zip(before, (batch.logps, batch.ref, batch.labels)):
         torch.testing.assert_close(x, y.detach(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or native.cuda_problem() is not None,
+    reason=f"needs a CUDA GPU and the CUDA kernels ({native.cuda_problem()})",
+)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_gpu_computes_what_the_cpu_does(case, weighting):
+    options = options_of(CASES[case], WEIGHTINGS[weighting])
+    batch = Batch(packed=len(case) % 2 == 0, ref=reference_of(CASES[case]), dtype=torch.float32)
+    expected = batch.native(options)
+    wanted = batch.gradients(expected)
+    for name in ("logps", "ref", "labels", "cu_seqlens", "log_sum_sq_probs"):
+        x = getattr(batch, name)
+        if x is not None:
+            setattr(batch, name, x.detach().cuda().requires_grad_(x.requires_grad))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = batch.native(options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    again = batch.native(options)
+    assert all(torch.equal(x, y) for x, y in zip(ours, again))
+    for mine, one in zip((*ours, *batch.gradients(ours)), (*expected, *wanted)):
+        torch.testing.assert_close(mine.cpu(), one, rtol=3e-7, atol=1e-7)
