@@ -23,6 +23,7 @@ from fastdpo.ops import native
 LOCAL = {"LDL", "STL"}
 TYPE_NAMES = {"f": "fp32", "8BFloat16": "bf16", "7Float16": "fp16"}  # as they are mangled
 WRITES_ROWS = "backward"  # kernels with this in their name write as much as they read
+NO_ROWS = "finish"  # and these read no row
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ def kernels_in(listing: str, usage: str) -> Iterator[CudaKernel]:
     }
     for part in re.split(r"Function : ", listing)[1:]:
         mangled = part.split()[0]
-        name, kind = re.search(r"([a-z][a-z_]*_kernel)I(?:NS_)?(f|\d[A-Za-z]+\d*)E", mangled).groups()
+        pattern = r"([a-z][a-z_]*_kernel)I(?:NS_)?(f|\d[A-Za-z]+\d*)E?(Lb1E)?"
+        name, kind, entropy = re.search(pattern, mangled).groups()
         used = {key: int(value) for key, value in figures[mangled].items()}
         local = used["STACK"] + used["LOCAL"]
+        name += ", entropy" if entropy else ""
         yield CudaKernel(name, TYPE_NAMES[kind], used["REG"], used["SHARED"], local, instructions(part))
 
 
@@ -68,6 +71,8 @@ def faults(kernel: CudaKernel) -> list[str]:
     found = []
     if kernel.local or count(kernel.code, LOCAL):
         found.append(f"local memory: {kernel.local} bytes, {count(kernel.code, LOCAL)} accesses")
+    if NO_ROWS in kernel.name:
+        return found
     if not kernel.main_loop:
         found.append("no loop with 16-byte loads")
     elif WRITES_ROWS in kernel.name:

@@ -48,17 +48,16 @@ __device__ OnlineSum<kEntropy> merge_block(OnlineSum<kEntropy> mine, float scale
   return merge_warp(of_lane, scale);
 }
 
-// blockIdx.y of gridDim.y blocks walk a row together.
-__device__ int64_t lane_of_row() { return static_cast<int64_t>(blockIdx.y) * blockDim.x + threadIdx.x; }
-__device__ int64_t lanes_of_row() { return static_cast<int64_t>(gridDim.y) * blockDim.x; }
+// gridDim.y blocks walk a row together.
+__device__ Column lane_of_row() { return blockIdx.y * blockDim.x + threadIdx.x; }
+__device__ Column lanes_of_row() { return gridDim.y * blockDim.x; }
 
 template <class T, bool kEntropy>
 __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor) logits_forward_kernel(const LogitsForwardArgs a) {
   const int64_t row = blockIdx.x;
-  const float scale = row_scale(a.inv_temperature);
   const T* logits = row_of(static_cast<const T*>(a.logits), a.logits_stride, row);
-  const auto mine = fold_row<kEntropy>(logits, a.vocab_size, a.labels[row], scale, lane_of_row(), lanes_of_row());
-  const auto total = merge_block(mine, scale);
+  const auto mine = forward_row<kEntropy>(a, row, logits, lane_of_row(), lanes_of_row());
+  const auto total = merge_block(mine, row_scale(a.inv_temperature));
   if (threadIdx.x != 0) return;
   if (a.splits == 1) finish_row(a, row, logits, total);
   else store_partial(a, row, blockIdx.y, total);
@@ -85,7 +84,8 @@ __global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor) logits_
 template <class Args>
 int launch(void (*kernel)(Args), const Args& args, int device, void* stream) {
   if (args.num_rows == 0) return cudaSuccess;
-  if (args.num_rows > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;  // a grid's limit
+  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();  // of a grid's blocks, and of a row's columns
+  if (args.num_rows > kMost || args.vocab_size > kMost) return cudaErrorInvalidValue;
   // This runtime is not torch's: it keeps a current device of its own.
   cudaError_t error = cudaSetDevice(device);
   if (error != cudaSuccess) return error;

@@ -14,7 +14,7 @@ void forward(const LogitsForwardArgs& a, int64_t lanes) {
     for (int64_t split = 0; split < a.splits; ++split) {
       OnlineSum<kEntropy> part;
       for (int64_t lane = split * lanes; lane < (split + 1) * lanes; ++lane) {
-        part.merge(fold_row<kEntropy>(logits, a.vocab_size, a.labels[row], scale, lane, a.splits * lanes), scale);
+        part.merge(forward_row<kEntropy>(a, row, logits, lane, a.splits * lanes), scale);
       }
       if (a.splits > 1) {
         store_partial(a, row, split, part);

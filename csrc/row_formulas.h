@@ -27,7 +27,8 @@ struct LabelLogp {
 // near 0, whatever the logits' magnitude.
 FASTDPO_HD static inline LabelLogp label_logp(double max, double log_sum, double label_logit) {
   const double x = (max - label_logit) + log_sum, small = log1p(exp(-fabs(x)));
-  return x > 0.0 ? LabelLogp{-x - small, -small, max + log_sum + small} : LabelLogp{-small, x - small, label_logit + small};
+  if (x > 0.0) return {-x - small, -small, max + log_sum + small};
+  return {-small, x - small, label_logit + small};
 }
 
 FASTDPO_HD static inline double p_log_p(double logp) { return logp == -INFINITY ? 0.0 : exp(logp) * logp; }

@@ -275,7 +275,17 @@ def test_engine_matches_definition_of_entropy(launched_on_the_cpu, dtype, column
         lambda engine: test_selective.test_inplace_backward_is_equal_and_guarded(engine, torch.bfloat16),
         lambda engine: test_selective.test_entropy_from_flat_to_certain(engine, 1_000_000),  # rows in 110 parts
     ],
-    ids=["twice", "strided", "masked", "empty", "NaN", "entropy strided", "large", "in place", "entropy of a split row"],
+    ids=[
+        "twice",
+        "strided",
+        "masked",
+        "empty",
+        "NaN",
+        "entropy strided",
+        "large",
+        "in place",
+        "entropy of a split row",
+    ],
 )
 def test_engine_keeps_the_contract(launched_on_the_cpu, test):
     test(None)
