@@ -53,7 +53,8 @@ __device__ Column lane_of_row() { return blockIdx.y * blockDim.x + threadIdx.x; 
 __device__ Column lanes_of_row() { return gridDim.y * blockDim.x; }
 
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor) logits_forward_kernel(const LogitsForwardArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
+    logits_forward_kernel(const LogitsForwardArgs a) {
   const int64_t row = blockIdx.x;
   const T* logits = row_of(static_cast<const T*>(a.logits), a.logits_stride, row);
   const auto mine = forward_row<kEntropy>(a, row, logits, lane_of_row(), lanes_of_row());
@@ -77,7 +78,8 @@ __global__ void __launch_bounds__(kWarp) logits_finish_kernel(const LogitsForwar
 }
 
 template <class T, bool kEntropy>
-__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor) logits_backward_kernel(const LogitsBackwardArgs a) {
+__global__ void __launch_bounds__(kMaxThreads, kBlocksPerMultiprocessor)
+    logits_backward_kernel(const LogitsBackwardArgs a) {
   backward_row<kEntropy, T>(a, blockIdx.x, lane_of_row(), lanes_of_row());
 }
 
