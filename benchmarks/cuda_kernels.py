@@ -22,8 +22,8 @@ from fastdpo.ops import native
 
 LOCAL = {"LDL", "STL"}
 TYPE_NAMES = {"f": "fp32", "8BFloat16": "bf16", "7Float16": "fp16"}  # as they are mangled
-READS_ROWS = "logits_"  # kernels with this in their name stream rows of logits
-WRITES_ROWS = "logits_backward"  # and those with this write as much as they read
+READS_ROWS = re.compile(r"logits_(forward|backward)")  # names of kernels that stream rows of logits
+WRITES_ROWS = "logits_backward"  # and of those that write as much as they read
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ def kernels_in(listing: str, usage: str) -> Iterator[CudaKernel]:
     }
     for part in re.split(r"Function : ", listing)[1:]:
         mangled = part.split()[0]
-        name, kind = re.search(r"([a-z][a-z_]*_kernel)(?:I(?:NS_)?(f|\d[A-Za-z]+\d*)E)?", mangled).groups()
+        pattern = r"([a-z][a-z_]*_kernel)(?:I(?:NS_)?(f|\d[A-Za-z]+\d*)E?(Lb1E)?)?"
+        name, kind, entropy = re.search(pattern, mangled).groups()
         used = {key: int(value) for key, value in figures[mangled].items()}
         local = used["STACK"] + used["LOCAL"]
+        name += ", entropy" if entropy else ""
         yield CudaKernel(name, TYPE_NAMES.get(kind, ""), used["REG"], used["SHARED"], local, instructions(part))
 
 
@@ -69,7 +71,9 @@ def faults(kernel: CudaKernel) -> list[str]:
     found = []
     if kernel.local or count(kernel.code, LOCAL):
         found.append(f"local memory: {kernel.local} bytes, {count(kernel.code, LOCAL)} accesses")
-    if READS_ROWS in kernel.name and not kernel.main_loop:
+    if not READS_ROWS.match(kernel.name):
+        return found
+    if not kernel.main_loop:
         found.append("no loop with 16-byte loads")
     elif WRITES_ROWS in kernel.name:
         loads, stores = (count(kernel.main_loop, {name}, "128") for name in ("LDG", "STG"))

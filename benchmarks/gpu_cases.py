@@ -195,6 +195,16 @@ class ShapeCases:
         contenders["fastdpo, backward"] = lambda: torch.autograd.grad(saved, logits, coef, retain_graph=True)
         for name, run in functions.items():
             contenders[f"{name}, both"] = lambda run=run: torch.autograd.grad(run(logits, labels), logits, coef)
+        pair = fastdpo.selective_log_softmax(logits, labels, return_entropy=True)
+        contenders["fastdpo with entropy, forward"] = lambda: fastdpo.selective_log_softmax(
+            plain, labels, return_entropy=True
+        )
+        contenders["fastdpo with entropy, backward"] = lambda: torch.autograd.grad(
+            pair, logits, (coef, coef), retain_graph=True
+        )
+        few, few_labels = plain[:8], labels[:8]  # too few to fill a GPU with a block of threads each
+        contenders["copy of 8 rows"] = lambda: target[:8].copy_(few)
+        contenders["fastdpo, forward of 8 rows"] = lambda: fastdpo.selective_log_softmax(few, few_labels)
         return Case("copy", contenders)
 
     # One step's kernels

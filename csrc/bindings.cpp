@@ -54,10 +54,11 @@ void def_logits_forward(py::module_& m, const char* name,
   m.def(
       name,
       [call](Address logits, int64_t logits_stride, int64_t num_rows, int64_t vocab_size, Address labels,
-             Address logps, Address lse, float inv_temperature, int dtype, Extra... extra) {
+             Address logps, Address lse, Address entropy, float inv_temperature, int64_t splits, Address partials,
+             int dtype, Extra... extra) {
         return call(fastdpo::LogitsForwardArgs{ptr<const void>(logits), logits_stride, num_rows, vocab_size,
                                                ptr<const int64_t>(labels), ptr<float>(logps), ptr<float>(lse),
-                                               inv_temperature},
+                                               ptr<float>(entropy), inv_temperature, splits, ptr<float>(partials)},
                     static_cast<DType>(dtype), extra...);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -69,12 +70,13 @@ void def_logits_backward(py::module_& m, const char* name,
   m.def(
       name,
       [call](Address logits, int64_t logits_stride, int64_t num_rows, int64_t vocab_size, Address labels,
-             Address logps, Address lse, Address coef, Address dlogits, int64_t dlogits_stride, float inv_temperature,
-             int dtype, Extra... extra) {
+             Address logps, Address lse, Address coef, Address entropy, Address coef_entropy, Address dlogits,
+             int64_t dlogits_stride, float inv_temperature, int64_t splits, int dtype, Extra... extra) {
         return call(fastdpo::LogitsBackwardArgs{ptr<const void>(logits), logits_stride, num_rows, vocab_size,
                                                 ptr<const int64_t>(labels), ptr<const float>(logps),
-                                                ptr<const float>(lse), ptr<const float>(coef), ptr<void>(dlogits),
-                                                dlogits_stride, inv_temperature},
+                                                ptr<const float>(lse), ptr<const float>(coef),
+                                                ptr<const float>(entropy), ptr<const float>(coef_entropy),
+                                                ptr<void>(dlogits), dlogits_stride, inv_temperature, splits},
                     static_cast<DType>(dtype), extra...);
       },
       py::call_guard<py::gil_scoped_release>());
@@ -300,6 +302,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       },
       nogil);
 
+  m.def("logits_splits", &fastdpo::logits_splits);
+  m.attr("PARTIAL_FLOATS") = fastdpo::kPartialFloats;
   def_logits_forward(m, "host_logits_forward", &fastdpo::host_logits_forward);
   def_logits_backward(m, "host_logits_backward", &fastdpo::host_logits_backward);
   def_pair_lists(m, "host_pair_lists", &fastdpo::host_pair_lists);

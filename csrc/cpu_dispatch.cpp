@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "cpu_folds.h"
-#include "logits_row.h"
 #include "parallel.h"
 #include "routing.h"
+#include "row_formulas.h"
 
 namespace fastdpo {
 
@@ -119,21 +119,20 @@ void finish(const FinishArgs& a, int num_threads) {
     const double m = block_max == -INFINITY ? 0.0 : block_max;
     double total = std::exp(other_lse - m);
     for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(block_lse[i] - m);
-    const double rest = m + std::log(total);  // log-sum-exp of every logit but the label's
     const double label_logit = a.label_logit[row];
-    const auto [logp, lse] = label_logp(rest, label_logit);
-    a.logps[row] = static_cast<float>(logp);
-    a.lse[row] = static_cast<float>(lse);
+    const LabelLogp label = label_logp(m, std::log(total), label_logit);
+    a.logps[row] = static_cast<float>(label.logp);
+    a.lse[row] = static_cast<float>(label.lse);
     if (a.stats) {
       const RowStats& s = a.stats[row];
-      const double p_label = std::exp(logp);
-      const double scale = s.sum_exp == 0.0 ? 0.0 : std::exp(s.max - lse);  // exp(z - m) -> p
-      if (a.entropy) {
-        const double sum_p_logp = s.sum_exp == 0.0 ? 0.0 : scale * (s.sum_exp_z + s.sum_exp * (s.max - lse));
-        a.entropy[row] = static_cast<float>(-sum_p_logp - (p_label > 0.0 ? p_label * logp : 0.0 * p_label));
+      const double log_sum = std::log(s.sum_exp);
+      const LabelLogp exact = label_logp(s.max, log_sum, label_logit);  // not from block_lse, which fp32 has rounded
+      if (a.entropy) a.entropy[row] = static_cast<float>(row_entropy(exact, log_sum, s.sum_exp_z / s.sum_exp));
+      if (a.log_sum_sq_probs) {
+        const double p = std::exp(exact.logp);
+        const double scale = s.sum_exp == 0.0 ? 0.0 : std::exp(exact.rest_logp) / s.sum_exp;  // exp(z - max) -> p
+        a.log_sum_sq_probs[row] = static_cast<float>(std::log(scale * scale * s.sum_exp_sq + p * p));
       }
-      if (a.log_sum_sq_probs)
-        a.log_sum_sq_probs[row] = static_cast<float>(std::log(scale * scale * s.sum_exp_sq + p_label * p_label));
       if (a.mean_logit) a.mean_logit[row] = static_cast<float>(s.sum_z / a.vocab_size);
       // argmax returns the first maximum: a tie counts only when the label comes first
       if (a.is_top1) a.is_top1[row] = label_logit > s.max_before && label_logit >= s.max_after;

@@ -8,6 +8,7 @@
 
 #include "half.h"
 #include "routing.h"
+#include "row_formulas.h"
 #include "simd.h"
 
 namespace fastdpo {
@@ -144,7 +145,7 @@ inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t c
   transform_block<kSoftcap, true>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
                                   tile.transform, cols, z, slope);
   const float constant_slope = tile.transform.scale * tile.transform.inv_temperature;
-  const Vec lse = splat(a.lse[token]), coef = splat(-a.coef[token]);
+  const Vec lse = splat(a.lse[token]), coef = splat(a.coef[token]);
   const Vec coef_entropy = splat(a.coef_entropy ? a.coef_entropy[token] : 0.0f);
   const Vec entropy = splat(a.entropy ? a.entropy[token] : 0.0f);
   const int64_t label = a.labels[token] - tile.col_start - col;
@@ -154,17 +155,13 @@ inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t c
     const Vec logp = load(z + i) - lse;
     const Vec p = exp(logp);
     mass += p;
-    Vec g = coef * p;
-    if (a.coef_entropy) g -= p == Vec{} ? Vec{} : coef_entropy * p * (logp + entropy);
+    const Vec g = a.coef_entropy ? other_grad(p, max(logp, splat(kLeastLogP)), coef, entropy, coef_entropy)
+                                 : other_grad(p, coef);
     store(dz + i, kSoftcap ? g * load(slope + i) : g * splat(constant_slope));
   }
-  if (has_label) {  // 1 - p from logp, in full precision: p rounds to 1 for confident tokens
-    float g = a.coef[token] * -std::expm1(a.logps[token]);
-    if (a.coef_entropy) {
-      const float logp = a.logps[token], p = std::exp(logp);
-      if (p > 0.0f) g -= a.coef_entropy[token] * p * (logp + a.entropy[token]);
-    }
-    dz[label] = g * (kSoftcap ? slope[label] : constant_slope);
+  if (has_label) {
+    dz[label] = label_grad(a.logps[token], a.coef[token], entropy[0], coef_entropy[0]) *
+                (kSoftcap ? slope[label] : constant_slope);
   }
   return sum(mass);
 }

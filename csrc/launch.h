@@ -96,7 +96,8 @@ struct RoutedGradArgs {
   int32_t* hidden_tokens;  // [num_rows] tokens of the rows of dz_hidden
 };
 
-constexpr int64_t kLeftOut = -2;  // in `labels` of given logits
+constexpr int64_t kLeftOut = -2;     // in `labels` of given logits
+constexpr int64_t kPartialFloats = 3;  // of one part of a row in `partials`
 
 // Given logits of any of the three types -> log p of one column per row. On both machines.
 struct LogitsForwardArgs {
@@ -107,7 +108,10 @@ struct LogitsForwardArgs {
   const int64_t* labels;  // [num_rows] column; -1: none, lse alone; kLeftOut: the row is not read, its results are 0
   float* logps;           // [num_rows]
   float* lse;             // [num_rows]
+  float* entropy;         // [num_rows] or null
   float inv_temperature;
+  int64_t splits;   // parts of a row, each walked by a block of threads of its own
+  float* partials;  // scratch [num_rows, splits, kPartialFloats]; null where splits is 1
 };
 
 struct LogitsBackwardArgs {
@@ -118,10 +122,13 @@ struct LogitsBackwardArgs {
   const int64_t* labels;
   const float* logps;
   const float* lse;
-  const float* coef;  // [num_rows] dL/dlogp; 0: the row gets zeros and is not read
+  const float* coef;          // [num_rows] dL/dlogp; 0, and the other too: the row gets zeros and is not read
+  const float* entropy;       // both null, or both given
+  const float* coef_entropy;  // dL/dentropy
   void* dlogits;      // [num_rows, vocab_size] of the logits' type; may be the logits
   int64_t dlogits_stride;
   float inv_temperature;
+  int64_t splits;
 };
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };

@@ -17,6 +17,9 @@ int cuda_runtime_version();  // 13000 is 13.0: of the runtime linked in,
 int cuda_driver_version();   // and the newest that this machine's driver serves; 0 without a driver
 #endif
 
+// Into how many parts a GPU with that many multiprocessors should split each row: the `splits` of both structs.
+int64_t logits_splits(int64_t num_rows, int64_t vocab_size, int64_t num_multiprocessors);
+
 // `lanes` stands for the threads of a block. For tests: the formulas of logits_row.h where there is no GPU.
 void host_logits_forward(const LogitsForwardArgs&, DType, int64_t lanes);
 void host_logits_backward(const LogitsBackwardArgs&, DType, int64_t lanes);

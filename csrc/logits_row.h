@@ -1,10 +1,10 @@
 // What one row of given logits computes: log p(label) and its gradient, each in one walk over the row.
 //
 //   z = x * inv_temperature      logp = -softplus(lse_{v != label} z[v] - z[label])
-//   dx[v] = coef * inv_temperature * ((v == label) - exp(z[v] - lse)), the label's as -expm1(logp)
+//   dx[v] = inv_temperature * (coef * ((v == label) - p[v]) - coef_entropy * p[v] * (log p[v] + entropy))
 //
-// `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of a block in logits.cu, a loop in
-// logits_host.cpp, through which the tests run every line of this file without a GPU.
+// `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of one or several blocks in logits.cu, a
+// loop in logits_host.cpp, through which the tests run every line of this file without a GPU.
 #pragma once
 
 #include <cassert>
@@ -14,13 +14,24 @@
 #include "half.h"
 #include "host_device.h"
 #include "launch.h"
+#include "row_formulas.h"
 
 namespace fastdpo {
 
 constexpr int kVectorBytes = 16;
-constexpr int kBatch = 16;  // elements that a lane has in flight: 2 vectors of a half type, 4 of fp32
+constexpr int kBatch = 16;  // elements that a lane of the forward has in flight: 2 vectors of a half type, 4 of fp32
+constexpr int kMaxThreads = 256;  // of a block of logits.cu; and of its blocks on a multiprocessor:
+constexpr int kBlocksPerMultiprocessor = 5;  // bounds registers at 48: loads in flight hide the memory's delay
+constexpr int64_t kShortRow = kMaxThreads * kBatch;  // elements: one batch for each thread
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.69314718055994531;
+
+// Blocks that share a row: as many as run at once, and no more than have a batch for each thread.
+inline int64_t splits_of_row(int64_t num_rows, int64_t vocab_size, int64_t num_multiprocessors) {
+  const int64_t wanted = num_multiprocessors * kBlocksPerMultiprocessor / (num_rows > 0 ? num_rows : 1);
+  const int64_t most = vocab_size / kShortRow;
+  return wanted < 2 || most < 2 ? 1 : wanted < most ? wanted : most;
+}
 
 FASTDPO_HD inline float row_scale(float inv_temperature) { return inv_temperature * kLog2E; }
 
@@ -80,63 +91,68 @@ FASTDPO_HD inline void store_vector(T* address, const Vector<T>& v) {
 #endif
 }
 
+// A place inside a row, which has fewer than 2^31 elements (the launches see to that): half the registers of 64 bits.
+using Column = int32_t;
+
 // A row as a head up to the first 16-byte boundary, whole vectors, and a tail.
 struct RowSplit {
-  int64_t head;     // elements
-  int64_t vectors;  // from element `head` on
-  int64_t tail;     // index of the first element after them
+  Column head;     // elements
+  Column vectors;  // from element `head` on
+  Column tail;     // index of the first element after them
 };
 
 template <class T>
-FASTDPO_HD inline RowSplit split_row(const T* row, int64_t size) {
-  const int64_t past = static_cast<int64_t>(reinterpret_cast<uintptr_t>(row) % kVectorBytes);
-  int64_t head = (kVectorBytes - past) % kVectorBytes / static_cast<int64_t>(sizeof(T));
+FASTDPO_HD inline RowSplit split_row(const T* row, Column size) {
+  const auto past = static_cast<Column>(reinterpret_cast<uintptr_t>(row) % kVectorBytes);
+  Column head = (kVectorBytes - past) % kVectorBytes / static_cast<Column>(sizeof(T));
   if (head > size) head = size;
-  const int64_t vectors = (size - head) / Vector<T>::kSize;
+  const Column vectors = (size - head) / Vector<T>::kSize;
   return {head, vectors, head + vectors * Vector<T>::kSize};
 }
 
-// sum 2^(scale * x - max) over what was added, scale * x in fp32 (scale: log2(e) / temperature). `max` is the very number
-// that is subtracted, so its rounding costs nothing. -inf adds exactly 0, also where nothing else was added; NaN and +inf
-// end in a NaN sum.
+// sum 2^d over what was added, d = scale * (x - max) in fp32 (scale: log2(e) / temperature); with kEntropy sum 2^d * d
+// too. Subtracting before scaling is right for any finite logits, also where scale * x overflows. -inf adds exactly 0,
+// also where nothing else was added; NaN and +inf end in NaN sums.
+template <bool kEntropy>
 struct OnlineSum {
   float max = -INFINITY;
   float sum = 0.0f;
+  float sum_d = 0.0f;
 
   template <int K>
   FASTDPO_HD void add(const float (&x)[K], float scale) {
-    float top = x[0];
-    for (int k = 1; k < K; ++k) top = fmaxf(top, x[k]);
-    top = fmaxf(max, top * scale);
+    float top = max;
+    for (int k = 0; k < K; ++k) top = fmaxf(top, x[k]);
+    rescale(top, scale);
     const float shift = finite(top);
-    float added = 0.0f;
-    for (int k = 0; k < K; ++k) added += exp2_fast(fmaf(x[k], scale, -shift));
-    sum = sum * exp2_fast(max - shift) + added;
-    max = top;
+    float added = 0.0f, added_d = 0.0f;
+    for (int k = 0; k < K; ++k) {
+      const float d = (x[k] - shift) * scale, e = exp2_fast(d);
+      added += e;
+      if (kEntropy) added_d = fmaf(e, fmaxf(d, kLeastLogP), added_d);
+    }
+    sum += added;
+    sum_d += added_d;
   }
 
-  FASTDPO_HD void merge(const OnlineSum& other) {
+  FASTDPO_HD void merge(OnlineSum other, float scale) {
     const float top = fmaxf(max, other.max);
-    const float shift = finite(top);
-    sum = sum * exp2_fast(max - shift) + other.sum * exp2_fast(other.max - shift);
-    max = top;
+    rescale(top, scale);
+    other.rescale(top, scale);
+    sum += other.sum;
+    sum_d += other.sum_d;
   }
 
+ private:
+  FASTDPO_HD void rescale(float top, float scale) {
+    const float d = (max - finite(top)) * scale, factor = exp2_fast(d);
+    if (kEntropy) sum_d = factor * fmaf(sum, fmaxf(d, kLeastLogP), sum_d);
+    sum *= factor;
+    max = top;
+  }
   // -inf - -inf is NaN
   FASTDPO_HD static float finite(float max) { return max == -INFINITY ? 0.0f : max; }
 };
-
-struct LabelLogp {
-  double logp, lse;
-};
-
-// From the log-sum-exp of the other logits and the label's own logit; -inf for a row without a label. log p keeps its
-// relative precision near 0: log(1 + e^x) is taken on the side that does not overflow.
-FASTDPO_HD inline LabelLogp label_logp(double rest, double label_logit) {
-  const double x = rest - label_logit;
-  const double softplus = x > 0.0 ? x + log1p(exp(-x)) : log1p(exp(x));
-  return {-softplus, x > 0.0 ? rest + log1p(exp(-x)) : label_logit + softplus};
-}
 
 template <class T>
 FASTDPO_HD inline T* row_of(T* first, int64_t stride, int64_t row) {
@@ -145,21 +161,21 @@ FASTDPO_HD inline T* row_of(T* first, int64_t stride, int64_t row) {
 
 // -inf in the place of the label, if these K columns have it: one comparison for most of a row.
 template <int K>
-FASTDPO_HD inline void leave_out(int64_t label, int64_t first, float* x) {
-  if (static_cast<uint64_t>(label - first) >= K) return;
-  const int place = static_cast<int>(label - first);
+FASTDPO_HD inline void leave_out(Column label, Column first, float* x) {
+  if (static_cast<uint32_t>(label - first) >= K) return;
+  const int place = label - first;
   for (int k = 0; k < K; ++k) x[k] = k == place ? -INFINITY : x[k];
 }
 
 // A lane's share of the sum over every logit but the label's. A row that is left out is not read.
-template <class T>
-FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, float scale, int64_t lane,
-                                     int64_t lanes) {
+template <bool kEntropy, class T>
+FASTDPO_HD inline OnlineSum<kEntropy> fold_row(const T* row, Column size, Column label, float scale, Column lane,
+                                               Column lanes) {
   constexpr int kSize = Vector<T>::kSize, kVectors = kBatch / kSize;
-  OnlineSum total;
+  OnlineSum<kEntropy> total;
   if (label == kLeftOut) return total;
   const RowSplit split = split_row(row, size);
-  int64_t v = lane;
+  Column v = lane;
   for (; v + (kVectors - 1) * lanes < split.vectors; v += kVectors * lanes) {
     Vector<T> loaded[kVectors];  // all loads are issued before the first is waited for
     for (int i = 0; i < kVectors; ++i) loaded[i] = load_vector(row + split.head + (v + i * lanes) * kSize);
@@ -171,102 +187,141 @@ FASTDPO_HD inline OnlineSum fold_row(const T* row, int64_t size, int64_t label, 
     total.add(x, scale);
   }
   for (; v < split.vectors; v += lanes) {
-    const int64_t first = split.head + v * kSize;
+    const Column first = split.head + v * kSize;
     float x[kSize];
     unpack(load_vector(row + first), x);
     leave_out<kSize>(label, first, x);
     total.add(x, scale);
   }
-  const auto add_one = [&](int64_t i) {
-    const float x[1] = {i == label ? -INFINITY : to_float(row[i])};
+  const auto add_one = [&](Column i) {
+    float x[1] = {i == label ? -INFINITY : to_float(row[i])};
     total.add(x, scale);
   };
-  for (int64_t i = lane; i < split.head; i += lanes) add_one(i);
-  for (int64_t i = split.tail + lane; i < size; i += lanes) add_one(i);
+  for (Column i = lane; i < split.head; i += lanes) add_one(i);
+  for (Column i = split.tail + lane; i < size; i += lanes) add_one(i);
   return total;
 }
 
-// After the lanes' sums are merged; of nothing for a row that is left out. In double: `rest` and the label's logit may be
-// large and close.
-template <class T>
-FASTDPO_HD inline void finish_row(const LogitsForwardArgs& a, int64_t row, const T* logits, const OnlineSum& total) {
+template <bool kEntropy, class T>
+FASTDPO_HD inline OnlineSum<kEntropy> forward_row(const LogitsForwardArgs& a, int64_t row, const T* logits, Column lane,
+                                                  Column lanes) {
+  return fold_row<kEntropy>(logits, static_cast<Column>(a.vocab_size), static_cast<Column>(a.labels[row]),
+                            row_scale(a.inv_temperature), lane, lanes);
+}
+
+// After the lanes' sums are merged; of nothing for a row that is left out. In double: `max` and the label's logit may
+// be large and close.
+template <bool kEntropy, class T>
+FASTDPO_HD inline void finish_row(const LogitsForwardArgs& a, int64_t row, const T* logits,
+                                  const OnlineSum<kEntropy>& total) {
   const int64_t label = a.labels[row];
-  LabelLogp result = {0.0, 0.0};
+  LabelLogp result = {};
+  double entropy = 0.0;
   if (label != kLeftOut) {
-    const double scale = row_scale(a.inv_temperature) * kLn2;  // as rounded for the fold
-    const double rest = total.max * kLn2 + log(static_cast<double>(total.sum));
-    result = label_logp(rest, label < 0 ? -INFINITY : to_float(logits[label]) * scale);
+    const double z = a.inv_temperature, log_sum = log(static_cast<double>(total.sum));
+    result = label_logp(total.max * z, log_sum, label < 0 ? -INFINITY : to_float(logits[label]) * z);
+    if (kEntropy) entropy = row_entropy(result, log_sum, total.sum_d * kLn2 / total.sum);
   }
   a.logps[row] = static_cast<float>(result.logp);
   a.lse[row] = static_cast<float>(result.lse);
+  if (kEntropy) a.entropy[row] = static_cast<float>(entropy);
 }
 
-// What a gradient of the row needs to know besides its logits.
+// One of `splits` parts of a row, when there are too few rows to fill a GPU.
+template <bool kEntropy>
+FASTDPO_HD inline void store_partial(const LogitsForwardArgs& a, int64_t row, int64_t split,
+                                     const OnlineSum<kEntropy>& part) {
+  float* out = a.partials + (row * a.splits + split) * kPartialFloats;
+  out[0] = part.max;
+  out[1] = part.sum;
+  if (kEntropy) out[2] = part.sum_d;
+}
+template <bool kEntropy>
+FASTDPO_HD inline OnlineSum<kEntropy> load_partial(const LogitsForwardArgs& a, int64_t row, int64_t split) {
+  const float* in = a.partials + (row * a.splits + split) * kPartialFloats;
+  OnlineSum<kEntropy> part;
+  part.max = in[0];
+  part.sum = in[1];
+  if (kEntropy) part.sum_d = in[2];
+  return part;
+}
+
+// What a gradient of the row needs to know besides its logits. Both coefs hold the factor inv_temperature.
+template <bool kEntropy>
 struct RowGrad {
-  float inv_temperature, lse, logp, coef;
+  float inv_temperature, lse, logp, coef, entropy, coef_entropy;
 
   FASTDPO_HD float other(float x) const {
     const float log_p = fmaf(x, inv_temperature, -lse);
-    return -coef * inv_temperature * exp2_fast(log_p * kLog2E);
+    const float p = exp2_fast(log_p * kLog2E);
+    return kEntropy ? other_grad(p, fmaxf(log_p, kLeastLogP), coef, entropy, coef_entropy) : other_grad(p, coef);
   }
-  // 1 - p from logp, in full precision: p rounds to 1 for confident tokens.
-  FASTDPO_HD float label() const { return coef * inv_temperature * -expm1f(logp); }
+  FASTDPO_HD float label() const { return label_grad(logp, coef, entropy, coef_entropy); }
 };
 
 // A lane's share of a row of zeros.
 template <class T>
-FASTDPO_HD inline void zero_row(T* out, int64_t size, int64_t lane, int64_t lanes) {
+FASTDPO_HD inline void zero_row(T* out, Column size, Column lane, Column lanes) {
   const RowSplit split = split_row(out, size);
   const Vector<T> zeros = {};
-  for (int64_t v = lane; v < split.vectors; v += lanes) store_vector(out + split.head + v * Vector<T>::kSize, zeros);
-  for (int64_t i = lane; i < split.head; i += lanes) out[i] = zeros.element[0];
-  for (int64_t i = split.tail + lane; i < size; i += lanes) out[i] = zeros.element[0];
+  for (Column v = lane; v < split.vectors; v += lanes) store_vector(out + split.head + v * Vector<T>::kSize, zeros);
+  for (Column i = lane; i < split.head; i += lanes) out[i] = zeros.element[0];
+  for (Column i = split.tail + lane; i < size; i += lanes) out[i] = zeros.element[0];
 }
 
 // A lane's share of the row's gradient into `out`, which may be `row`: an element is written by the lane that read it.
 // Vectors are used where both rows have the same alignment.
-template <class T>
-FASTDPO_HD inline void grad_row(const T* row, T* out, int64_t size, int64_t label, const RowGrad& grad, int64_t lane,
-                                int64_t lanes) {
-  constexpr int kSize = Vector<T>::kSize, kVectors = kBatch / kSize;
+template <bool kEntropy, class T>
+FASTDPO_HD inline void grad_row(const T* row, T* out, Column size, Column label, const RowGrad<kEntropy>& grad,
+                                Column lane, Column lanes) {
+  constexpr int kSize = Vector<T>::kSize, kVectors = 2;  // four of fp32 spill on sm_100
   const bool same_alignment = (reinterpret_cast<uintptr_t>(row) - reinterpret_cast<uintptr_t>(out)) % kVectorBytes == 0;
   const RowSplit split = same_alignment ? split_row(out, size) : RowSplit{size, 0, size};
   const float label_grad = grad.label();
-  const auto gradient = [&](T x, bool is_label) {
+  const auto gradient = [&](T x) {
     T result;
-    from_float(is_label ? label_grad : grad.other(to_float(x)), &result);
+    from_float(grad.other(to_float(x)), &result);
     return result;
   };
-  int64_t v = lane;
+  const auto store_gradients = [&](Column first, Vector<T> x) {
+    for (int k = 0; k < kSize; ++k) x.element[k] = gradient(x.element[k]);
+    store_vector(out + first, x);
+    // Over what this lane has just written: one comparison for most of a row.
+    if (static_cast<uint32_t>(label - first) < kSize) from_float(label_grad, out + label);
+  };
+  Column v = lane;
   for (; v + (kVectors - 1) * lanes < split.vectors; v += kVectors * lanes) {
     Vector<T> loaded[kVectors];
     for (int i = 0; i < kVectors; ++i) loaded[i] = load_vector(row + split.head + (v + i * lanes) * kSize);
-    for (int i = 0; i < kVectors; ++i) {
-      const int64_t first = split.head + (v + i * lanes) * kSize;
-      for (int k = 0; k < kSize; ++k) loaded[i].element[k] = gradient(loaded[i].element[k], first + k == label);
-      store_vector(out + first, loaded[i]);
-    }
+    for (int i = 0; i < kVectors; ++i) store_gradients(split.head + (v + i * lanes) * kSize, loaded[i]);
   }
   for (; v < split.vectors; v += lanes) {
-    const int64_t first = split.head + v * kSize;
-    Vector<T> loaded = load_vector(row + first);
-    for (int k = 0; k < kSize; ++k) loaded.element[k] = gradient(loaded.element[k], first + k == label);
-    store_vector(out + first, loaded);
+    const Column first = split.head + v * kSize;
+    store_gradients(first, load_vector(row + first));
   }
-  for (int64_t i = lane; i < split.head; i += lanes) out[i] = gradient(row[i], i == label);
-  for (int64_t i = split.tail + lane; i < size; i += lanes) out[i] = gradient(row[i], i == label);
+  const auto store_one = [&](Column i) {
+    if (i == label) from_float(label_grad, out + i);
+    else out[i] = gradient(row[i]);
+  };
+  for (Column i = lane; i < split.head; i += lanes) store_one(i);
+  for (Column i = split.tail + lane; i < size; i += lanes) store_one(i);
 }
 
-// A row whose coef is 0 gets zeros, whatever its logits; they are not read.
-template <class T>
-FASTDPO_HD inline void backward_row(const LogitsBackwardArgs& a, int64_t row, int64_t lane, int64_t lanes) {
+// A row whose coefs are 0 gets zeros, whatever its logits; they are not read.
+template <bool kEntropy, class T>
+FASTDPO_HD inline void backward_row(const LogitsBackwardArgs& a, int64_t row, Column lane, Column lanes) {
   T* out = row_of(static_cast<T*>(a.dlogits), a.dlogits_stride, row);
-  const RowGrad grad = {a.inv_temperature, a.lse[row], a.logps[row], a.coef[row]};
-  if (grad.coef == 0.0f) {
-    zero_row(out, a.vocab_size, lane, lanes);
+  const auto size = static_cast<Column>(a.vocab_size);
+  RowGrad<kEntropy> grad = {a.inv_temperature, a.lse[row], a.logps[row], a.coef[row] * a.inv_temperature, 0.0f, 0.0f};
+  if (kEntropy) {
+    grad.entropy = a.entropy[row];
+    grad.coef_entropy = a.coef_entropy[row] * a.inv_temperature;
+  }
+  if (grad.coef == 0.0f && grad.coef_entropy == 0.0f) {
+    zero_row(out, size, lane, lanes);
   } else {
-    grad_row(row_of(static_cast<const T*>(a.logits), a.logits_stride, row), out, a.vocab_size, a.labels[row], grad,
-             lane, lanes);
+    const T* logits = row_of(static_cast<const T*>(a.logits), a.logits_stride, row);
+    grad_row(logits, out, size, static_cast<Column>(a.labels[row]), grad, lane, lanes);
   }
 }
 

@@ -1,6 +1,7 @@
 """logits -> log p(label), for trainers that already hold logits: one read forward, one read and write backward.
 
-logp = z[label] - log sum_v exp z[v],  z = logits / temperature        dlogits = coef * (1[label] - p) / temperature
+logp = z[label] - log sum_v exp z[v],  z = logits / temperature        entropy = -sum_v p log p
+dlogits = (coef * (1[label] - p) - coef_entropy * p * (log p + entropy)) / temperature
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def selective_log_softmax(
     *,
     temperature: float = 1.0,
     inplace_backward: bool = False,
-) -> Tensor:
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Log-softmax at chosen columns, without the log-softmax of the others.
 
     Equivalent to::
@@ -29,6 +31,7 @@ def selective_log_softmax(
         logps = (logits.float() / temperature).log_softmax(-1)
         logps = logps.gather(-1, index[..., None])[..., 0]       # index [...]
         logps = logps.gather(-1, index)                          # index [..., K]
+        entropy = -(logps.exp() * logps).sum(-1)                 # of the first line's logps
 
     Args:
         logits: ``[..., V]`` fp32, bf16 or fp16 (fp64 for checking), any strides.
@@ -37,17 +40,21 @@ def selective_log_softmax(
         inplace_backward: write the gradient over the logits' storage instead of allocating it. The logits are gone
             after the backward: their version counter moves, and a later use in autograd raises RuntimeError.
             torch.compile breaks its graph here.
+        return_entropy: also return the entropy, in nats, of each row's distribution at this temperature, from the same
+            read of the logits; it has a gradient too, from the same backward.
 
     Returns:
-        fp32 (fp64 for fp64 logits), shaped like `index`; 0 where it is -100, NaN where it is out of range.
+        fp32 (fp64 for fp64 logits), shaped like `index`; 0 where it is -100, NaN where it is out of range. With
+        `return_entropy` a pair, (logps, entropy), both as described; with K columns a row's entropy stands at each.
 
     Raises:
         ValueError, TypeError: naming the argument and its value.
+        RuntimeError: a CUDA kernel could not be launched; with CUDA's own error, the device, type and shape.
 
     Guarantees:
         All arithmetic is fp32 or wider; the gradient is rounded once, to the logits' type, and is exact for confident
-        tokens (1 - p from expm1). NaN or Inf in the logits of a row that is left out does not
-        reach the result.
+        tokens (1 - p from expm1). Columns masked with -inf have p = 0 and no share in the entropy. NaN or Inf in one
+        row stays there, and in a row that is left out it does not reach the result.
 
     Source: TRL's function of the same name, whose call this accepts.
     """
@@ -83,31 +90,37 @@ def selective_log_softmax(
             raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments = (flat, flat_index.long(), float(temperature))
+    arguments = (flat, flat_index.long(), float(temperature), bool(return_entropy))
     if traced(logits, index) and not (inplace_backward and torch.compiler.is_compiling()):
-        return selective_op(*arguments)[0].view(index.shape)
-    return apply(_SelectiveLogSoftmax, *arguments, inplace_backward).view(index.shape)
+        logps, entropy = selective_op(*arguments)[:2]
+    else:
+        logps, entropy = apply(_SelectiveLogSoftmax, *arguments, inplace_backward)
+    logps = logps.view(index.shape)
+    return (logps, entropy.view(index.shape)) if return_entropy else logps
 
 
 class _SelectiveLogSoftmax(torch.autograd.Function):
     """[N, V] logits and [N] or [N, K] int64 columns."""
 
     @staticmethod
-    def forward(ctx, logits, index, temperature, inplace_backward):
-        result, logps, lse = logits_forward(logits, index, temperature)
-        ctx.save_for_backward(logits, index, logps, lse)
+    def forward(ctx, logits, index, temperature, return_entropy, inplace_backward):
+        result, of_index, logps, lse, entropy = logits_forward(logits, index, temperature, return_entropy)
+        ctx.save_for_backward(logits, index, logps, lse, entropy)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
-        return result
+        ctx.set_materialize_grads(False)  # without a gradient of the entropy its terms are not computed
+        return result, of_index
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogps):
-        logits, *saved = ctx.saved_tensors
+    def backward(ctx, dlogps, dentropy):
+        saved = ctx.saved_tensors
+        logits, logps = saved[0], saved[2]
         dlogits = (
             logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
         )
-        logits_backward(logits, *saved, dlogps, ctx.temperature, dlogits)
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
+        logits_backward(*saved, dlogps, dentropy, ctx.temperature, dlogits)
         if ctx.inplace_backward:
             torch.autograd.graph.increment_version(logits)
             dlogits = dlogits.detach()
-        return dlogits, None, None, None
+        return dlogits, None, None, None, None

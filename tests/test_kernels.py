@@ -103,11 +103,11 @@ def test_hot_loops_are_the_innermost_with_a_product(monkeypatch):
 
 # A CUDA kernel's loop over whole vectors, then one over single elements.
 USAGE = """
- Function _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16EEEvNS_4ArgsE:
+ Function _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16ELb0EEEvNS_4ArgsE:
   REG:40 STACK:0 SHARED:128 LOCAL:0 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 CUDA_LISTING = """
-		Function : _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16EEEvNS_4ArgsE
+		Function : _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16ELb0EEEvNS_4ArgsE
         /*0010*/                   LDG.E.EF.128 R8, [R2.64] ;
         /*0020*/                   STG.E.EF.128 [R2.64], R8 ;
         /*0030*/              @!P0 BRA 0x10 ;
@@ -135,3 +135,20 @@ def test_faults_of_a_cuda_kernel(monkeypatch, old, new, fault):
     assert (kernel.name, kernel.type, kernel.registers) == ("logits_backward_kernel", "bf16", 40)
     found = faults(kernel)
     assert fault in found[0] if fault else found == []
+
+
+def test_names_of_cuda_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from cuda_kernels import faults, kernels_in
+
+    def renamed(text, name):
+        return text.replace("22logits_backward_kernelINS_8BFloat16ELb0EEE", name)
+
+    for mangled, name, kind in [
+        ("21logits_forward_kernelIfLb1EEE", "logits_forward_kernel, entropy", "fp32"),
+        ("20logits_finish_kernelINS_7Float16ELb0EEE", "logits_finish_kernel", "fp16"),
+    ]:
+        listing = renamed(CUDA_LISTING, mangled).replace(".128", ".64")
+        (kernel,) = kernels_in(listing, renamed(USAGE, mangled))
+        assert (kernel.name, kernel.type) == (name, kind)
+        assert bool(faults(kernel)) == ("finish" not in name)  # which has no loop over a row

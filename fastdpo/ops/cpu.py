@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..routing import BLOCK, Routing, num_blocks
 from .cpu_backward import backward
-from .cpu_operands import Operands, address
+from .cpu_operands import Operands
+from .native import address
 from .problem import Forward, Head, Tokens
 
 __all__ = ["backward", "forward"]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ..routing import BLOCK, Routing, num_blocks
-from .cpu_operands import TILE_BYTES, Operands, address
+from .cpu_operands import TILE_BYTES, Operands
 from .gemm import matmul, padded_rows
+from .native import address
 from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 from .workers import in_order
 

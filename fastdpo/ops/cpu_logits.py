@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routing import num_blocks
-from .native import extension
+from .native import address, extension
 
 CHUNK_BYTES = 16 << 20
 
@@ -26,53 +26,57 @@ def _tile(data: Tensor, temperature: float):
     )
 
 
-def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits with unit column stride, [N] labels (< 0: none) -> (logps, lse), fp32 [N]."""
+def forward(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[N, V] logits with unit column stride, [N] labels (< 0: none) -> (logps, lse, entropy or None), fp32 [N]."""
     native, threads = extension(), torch.get_num_threads()
     count, vocab_size = logits.shape
     blocks = num_blocks(vocab_size)
     logps, lse = torch.empty(count), torch.empty(count)
+    entropy = torch.empty(count) if with_entropy else None
     for rows in _chunks(logits):
         data = logits[rows].float()
         n = data.shape[0]
         block_lse, label_logit = torch.empty(n, blocks), torch.full((n,), -torch.inf)
+        stats = None
+        if with_entropy:
+            stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64)
+            native.init_stats(address(stats), n)
         label = labels[rows].contiguous()
-        native.fold(
-            _tile(data, temperature),
-            label.data_ptr(),
-            block_lse.data_ptr(),
-            blocks,
-            label_logit.data_ptr(),
-            0,
-            threads,
-        )
-        addresses = (block_lse.data_ptr(), 0, label_logit.data_ptr(), label.data_ptr(), 0)
-        outputs = (logps[rows].data_ptr(), lse[rows].data_ptr(), 0, 0, 0, 0)
+        tile = _tile(data, temperature)
+        native.fold(tile, *map(address, (label, block_lse)), blocks, address(label_logit), address(stats), threads)
+        addresses = (address(block_lse), 0, *map(address, (label_logit, label, stats)))
+        outputs = (*map(address, (logps[rows], lse[rows], entropy if entropy is None else entropy[rows])), 0, 0, 0)
         native.finish(n, blocks, vocab_size, 0, 0, *addresses, *outputs, 0, 0, 0.0, 0, threads)
-    return logps, lse
+    return logps, lse, entropy
 
 
 def backward(
-    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, temperature: float, out: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    temperature: float,
+    out: Tensor,
+    entropy: Tensor | None = None,
+    coef_entropy: Tensor | None = None,
 ) -> None:
-    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature; zeros where coef is 0."""
+    """dlogits into `out`, which may be `logits`; zeros where the coefs are 0. The formula: csrc/row_formulas.h."""
     native, threads = extension(), torch.get_num_threads()
     labels, coef = labels.contiguous(), coef.contiguous()
+    no_gradient = coef == 0
+    if coef_entropy is not None:
+        coef_entropy = coef_entropy.contiguous()
+        no_gradient &= coef_entropy == 0
     for rows in _chunks(logits):
         in_place = out.dtype == torch.float32 and out.stride(1) == 1
         data = out[rows] if in_place else torch.empty(out[rows].shape)
         if data.data_ptr() != logits[rows].data_ptr():
             data.copy_(logits[rows])
-        native.grad(
-            _tile(data, temperature),
-            labels[rows].data_ptr(),
-            lse[rows].data_ptr(),
-            logps[rows].data_ptr(),
-            coef[rows].data_ptr(),
-            0,
-            0,
-            threads,
-        )
-        data[coef[rows] == 0] = 0  # whatever the logits: 0 * NaN would let a masked row's NaN out
+        of_rows = [None if x is None else x[rows] for x in (labels, lse, logps, coef, entropy, coef_entropy)]
+        native.grad(_tile(data, temperature), *map(address, of_rows), threads)
+        data[no_gradient[rows]] = 0  # whatever the logits: 0 * NaN would let a masked row's NaN out
         if not in_place:
             out[rows] = data.to(out.dtype)

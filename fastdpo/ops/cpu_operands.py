@@ -12,15 +12,11 @@ from torch import Tensor
 
 from ..routing import BLOCK
 from .gemm import matmul
-from .native import extension
+from .native import address, extension
 from .problem import Head, Tokens
 
 TILE_BYTES = 8 << 20  # one logits tile, one chunk of hidden, one slab of weight: about six such live at a time
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/launch.h, DType
-
-
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 class Operands:

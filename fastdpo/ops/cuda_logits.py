@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import native
+from .native import address, extension
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/launch.h
 
@@ -18,35 +19,61 @@ def _launch(name: str, x: Tensor, *arguments) -> None:
     native.launch(name, x.device, *arguments, DTYPES[x.dtype], what=what)
 
 
-def forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits with unit column stride, [N] labels -> (logps, lse), fp32 [N].
+def _splits(logits: Tensor) -> int:
+    """Blocks of threads for each row: more than one where rows are too few to fill the GPU."""
+    return extension().logits_splits(*logits.shape, _multiprocessors(logits.device))
 
-    A label of -1 gives the lse alone; rows with -2 are not read, and get zeros.
+
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[N, V] logits with unit column stride, [N] labels -> (logps, lse, entropy or None), fp32 [N].
+
+    A label of -1 gives the lse and the entropy alone; rows with -2 are not read, and get zeros.
     """
-    count, vocab_size = logits.shape
-    labels = labels.contiguous()
-    logps, lse = (torch.empty(count, dtype=torch.float32, device=logits.device) for _ in range(2))
+    labels, splits = labels.contiguous(), _splits(logits)
+    count = len(labels)
+
+    def floats(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=logits.device) if wanted else None
+
+    logps, lse, entropy = floats(True, count), floats(True, count), floats(with_entropy, count)
+    partials = floats(splits > 1, count, splits, extension().PARTIAL_FLOATS)
     _launch(
         "cuda_logits_forward",
         logits,
-        *(logits.data_ptr(), logits.stride(0), count, vocab_size),
-        *(labels.data_ptr(), logps.data_ptr(), lse.data_ptr(), 1.0 / temperature),
+        *(logits.data_ptr(), logits.stride(0), *logits.shape),
+        *map(address, (labels, logps, lse, entropy)),
+        *(1.0 / temperature, splits, address(partials)),
     )
-    return logps, lse
+    return logps, lse, entropy
 
 
 def backward(
-    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, temperature: float, out: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    temperature: float,
+    out: Tensor,
+    entropy: Tensor | None = None,
+    coef_entropy: Tensor | None = None,
 ) -> None:
-    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature; zeros where coef is 0."""
+    """dlogits into `out`, which may be `logits`; zeros where the coefs are 0. The formula: csrc/row_formulas.h."""
     labels, coef = labels.contiguous(), coef.contiguous()
+    coef_entropy = None if coef_entropy is None else coef_entropy.contiguous()
     target = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     _launch(
         "cuda_logits_backward",
         logits,
         *(logits.data_ptr(), logits.stride(0), *logits.shape),
-        *(labels.data_ptr(), logps.data_ptr(), lse.data_ptr(), coef.data_ptr()),
-        *(target.data_ptr(), target.stride(0), 1.0 / temperature),
+        *map(address, (labels, logps, lse, coef, None if coef_entropy is None else entropy, coef_entropy)),
+        *(target.data_ptr(), target.stride(0), 1.0 / temperature, _splits(logits)),
     )
     if target is not out:
         out.copy_(target)

@@ -6,6 +6,10 @@ import functools
 import importlib
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @functools.cache
@@ -21,6 +25,10 @@ def _load():
 def extension():
     """The extension module; only for callers that have seen `available()`."""
     return _load()[0]
+
+
+def address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def available() -> bool:

@@ -202,29 +202,53 @@ def backward(
     )
 
 
-def logits_forward(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """[N, V] logits, [N] labels (< 0: none) -> (logps, lse), fp32 (fp64 for fp64 logits)."""
+def logits_forward(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[N, V] logits, [N] labels (< 0: none) -> (logps, lse, entropy or None), fp32 (fp64 for fp64 logits)."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logps, lse = (torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(2))
+    logps, lse, entropy = (torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(3))
     for rows in _row_chunks(logits):
-        rest, label_logit = _without_label(logits[rows].to(dtype) / temperature, labels[rows])
+        z = logits[rows].to(dtype) / temperature
+        rest, label_logit = _without_label(z, labels[rows])
         rest_lse = rest.logsumexp(1)
         logps[rows] = -torch.nn.functional.softplus(rest_lse - label_logit, threshold=60)
         lse[rows] = torch.logaddexp(rest_lse, label_logit)
-    return logps, lse
+        if with_entropy:  # from differences to the largest logit, so that it does not lose digits to its magnitude
+            d = z - z.amax(1, keepdim=True)
+            e = d.exp()
+            total = e.sum(1)
+            entropy[rows] = total.log() - torch.where(e > 0, e * d, 0 * e).sum(1) / total
+    return logps, lse, entropy if with_entropy else None
 
 
 def logits_backward(
-    logits: Tensor, labels: Tensor, logps: Tensor, lse: Tensor, coef: Tensor, temperature: float, out: Tensor
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    temperature: float,
+    out: Tensor,
+    entropy: Tensor | None = None,
+    coef_entropy: Tensor | None = None,
 ) -> None:
-    """dlogits into `out` (which may be `logits`): coef * (1[v = label] - p) / temperature; zeros where coef is 0."""
+    """dlogits into `out`, which may be `logits`; zeros where the coefs are 0:
+    (coef * (1[v = label] - p) - coef_entropy * p * (log p + entropy)) / temperature."""
     for rows in _row_chunks(logits):
-        dz = -coef[rows, None] * (logits[rows].to(lse.dtype) / temperature - lse[rows, None]).exp()
+        logp = logits[rows].to(lse.dtype) / temperature - lse[rows, None]
+        p = logp.exp()
+        dz = -coef[rows, None] * p
         here = labels[rows] >= 0
         index = labels[rows].clamp(min=0)[:, None]
         label_dz = coef[rows] * -torch.expm1(logps[rows])
         dz.scatter_(1, index, torch.where(here, label_dz, dz.gather(1, index)[:, 0])[:, None])
-        out[rows] = (dz / temperature).masked_fill_(coef[rows, None] == 0, 0.0).to(out.dtype)
+        no_gradient = coef[rows] == 0
+        if coef_entropy is not None:
+            weighted = coef_entropy[rows, None] * p * (logp + entropy[rows, None])
+            dz -= torch.where(p > 0, weighted, 0 * p * coef_entropy[rows, None])
+            no_gradient &= coef_entropy[rows] == 0
+        out[rows] = (dz / temperature).masked_fill_(no_gradient[:, None], 0.0).to(out.dtype)
 
 
 def _row_chunks(logits: Tensor):

@@ -69,6 +69,28 @@ def test_values_and_gradients(dtype, V, inplace):
 
 
 @on_gpu
+@pytest.mark.parametrize("N,V", [(3, 333), (3, 128256), (8, 1_000_003), (700, 32001)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_entropy(dtype, N, V):
+    logits = (torch.randn(N, V, device="cuda") * 4).to(dtype).requires_grad_()
+    index = torch.randint(V, (N,), device="cuda")
+    index[1] = -100
+    coefs = torch.randn(2, N, device="cuda")
+    outputs = fastdpo.selective_log_softmax(logits, index, temperature=0.7, return_entropy=True)
+    (dlogits,) = torch.autograd.grad(outputs, logits, tuple(coefs))
+    again = fastdpo.selective_log_softmax(logits, index, temperature=0.7, return_entropy=True)
+    assert all(torch.equal(x, y) for x, y in zip(outputs, again))
+    oracle = logits.detach().double().requires_grad_()
+    logp = (oracle / 0.7).log_softmax(-1)
+    kept = index >= 0
+    expected = logp.gather(-1, index.clamp(min=0)[:, None])[:, 0] * kept, -(logp.exp() * logp).sum(-1) * kept
+    (wanted,) = torch.autograd.grad(expected, oracle, tuple(coefs.double()))
+    for ours, theirs in zip(outputs, expected):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    assert relative_error(dlogits, wanted) < 2 * TOLERANCE[dtype]
+
+
+@on_gpu
 def test_rows_at_any_alignment_and_stride():
     base = torch.randn(40, 5000, device="cuda").bfloat16()
     for start in range(9):

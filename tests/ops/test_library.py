@@ -59,13 +59,16 @@ def test_opcheck_of_the_backward(engine, seed, needs, upstream):
     opcheck(library.token_stats_backward_op, (*inputs, *saved), {**SCALARS, "needs": [bool(x) for x in needs]})
 
 
+@pytest.mark.parametrize("with_entropy", [False, True])
 @pytest.mark.parametrize("columns", [(), (3,)], ids=["one column", "several"])
-def test_opcheck_of_selective_log_softmax(engine, columns):
+def test_opcheck_of_selective_log_softmax(engine, columns, with_entropy):
     logits, index = torch.randn(6, 40, requires_grad=True), torch.randint(0, 40, (6, *columns))
     index[1] = -100
-    opcheck(selective_op, (logits, index, 0.7))
-    _, logps, lse = selective_op(logits.detach(), index, 0.7)
-    opcheck(selective_backward_op, (logits.detach(), index, logps, lse, torch.randn(index.shape), 0.7))
+    opcheck(selective_op, (logits, index, 0.7, with_entropy))
+    *_, logps, lse, entropy = selective_op(logits.detach(), index, 0.7, with_entropy)
+    dlogps, dentropy = torch.randn(2, *index.shape)
+    of_entropy = (entropy, dlogps, dentropy) if with_entropy else (None, dlogps, None)
+    opcheck(selective_backward_op, (logits.detach(), index, logps, lse, *of_entropy, 0.7))
 
 
 def compare(function, batches, backend="aot_eager"):
@@ -162,9 +165,11 @@ def test_the_module_compiles_with_inductor(engine):
 
 
 @pytest.mark.parametrize("columns", [(), (3,)], ids=["one column", "several"])
-def test_selective_log_softmax_compiles(engine, columns):
+@pytest.mark.parametrize("return_entropy", [False, True])
+def test_selective_log_softmax_compiles(engine, columns, return_entropy):
     def step(logits, index):
-        return (fastdpo.selective_log_softmax(logits.tanh(), index, temperature=0.7) * 1.5).sum()
+        out = fastdpo.selective_log_softmax(logits.tanh(), index, temperature=0.7, return_entropy=return_entropy)
+        return (out[0] * out[1]).sum() if return_entropy else (out * 1.5).sum()
 
     compare(step, [(torch.randn(2, n, 50, requires_grad=True), torch.randint(0, 50, (2, n, *columns))) for n in (3, 5)])
 

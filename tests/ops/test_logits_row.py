@@ -29,18 +29,22 @@ def canvas(N: int, V: int, stride: int, offset: int, dtype) -> tuple[torch.Tenso
     return buffer, buffer.as_strided((N, V), (stride, 1), offset)
 
 
-def forward(logits, labels, temperature=1.0, lanes=LANES):
-    logps, lse = torch.full((2, len(labels)), CANARY)
-    addresses = (labels.data_ptr(), logps.data_ptr(), lse.data_ptr())
+def forward(logits, labels, temperature=1.0, lanes=LANES, with_entropy=False, splits=1):
+    """(logps, lse), and the entropy where it is asked for."""
+    results = torch.full((2 + with_entropy, len(labels)), CANARY)
+    partials = torch.full((len(labels), splits, native.extension().PARTIAL_FLOATS), NAN)
+    addresses = [x.data_ptr() for x in (labels, *results)] + [0] * (not with_entropy)
     arguments = (logits.data_ptr(), logits.stride(0), *logits.shape, *addresses, 1 / temperature)
-    native.extension().host_logits_forward(*arguments, DTYPES[logits.dtype], lanes)
-    return logps, lse
+    part = (splits, partials.data_ptr())
+    native.extension().host_logits_forward(*arguments, *part, DTYPES[logits.dtype], lanes)
+    return tuple(results)
 
 
-def backward(logits, labels, logps, lse, coef, out, temperature=1.0, lanes=LANES):
-    addresses = (labels.data_ptr(), logps.data_ptr(), lse.data_ptr(), coef.data_ptr(), out.data_ptr(), out.stride(0))
-    arguments = (logits.data_ptr(), logits.stride(0), *logits.shape, *addresses, 1 / temperature)
-    native.extension().host_logits_backward(*arguments, DTYPES[logits.dtype], lanes)
+def backward(logits, labels, logps, lse, coef, out, temperature=1.0, lanes=LANES, splits=1, of_entropy=None):
+    """`of_entropy`: (entropy, coef_entropy)."""
+    addresses = [x.data_ptr() for x in (labels, logps, lse, coef, *(of_entropy or ()))] + [0, 0] * (not of_entropy)
+    arguments = (logits.data_ptr(), logits.stride(0), *logits.shape, *addresses, out.data_ptr(), out.stride(0))
+    native.extension().host_logits_backward(*arguments, 1 / temperature, splits, DTYPES[logits.dtype], lanes)
 
 
 def expected(logits, labels, coef, temperature):
@@ -91,6 +95,67 @@ def test_any_number_of_lanes(lanes):
     out = torch.full_like(logits, CANARY)
     backward(logits, labels, *ours, coef, out, lanes=lanes)
     assert relative_error(out, dlogits) < 3e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("splits", [1, 2, 7, 33])
+def test_entropy_and_splits(dtype, splits):
+    """However many blocks share a row, with parts that have no elements too."""
+    N, V, temperature = 5, 3001, 0.7
+    logits, labels = (torch.randn(N, V) * 4).to(dtype), torch.tensor([0, 3000, 77, LEFT_OUT, NO_LABEL])
+    logits[0, 5] = 20.0  # nearly all of the mass
+    logits[2, 100:2000] = -INF
+    coef, coef_entropy = torch.randn(2, N)
+    coef[3] = coef_entropy[3] = 0.0
+    logps, lse, entropy = forward(logits, labels, temperature, with_entropy=True, splits=splits)
+    plain = forward(logits, labels, temperature, splits=splits)
+    assert torch.equal(logps, plain[0]) and torch.equal(lse, plain[1])
+    z = (logits.double() / temperature).requires_grad_()
+    logp = z.log_softmax(1)
+    wanted = -(logp.exp() * logp.masked_fill(logp == -INF, 0)).sum(1) * (labels != LEFT_OUT)
+    torch.testing.assert_close(entropy.double(), wanted.detach(), rtol=2e-6, atol=1e-6)
+    picked = logp.gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
+    rows = [0, 1, 2, 4]
+    torch.testing.assert_close(logps.double()[:3], picked.detach()[:3], rtol=2e-6, atol=2e-6)
+    out = torch.full_like(logits, CANARY)
+    saved = (labels, logps, lse, coef * (labels >= 0))
+    backward(logits, *saved, out, temperature, splits=splits, of_entropy=(entropy, coef_entropy))
+    p = logp.detach().exp()
+    one_hot = torch.nn.functional.one_hot(labels.clamp(min=0), V) * (labels >= 0)[:, None]
+    of_entropy = torch.where(p > 0, p * (logp.detach() + wanted.detach()[:, None]), 0.0)
+    dlogits = (saved[3].double()[:, None] * (one_hot - p) - coef_entropy.double()[:, None] * of_entropy) / temperature
+    for row in rows:
+        # what an lse of 30 in fp32 cannot tell apart is absolute
+        size = dlogits[row].norm() + coef[row].abs() + coef_entropy[row].abs()
+        assert (out[row].double() - dlogits[row]).norm() < 2 * TOLERANCE[dtype] * size, row
+    assert (out[3] == 0).all()
+
+
+def test_when_a_row_is_split():
+    splits = native.extension().logits_splits
+    assert splits(660, 128256, 132) == 1 and splits(331, 128256, 132) == 1
+    assert splits(330, 128256, 132) == 2 and splits(8, 128256, 132) == 31  # one batch for each thread
+    assert splits(100, 128256, 132) == 6 and splits(1, 8191, 132) == 1 and splits(0, 8192, 132) == 2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
+@pytest.mark.parametrize("largest", [3.3e38, 1e30, 1e9])
+def test_logits_of_any_magnitude(temperature, largest):
+    """Also where z * log2(e) overflows fp32, and z does not."""
+    largest *= min(temperature, 1.0)
+    logits = torch.full((3, 700), -0.9 * largest)
+    logits[0, [3, 600]] = largest  # two that are equal
+    logits[1, [3, 600]] = torch.tensor([2 / 3, 1.0]) * largest
+    labels, one = torch.tensor([3, 600, 5]), torch.ones(3)
+    for splits in (1, 3):
+        logps, lse, entropy = forward(logits, labels, temperature, with_entropy=True, splits=splits)
+        log2, log700 = (torch.tensor(float(n)).log().item() for n in (2, 700))
+        torch.testing.assert_close(logps, torch.tensor([-log2, 0.0, -log700]))
+        torch.testing.assert_close(entropy, torch.tensor([log2, 0.0, log700]))
+        torch.testing.assert_close(lse.double(), (logits.double() / temperature).logsumexp(1), rtol=1e-7, atol=0)
+    out = torch.empty_like(logits)
+    backward(logits[1:2], labels[1:2], logps[1:], lse[1:], one, out[1:2], temperature)
+    assert (out[1] == 0).all()
 
 
 def test_a_confident_label_keeps_its_gradient():
@@ -180,6 +245,7 @@ def launched_on_the_cpu(monkeypatch):
         getattr(native.extension(), name.replace("cuda", "host"))(*arguments, DTYPES[x.dtype], LANES)
 
     monkeypatch.setattr(cuda_logits, "_launch", launch)
+    monkeypatch.setattr(cuda_logits, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(ops, "_choose_logits", lambda device, dtype: ("cuda", "a test"))
 
 
@@ -189,6 +255,13 @@ def test_engine_matches_definition(launched_on_the_cpu, dtype, columns):
     test_selective.test_matches_definition(None, dtype, (3, 5, 1000), columns)
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("columns", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_engine_matches_definition_of_entropy(launched_on_the_cpu, dtype, columns, inplace):
+    test_selective.test_entropy_matches_definition(None, dtype, (3, 5, 1000), columns, inplace)
+
+
 @pytest.mark.parametrize(
     "test",
     [
@@ -196,9 +269,23 @@ def test_engine_matches_definition(launched_on_the_cpu, dtype, columns):
         test_selective.test_strided_logits,
         test_selective.test_masked_and_invalid_rows,
         test_selective.test_empty,
+        test_selective.test_entropy_of_rows_with_nan_infinity_or_no_label,
+        test_selective.test_entropy_of_strided_and_empty_logits,
+        test_selective.test_large_fp32_logits,
         lambda engine: test_selective.test_inplace_backward_is_equal_and_guarded(engine, torch.bfloat16),
+        lambda engine: test_selective.test_entropy_from_flat_to_certain(engine, 1_000_000),  # rows in 110 parts
     ],
-    ids=["named twice", "strided", "masked", "empty", "in place"],
+    ids=[
+        "twice",
+        "strided",
+        "masked",
+        "empty",
+        "NaN",
+        "entropy strided",
+        "large",
+        "in place",
+        "entropy of a split row",
+    ],
 )
 def test_engine_keeps_the_contract(launched_on_the_cpu, test):
     test(None)
@@ -211,6 +298,6 @@ def test_a_launch_that_fails_says_what_and_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     x = SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.float32, shape=(2, 3))
     with pytest.raises(RuntimeError, match=r"cuda_logits_forward on cuda:0.*\(2, 3\): CUDA error \d+, .*CUDA"):
-        cuda_logits._launch("cuda_logits_forward", x, 0, 3, 2, 3, 0, 0, 0, 1.0)
+        cuda_logits._launch("cuda_logits_forward", x, 0, 3, 2, 3, 0, 0, 0, 0, 1.0, 1, 0)
     with pytest.raises(RuntimeError, match=r"cuda_logits_backward on cuda:0.*CUDA error"):
-        cuda_logits._launch("cuda_logits_backward", x, 0, 3, 2, 3, 0, 0, 0, 0, 0, 3, 1.0)
+        cuda_logits._launch("cuda_logits_backward", x, 0, 3, 2, 3, 0, 0, 0, 0, 0, 0, 0, 3, 1.0, 1)
