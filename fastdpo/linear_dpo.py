@@ -18,7 +18,7 @@ from .logps import TokenStats, linear_token_stats
 from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
-from .sequences import Sequences, check_layout
+from .sequences import Sequences, check_layout, num_sequences
 from .validation import FLOATS, HeadOptions, check_number
 
 
@@ -150,8 +150,7 @@ def _linear_dpo_loss(
     options: _DPOOptions,
 ) -> DPOOutput:
     check_layout(hidden, labels, cu_seqlens, options.head.get("check_labels", False))
-    sequences = Sequences(labels, options.head.get("ignore_index", -100), cu_seqlens)
-    _check_reference(reference, weight, bias, labels, sequences.num, options)
+    _check_reference(reference, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
     stats = linear_token_stats(
         hidden,
         weight,
@@ -169,6 +168,7 @@ def _linear_dpo_loss(
         with torch.no_grad():
             ref_logps = linear_token_stats(reference.hidden, ref_weight, labels, ref_bias, stats=(), **head).logps
 
+    ignore_index = options.head.get("ignore_index", -100)
     whole = batch_losses(
         options.preference,
         stats.logps,
@@ -178,13 +178,13 @@ def _linear_dpo_loss(
         labels=labels,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
         log_sum_sq_probs=stats.log_sum_sq_probs,
-        ignore_index=options.head.get("ignore_index", -100),
+        ignore_index=ignore_index,
         average=options.average_log_prob,
         ld_alpha=options.ld_alpha,
     )
     if whole is not None:
         return DPOOutput(*whole)
-    return _in_steps(stats, ref_logps, sequences, options)
+    return _in_steps(stats, ref_logps, Sequences(labels, ignore_index, cu_seqlens), options)
 
 
 def _in_steps(stats: TokenStats, ref_logps: Tensor | None, sequences: Sequences, options: _DPOOptions) -> DPOOutput:

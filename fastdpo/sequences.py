@@ -6,7 +6,6 @@ fixed order; what is not a completion token is selected away, never multiplied b
 
 from __future__ import annotations
 
-import functools
 from itertools import pairwise
 
 import torch
@@ -16,28 +15,25 @@ from .autograd import traced
 from .ops.preference_reference import cast, wide_dtype
 
 
+def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
+    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
 class Sequences:
     """The completion tokens of 2B sequences; `labels`' shape is the shape of everything per token."""
 
     def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None):
-        self.labels, self.ignore_index, self.cu_seqlens = labels, ignore_index, cu_seqlens
-        self.num = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.mask = labels != ignore_index
+        self.num = num_sequences(labels, cu_seqlens)
+        self.offsets = None
+        if cu_seqlens is not None:
+            # Offsets on a GPU are not read by the host: bounded here, wrong ones cannot leave the array.
+            self.offsets = cu_seqlens.to(labels.device, torch.int64).clamp(0, labels.shape[0])
+            if self.num:
+                self.offsets = self.offsets.cummax(0).values
+        self.counts = self._counts()  # [2B] int64, completion tokens
 
-    @functools.cached_property
-    def mask(self) -> Tensor:
-        return self.labels != self.ignore_index
-
-    @functools.cached_property
-    def offsets(self) -> Tensor | None:
-        if self.cu_seqlens is None:
-            return None
-        # Offsets on a GPU are not read by the host: bounded here, wrong ones cannot leave the array.
-        offsets = self.cu_seqlens.to(self.labels.device, torch.int64).clamp(0, self.labels.shape[0])
-        return offsets.cummax(0).values if self.num else offsets
-
-    @functools.cached_property
-    def counts(self) -> Tensor:
-        """[2B] int64, completion tokens"""
+    def _counts(self) -> Tensor:
         if self.offsets is None:
             return self.mask.sum(1)
         before = torch.cat([self.mask.new_zeros(1, dtype=torch.int64), self.mask.cumsum(0)])[self.offsets]
