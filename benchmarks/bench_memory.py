@@ -1,6 +1,7 @@
 """Peak resident memory of one policy forward and backward beyond inputs and returned gradients, per peer.
 
 python benchmarks/bench_memory.py [--tokens 4096 --vocab 131072 --hidden-size 64 --frozen --dtype float32]
+python benchmarks/bench_memory.py --tokens 1024 4096 16384 65536 --vocab 32768 --frozen     memory against context
 
 Each measurement is a process of its own: growth of the resident set over its value with the inputs in place, less
 what `backward` returned. Linux only.
@@ -40,10 +41,10 @@ def resident() -> int:
 def measure(args) -> float:
     """MiB, in this process."""
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    hidden = torch.randn(args.tokens, args.hidden_size, dtype=dtype, requires_grad=True)
+    dtype, (tokens,) = getattr(torch, args.dtype), args.tokens
+    hidden = torch.randn(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
     weight = torch.randn(args.vocab, args.hidden_size, dtype=dtype, requires_grad=not args.frozen)
-    labels = torch.randint(0, args.vocab, (args.tokens,))
+    labels = torch.randint(0, args.vocab, (tokens,))
     logps = logps_of(args.path)
     small = hidden[:64].detach().requires_grad_()  # loads what is loaded once
     logps(small, weight.detach()[:512].requires_grad_(not args.frozen), labels[:64] % 512).sum().backward()
@@ -68,7 +69,8 @@ def measure(args) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs.add_arguments(parser)
-    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
+    parser.add_argument("--limit", type=float, default=8, help="GiB: logits that take a third of it are not tried")
     parser.add_argument("--vocab", type=int, default=131072)
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--frozen", action="store_true", help="the head takes no gradient")
@@ -78,20 +80,37 @@ def main() -> None:
     if args.path:
         print(measure(args))
         return
-    shape = sys.argv[1:]
     rows = []
-    for path in PATHS:
-        done = subprocess.run([sys.executable, __file__, *shape, "--path", path], capture_output=True, text=True)
-        failed = done.stderr.strip().splitlines()[-1:] if done.returncode else [None]
-        rows.append({"path": path, "MiB": None if failed[0] else float(done.stdout), "failed": failed[0]})
+    for tokens in args.tokens:
+        logits = tokens * args.vocab * 4 / 2**20
+        for path in PATHS:
+            row = {"path": path, "N": tokens, "MiB": None, "failed": None, "logits alone, fp32 MiB": logits}
+            rows.append(row)
+            if path == "eager" and 3 * logits > args.limit * 1024:
+                row["failed"] = f"not tried: its logits need more than {args.limit:g} GiB"
+                continue
+            shape = [
+                "--tokens",
+                tokens,
+                "--vocab",
+                args.vocab,
+                "--hidden-size",
+                args.hidden_size,
+                "--dtype",
+                args.dtype,
+            ]
+            command = [sys.executable, __file__, *map(str, shape), *["--frozen"] * args.frozen, "--path", path]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                row["failed"] = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+            else:
+                row["MiB"] = float(done.stdout)
     notes = {
-        "N": args.tokens,
         "V": args.vocab,
         "H": args.hidden_size,
         "dtype": args.dtype,
         "head": "frozen" if args.frozen else "trained",
-        "logits alone, fp32 MiB": args.tokens * args.vocab * 4 / 2**20,
-        "fastdpo's bound, MiB": 128 + args.tokens * 256 / 2**20,
+        "fastdpo's bound, MiB": "128 + N * 256 / 2**20",
     }
     inputs.report(args.output, "Peak resident memory beyond inputs and returned gradients", rows, notes)
 

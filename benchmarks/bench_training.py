@@ -9,8 +9,8 @@ python benchmarks/bench_training.py --output benchmarks/results/2026-11-training
     trl bf16   TRL's ChunkedLogProbFunction, its logits rounded to bf16 as on bf16 weights
 
 A small Llama is first trained on synthetic text with a known next-token distribution, until its head is peaked, then
-DPO-trained from the same weights. Chosen and rejected completions are drawn from the text's own distribution; chosen ones
-hold, at random places, more of half of the vocabulary. Seeds change the pairs and their order. Runs are kept in the
+DPO-trained from the same weights. Chosen and rejected completions are drawn from the text's own distribution, chosen
+ones with more of one half of the vocabulary, rejected ones with less. Seeds change the pairs and their order. Runs are kept in the
 output as they finish: a second call goes on where the first stopped.
 """
 

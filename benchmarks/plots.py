@@ -1,0 +1,160 @@
+"""The pictures of the README, from the committed results: `python benchmarks/plots.py [--results DIR] [--output DIR]`.
+
+A picture whose results are missing is left out. GPU results have plot_gpu.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+OURS, OTHERS = "#1b7f4b", "#9aa5b1"
+COLORS = {"exact": "black", "routed": OURS, "dropped": "#c44e52", "trl bf16": "#dd8b2f"}
+
+
+def where_and_when(record: dict) -> str:
+    env = record["environment"]
+    names = ("torch", "trl", "liger_kernel")
+    versions = ", ".join(f"{name} {env['versions'][name]}" for name in names if name in env["versions"])
+    return f"{env['cpu']}, {env['threads']} threads, {versions}, {env['date']}"
+
+
+def finish(figure, record: dict, output: Path) -> None:
+    figure.text(0.5, 0.005, where_and_when(record), ha="center", fontsize=7, color="gray")
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def color_of(name: str) -> str:
+    return OURS if name.startswith("fastdpo") else OTHERS
+
+
+def plot_step(record: dict, output: Path) -> None:
+    """Seconds of one DPO step on the head, against the peers."""
+    rows = sorted(record["rows"], key=lambda row: -row["median s"])
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    bars = axis.barh(
+        [row["step"] for row in rows], [row["median s"] for row in rows], xerr=[row["spread s"] / 2 for row in rows],
+        color=[color_of(row["step"]) for row in rows], error_kw={"lw": 0.8},
+    )  # fmt: skip
+    axis.bar_label(bars, [f"{row['median s']:.2f} s" for row in rows], padding=14, fontsize=8)
+    axis.margins(x=0.15)
+    axis.set_xlabel("seconds, one DPO step on the head")
+    notes = record["notes"]
+    axis.set_title(
+        f"{notes['completion tokens']} completion tokens, V = {notes['V']}, H = {notes['H']}, {notes['dtype']}",
+        fontsize=9,
+    )
+    finish(figure, record, output)
+
+
+def plot_context(record: dict, output: Path) -> None:
+    """Memory beyond inputs and returned gradients against completion tokens."""
+    figure, axis = plt.subplots(figsize=(7, 3.4))
+    for path in dict.fromkeys(row["path"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["path"] == path and row["MiB"] is not None]
+        ours = path.startswith("fastdpo")
+        style = {
+            "color": OURS if ours else {"eager": "#c44e52"}.get(path, "#dd8b2f"),
+            "ls": "--" if "exact" in path else "-",
+        }
+        axis.plot([row["N"] for row in rows], [row["MiB"] for row in rows], "o", label=path, **style)
+    tokens = sorted({row["N"] for row in record["rows"]})
+    axis.plot(tokens, [128 + n * 256 / 2**20 for n in tokens], ":", color="gray", label="fastdpo's bound")
+    axis.set(xscale="log", yscale="log", xlabel="completion tokens", ylabel="MiB")
+    axis.set_xticks(tokens, [f"{n:,}" for n in tokens])
+    axis.minorticks_off()
+    notes = record["notes"]
+    axis.set_title(
+        f"memory of forward and backward, V = {notes['V']}, H = {notes['H']}, {notes['head']} head, {notes['dtype']}",
+        fontsize=9,
+    )
+    axis.legend(fontsize=8)
+    axis.grid(alpha=0.3)
+    finish(figure, record, output)
+
+
+def plot_accuracy(record: dict, output: Path) -> None:
+    """Errors against fp64 with bf16 inputs."""
+    rows = [row for row in record["rows"] if row["inputs"] == "bfloat16"]
+    figures = [
+        ("sequence log-prob, nats", "sequence log-prob, nats"),
+        ("dhidden", "gradient of hidden, relative"),
+        ("dweight", "gradient of the head, relative"),
+    ]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), sharey=True)
+    for axis, (key, title) in zip(axes, figures):
+        axis.barh(
+            [row["path"] for row in rows], [row[key] for row in rows], color=[color_of(row["path"]) for row in rows]
+        )
+        axis.set_xscale("log")
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3, axis="x")
+    figure.suptitle(
+        f"error against fp64, bf16 inputs, {record['notes']['N']} tokens, V = {record['notes']['V']}", fontsize=9
+    )
+    finish(figure, record, output)
+
+
+def plot_training(record: dict, output: Path) -> None:
+    """Loss, margin, entropy while training, and where the parameters end: mean over seeds, and their range."""
+    figure, axes = plt.subplots(1, 4, figsize=(12, 3))
+    runs = record["runs"]
+    paths = list(dict.fromkeys(run["path"] for run in runs))
+    window = 20
+    for axis, name in zip(axes, ("loss", "margin", "entropy")):
+        for path in paths:
+            curves = [
+                [sum(run[name][max(0, i - window) : i + 1]) / (min(i, window) + 1) for i in range(len(run[name]))]
+                for run in runs
+                if run["path"] == path
+            ]
+            steps = range(1, len(curves[0]) + 1)
+            axis.plot(
+                steps, [sum(values) / len(values) for values in zip(*curves)], color=COLORS[path], lw=1.2, label=path
+            )
+            axis.fill_between(
+                steps, *([f(values) for values in zip(*curves)] for f in (min, max)), color=COLORS[path], alpha=0.12
+            )
+        axis.set_title(f"{name}, mean of {window} steps", fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+    axes[0].legend(fontsize=7)
+    far = {path: [run["distance"] for run in runs if run["path"] == path and "distance" in run] for path in paths}
+    far = {path: values for path, values in far.items() if values}
+    travelled = sum(run["travelled"] for run in runs) / len(runs)
+    axes[3].bar(list(far), [sum(v) / len(v) for v in far.values()], color=[COLORS[path] for path in far])
+    axes[3].set_title(f"distance to the exact run's\nparameters ({travelled:.1f} travelled)", fontsize=9)
+    axes[3].tick_params(axis="x", labelsize=8)
+    finish(figure, record, output)
+
+
+PLOTS = {
+    "2026-11-cpu-step.json": ("step.png", plot_step),
+    "2026-11-cpu-context.json": ("context.png", plot_context),
+    "2026-11-cpu-accuracy.json": ("accuracy.png", plot_accuracy),
+    "2026-11-training.json": ("training.png", plot_training),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--output", type=Path, default=HERE / "results" / "plots")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    for source, (name, plot) in PLOTS.items():
+        if (args.results / source).exists():
+            plot(json.loads((args.results / source).read_text()), args.output / name)
+            print(args.output / name)
+
+
+if __name__ == "__main__":
+    main()
