@@ -17,7 +17,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 from fastdpo.integrations import patch_model, unpatch_model
-from fastdpo.integrations.huggingface import LogitsTransform, _head, _PatchedForward
+from fastdpo.integrations.huggingface import LogitsTransform, _PatchedForward
+from fastdpo.integrations.lm_head import applied_head
 
 V = 300
 SHAPE = {
@@ -298,7 +299,8 @@ def test_lora_on_the_head_stays_two_factors():
     model = wrapped(build("phi (bias)"), lora(**ON_HEAD))
     patch_model(model, backward="exact")
     head = model.get_base_model().get_output_embeddings()
-    weight, bias, (a, b, scale) = _head(head)
+    hidden, weight, bias, (a, b, scale) = applied_head(head, torch.zeros(2, 32))
+    assert hidden.shape == (2, 32)
     assert a is head.lora_A["default"].weight and b is head.lora_B["default"].weight and scale == 2.0
     assert weight is head.base_layer.weight and bias is head.base_layer.bias
     assert_same(model)
