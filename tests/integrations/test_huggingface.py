@@ -10,99 +10,12 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("peft")
 
-import peft
 import transformers
-from peft import LoraConfig, get_peft_model
+from causal_models import MODELS, SHAPE, V, assert_same, batch, build, definition, gradients
 
 from fastdpo.integrations import patch_model, unpatch_model
 from fastdpo.integrations.huggingface import LogitsTransform, _PatchedForward
-from fastdpo.integrations.lm_head import applied_head
-
-V = 300
-SHAPE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2_SHAPE = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
-MODELS = {
-    "llama": ("LlamaConfig", SHAPE, LogitsTransform()),
-    "llama tied": ("LlamaConfig", SHAPE | {"tie_word_embeddings": True}, LogitsTransform()),
-    "gemma2 (softcap)": (
-        "Gemma2Config",
-        SHAPE | {"final_logit_softcapping": 30.0},
-        LogitsTransform(softcap=30.0),
-    ),
-    "granite (divides)": ("GraniteConfig", SHAPE | {"logits_scaling": 8.0}, LogitsTransform(0.125)),
-    "hyperclovax (multiplies)": ("HyperCLOVAXConfig", SHAPE | {"logits_scaling": 4.0}, LogitsTransform(4.0)),
-    "cohere (scale, tied)": ("CohereConfig", SHAPE | {"logit_scale": 0.0625}, LogitsTransform(0.0625)),
-    "gpt2 (tied)": ("GPT2Config", GPT2_SHAPE, LogitsTransform()),
-    "phi (bias)": ("PhiConfig", SHAPE, LogitsTransform()),
-}
-
-
-def build(name: str = "llama", seed: int = 0):
-    config, shape, _ = MODELS[name]
-    torch.manual_seed(seed)
-    shape = shape | {"attention_dropout": 0.0} if "n_embd" not in shape else shape
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**shape))
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        head.weight.normal_(std=0.5)
-        if head.bias is not None:
-            head.bias.normal_()
-    return model.eval()  # no dropout
-
-
-def batch(seed: int = 1):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, V, (3, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    ids[1, 6:], mask[1, 6:] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :4] = labels[1, :2] = labels[2, :] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def definition(model, inputs, temperature=1.0):
-    """Log-probs from the model's own logits."""
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    logps = (logits[:, :-1].float() / temperature).log_softmax(-1)
-    labels = inputs["labels"][:, 1:]
-    picked = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return picked.masked_fill(labels == -100, 0.0), logps
-
-
-def gradients(model, loss) -> dict:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model):
-    """Values and every parameter's gradient, against those through the model's own logits."""
-    inputs = batch()
-    weights = torch.linspace(-1.0, 2.0, 24).view(3, 8)
-    expected, _ = definition(model, inputs)
-    expected_grads = gradients(model, (expected * weights).sum())
-    stats = model(**inputs, fastdpo=True)
-    assert stats.logps.shape == (3, 8) and stats.logps.dtype == torch.float32
-    torch.testing.assert_close(stats.logps, expected, rtol=1e-5, atol=2e-5)
-    grads = gradients(model, (stats.logps * weights).sum())
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        scale = expected_grads[name].abs().max().item()
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-5 * max(scale, 1.0), msg=name)
-    return stats
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -249,110 +162,6 @@ def test_copies_and_pickles():
     torch.testing.assert_close(loaded(**inputs, fastdpo=True).logps, expected)
 
 
-def lora(**options) -> LoraConfig:
-    return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options))
-
-
-def wrapped(model, config):
-    torch.manual_seed(3)
-    model = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
-
-
-EVERYWHERE = {"target_modules": "all-linear"}
-ON_HEAD = {"target_modules": ["q_proj", "lm_head"]}
-SAVED_HEAD = {"modules_to_save": ["lm_head"]}
-
-
-@pytest.mark.parametrize(
-    "options", [{}, EVERYWHERE, ON_HEAD, SAVED_HEAD], ids=["attention", "all", "head", "saved head"]
-)
-@pytest.mark.parametrize("order", ["patch first", "wrap first"])
-def test_peft(options, order):
-    model = build()
-    if order == "patch first":
-        patch_model(model, backward="exact")
-        model = wrapped(model, lora(**options))
-    else:
-        model = wrapped(model, lora(**options))
-        assert patch_model(model, backward="exact") is model
-    assert "forward" in model.get_base_model().__dict__ and "forward" not in model.__dict__
-    assert_same(model)
-    inputs = batch()
-    adapted = model(**inputs, fastdpo=True).logps
-    with model.disable_adapter():
-        base = model(**inputs, fastdpo=True).logps
-        torch.testing.assert_close(base, definition(model, inputs)[0], rtol=1e-5, atol=2e-5)
-    assert (adapted - base).abs().max() > 0.1
-    model.merge_adapter()
-    torch.testing.assert_close(model(**inputs, fastdpo=True).logps, adapted, rtol=1e-4, atol=1e-4)
-    model.unmerge_adapter()
-    unpatch_model(model)
-    assert "forward" not in model.get_base_model().__dict__
-
-
-def test_lora_on_the_head_stays_two_factors():
-    model = wrapped(build("phi (bias)"), lora(**ON_HEAD))
-    patch_model(model, backward="exact")
-    head = model.get_base_model().get_output_embeddings()
-    hidden, weight, bias, (a, b, scale) = applied_head(head, torch.zeros(2, 32))
-    assert hidden.shape == (2, 32)
-    assert a is head.lora_A["default"].weight and b is head.lora_B["default"].weight and scale == 2.0
-    assert weight is head.base_layer.weight and bias is head.base_layer.bias
-    assert_same(model)
-
-
-def test_merged_and_disabled_unmerges_as_peft_does():
-    model = wrapped(build(), lora(**ON_HEAD))
-    patch_model(model)
-    expected = model.get_base_model().get_output_embeddings().base_layer.weight.clone()
-    model.merge_adapter()
-    with model.disable_adapter():
-        model(**batch(), fastdpo=True)
-        torch.testing.assert_close(model.get_base_model().get_output_embeddings().base_layer.weight, expected)
-
-
-def second_adapter(model):
-    model.add_adapter("other", lora(**ON_HEAD))
-    model.base_model.set_adapter(["default", "other"])
-
-
-def test_heads_that_are_refused():
-    def refused(match, model, prepare=None):
-        patch_model(model)
-        if prepare:
-            prepare(model)
-        with pytest.raises(NotImplementedError, match=match):
-            model(**batch(), fastdpo=True)
-        assert model(**batch()).logits.shape == (3, 9, V)
-
-    refused("default, other", wrapped(build(), lora(**ON_HEAD)), second_adapter)
-    refused(r"lora_dropout=0\.5", wrapped(build(), lora(lora_dropout=0.5, **ON_HEAD)), lambda m: m.train())
-    for match, config in [
-        ("Dora", lora(use_dora=True, **ON_HEAD)),
-        ("lora_bias", lora(lora_bias=True, **ON_HEAD)),
-        ("loha", peft.LoHaConfig(r=2, target_modules=["lm_head"])),
-        ("TrainableTokens", lora(trainable_token_indices={"lm_head": [5, 6]})),
-    ]:
-        model = wrapped(build("phi (bias)"), config)
-        with pytest.raises(NotImplementedError, match=match):
-            patch_model(model)
-        assert "forward" not in model.get_base_model().__dict__
-        late = wrapped(patch_model(build("phi (bias)")), config)
-        with pytest.raises(NotImplementedError, match=match):
-            late(**batch(), fastdpo=True)
-
-
-def test_dropout_is_fine_where_it_does_nothing():
-    model = wrapped(build(), lora(lora_dropout=0.5, **ON_HEAD))
-    patch_model(model, backward="exact")
-    assert_same(model)
-
-
 class Undeclared(transformers.LlamaForCausalLM):
     """Does to its logits what no configuration names."""
 
@@ -485,9 +294,13 @@ def test_gradient_checkpointing_and_frozen_head():
 
 
 def test_zero3_is_refused():
+    """ZeRO-3 gathers the head for its module's forward and empties it after."""
     model = build()
     patch_model(model)
-    head = model.get_output_embeddings().weight
-    head.ds_id, head.data = 0, torch.empty(0)
+    head = model.get_output_embeddings()
+    whole = head.weight.data
+    head.weight.ds_id, head.weight.data = 0, torch.empty(0)
+    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
+    head.register_forward_hook(lambda *_: setattr(head.weight, "data", torch.empty(0)))
     with pytest.raises(NotImplementedError, match="ZeRO-3"):
         model(**batch(), fastdpo=True)
