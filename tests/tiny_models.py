@@ -55,14 +55,13 @@ OVERRIDES: dict[str, dict] = {
     "blt": {"encoder_hash_byte_group_vocab": 64},
     "chameleon": {"vocabulary_map": {"<image>": V - 1}},
     "dbrx": {
-        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2},
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "emu3": {"vocabulary_map": {"<image>": V - 1}},
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
-    "florence_vision": {"embed_dim": [16, 16, 16, 16]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "glm4v_moe_text": {"rope_parameters": ROPE | {"mrope_section": [1, 1, 2]}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
@@ -70,12 +69,12 @@ OVERRIDES: dict[str, dict] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 4, "head_dim": 32},
     "reformer": {"is_decoder": True, "axial_pos_shape": [8, 8], "axial_pos_embds_dim": [32, 32]},
-    "xlstm": {"mode": "train", "chunk_size": 16},
+    "xlstm": {"hidden_size": 128},
     "xmod": {"default_language": "en_XX"},
     "zamba2": {"layers_block_type": ["mamba", "hybrid"]},
 }
 for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"):
-    OVERRIDES[name] = {"rope_parameters": ROPE}
+    OVERRIDES[name] = {"rope_parameters": ROPE, "head_dim": 16}
 MROPE = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen2_5_omni_text", "paddleocr_vl_text")
 for name in (*MROPE, "glm4v_text", "glm46v_text", "glm_ocr_text"):
     OVERRIDES[name] = {"rope_parameters": ROPE | {"mrope_section": [2, 3, 3]}}
@@ -135,18 +134,22 @@ def _default(cls: type):
 def build(class_name: str, model_type: str):
     """The class in fp32 and evaluation mode, with random weights and logits of a trained model's size.
 
-    Raises what the last of VARIANTS raised.
+    Raises what the first of VARIANTS raised.
     """
     cls = getattr(transformers, class_name)
     config_class = cls.config_class or CONFIG_MAPPING[model_type]
+    failure = None
     for variant in VARIANTS:
         torch.manual_seed(0)
         try:
             model = cls(tiny_config(config_class, variant)).eval()
+            if model.config.is_encoder_decoder:
+                failure = TypeError("an encoder-decoder")
+                break
             with torch.no_grad():
                 logits = model(**inputs(model)).logits
         except Exception as error:
-            failure = failure if variant else error  # noqa: F821 - the first variant comes first
+            failure = failure or error
             continue
         _enlarge(model, logits)
         return model

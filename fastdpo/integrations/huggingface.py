@@ -237,13 +237,12 @@ def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
 
     with _undisturbed(causal):
         generator = torch.Generator().manual_seed(0)
-        ids = _ordinary_tokens(causal, generator)
         hook = head.register_forward_pre_hook(amplify)
         try:
-            logits = _logits(patched, ids)
+            ids, logits = _first_logits(patched, generator)
             gain = max(1.0, PROBE_LOGIT / max(float(logits.abs().max()), 1e-6))
-            logits = _logits(patched, ids)
-            hidden = patched.hidden(input_ids=ids)
+            logits = _logits(patched, ids)[:, :8]
+            hidden = patched.hidden(input_ids=ids)[:, :8]
         finally:
             hook.remove()
         if logits.shape[:-1] != hidden.shape[:-1]:
@@ -251,7 +250,7 @@ def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
                 f"the lm_head of {name} is given hidden states of shape {tuple(hidden.shape)} for logits of "
                 f"shape {tuple(logits.shape)}"
             )
-        labels = torch.randint(logits.shape[-1], (16, ids.shape[1]), generator=generator).to(logits.device)
+        labels = torch.randint(logits.shape[-1], (16, logits.shape[1]), generator=generator).to(logits.device)
         labels[0] = logits.argmax(-1)[0]
         expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
         tolerance = max(PROBE_TOLERANCE.get(x.dtype, 0.0) for x in (hidden, logits))
@@ -273,8 +272,27 @@ def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
     )
 
 
-def _ordinary_tokens(causal: nn.Module, generator: torch.Generator) -> Tensor:
-    """[1, 8] random ids without those the configuration names: an image's placeholder needs more than its id."""
+def _first_logits(patched: _PatchedForward, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(ids [1, T], the model's logits), for the first T that the model takes: some compute in chunks of 64."""
+    ordinary = _ordinary_tokens(patched.model)
+    failure = None
+    for length in (8, 64):
+        ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
+        try:
+            return ids, _logits(patched, ids)
+        except Exception as error:
+            failure = failure or error
+    name = type(patched.model).__name__
+    raise ValueError(f"patch_model probes a model with input_ids alone, which {name} refuses: {failure}") from failure
+
+
+def _logits(patched: _PatchedForward, ids: Tensor) -> Tensor:
+    output = patched.original(input_ids=ids)
+    return output["logits"] if hasattr(output, "keys") else output[0]
+
+
+def _ordinary_tokens(causal: nn.Module) -> Tensor:
+    """Ids without those the configuration names: an image's placeholder needs more than its id."""
     embeddings = causal.get_input_embeddings().weight
     special = set()
     configs = [causal.config]
@@ -286,16 +304,7 @@ def _ordinary_tokens(causal: nn.Module, generator: torch.Generator) -> Tensor:
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     # Below 1000: placeholders that no configuration names come late in vocabularies
     ordinary = [i for i in range(min(embeddings.shape[0], 1000)) if i not in special]
-    return torch.tensor(ordinary)[torch.randint(len(ordinary), (1, 8), generator=generator)].to(embeddings.device)
-
-
-def _logits(patched: _PatchedForward, ids: Tensor) -> Tensor:
-    try:
-        output = patched.original(input_ids=ids)
-    except Exception as error:
-        name = type(patched.model).__name__
-        raise ValueError(f"patch_model probes a model with input_ids alone, which {name} refuses: {error}") from error
-    return output["logits"] if hasattr(output, "keys") else output[0]
+    return torch.tensor(ordinary, device=embeddings.device)
 
 
 @contextmanager

@@ -11,10 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 
+import model_matrix
+import tiny_models
 import transformers
 from causal_models import MODELS, SHAPE, V, assert_same, batch, build, definition, gradients
 
-from fastdpo.integrations import patch_model, unpatch_model
+from fastdpo.integrations import huggingface, patch_model, unpatch_model
 from fastdpo.integrations.huggingface import LogitsTransform, _PatchedForward
 
 
@@ -304,3 +306,88 @@ def test_zero3_is_refused():
     head.register_forward_hook(lambda *_: setattr(head.weight, "data", torch.empty(0)))
     with pytest.raises(NotImplementedError, match="ZeRO-3"):
         model(**batch(), fastdpo=True)
+
+
+def test_a_padded_vocabulary():
+    """Rows beyond the tokens are part of the model's own softmax, and so of this one."""
+    model = build()
+    model.resize_token_embeddings(V, pad_to_multiple_of=128)
+    assert model.lm_head.weight.shape[0] == 384
+    patch_model(model, backward="exact")
+    assert_same(model)
+
+
+# One class per way of making logits; all classes: `python tests/model_matrix.py`
+CLASSES = [
+    "AyaVisionForConditionalGeneration",  # a scale in the configuration of the text that the wrapper does not apply
+    "BertLMHeadModel",  # a transform and a norm between backbone and head, and a bias
+    "BloomForCausalLM",
+    "Cohere2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "ElectraForCausalLM",  # H of the head is not H of the backbone
+    "FalconH1ForCausalLM",
+    "Gemma3ForConditionalGeneration",  # no softcap, though the model of its text alone has one
+    "GPTJForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "HyperCLOVAXForCausalLM",
+    "LlavaForConditionalGeneration",
+    "MambaForCausalLM",
+    "MiniCPM3ForCausalLM",  # divides hidden, not logits
+    "OPTForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "RecurrentGemmaForCausalLM",  # its softcap has a name of its own
+    "xLSTMForCausalLM",
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_in_fp32_and_bf16(name):
+    row = model_matrix.examine(name, tiny_models.mappings()[name])
+    assert row["verdict"] == "exact", row
+    assert row["float32"]["nats"] < 1e-5 and row["float32"]["gradient"] < 1e-4
+    assert row["bfloat16"]["nats"] > 0  # the model's own logits are rounded
+
+
+def test_the_matrix_tells_wrong_from_refused(monkeypatch):
+    name = "HyperCLOVAXForCausalLM"  # multiplies by what others divide by: the first guess is wrong
+    monkeypatch.setattr(huggingface, "PROBE_TOLERANCE", {torch.float32: 1e9, torch.bfloat16: 1e9})
+    row = model_matrix.examine(name, "hyperclovax")
+    assert row["verdict"] == "wrong" and "nats" in row["why"]
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface, "DIVISORS", ())
+    row = model_matrix.examine(name, "hyperclovax")
+    assert row["verdict"] == "refused" and name in row["why"] and "nats" in row["why"]
+    row = model_matrix.examine("T5Gemma2ForConditionalGeneration", "t5gemma2")
+    assert row["verdict"] == "not built" and "encoder-decoder" in row["why"]
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused():
+    model = build()
+
+    def needs_pixels(input_ids=None, *, pixel_values, **kwargs):
+        return type(model).forward(model, input_ids, **kwargs)
+
+    model.forward = needs_pixels
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*pixel_values"):
+        patch_model(model)
+    assert model.forward is needs_pixels
+
+
+def test_the_probe_draws_no_placeholder():
+    """Every id but nine names an image: a model that counts placeholders is still probed."""
+    model = build()
+    model.config.image_token_ids = list(range(9, V))
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    patch_model(model)
+    assert seen and all(ids.max() < 9 for ids in seen)
+
+
+def test_the_probe_takes_a_length_the_model_takes():
+    config = tiny_models.tiny_config(transformers.xLSTMConfig, {"mode": "train", "chunk_size": 64})
+    model = patch_model(transformers.xLSTMForCausalLM(config), backward="exact")
+    ids = torch.randint(3, V, (2, 64), generator=torch.Generator().manual_seed(0))
+    found = model(ids, labels=ids, fastdpo=True).logps
+    expected = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)
