@@ -125,6 +125,12 @@ def features(model) -> list[str]:
     return [name for name, present in found.items() if present]
 
 
+def _figures(found: dict) -> str:
+    if "why" in found:
+        return "own step fails"
+    return f"{found['nats']:.1e} {found['gradient']:.1e}" if found else ""
+
+
 def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:240]
 
@@ -147,10 +153,7 @@ def main() -> int:
     title = f"transformers {transformers.__version__}, torch {torch.__version__}: nats, gradient"
     table = Table("class", "verdict", "head", "fp32", "bf16", title=title)
     for row in rows:
-        figures = [
-            f"{row[name]['nats']:.1e} {row[name]['gradient']:.1e}" if "nats" in row.get(name, {}) else ""
-            for name in ("float32", "bfloat16")
-        ]
+        figures = [_figures(row.get(name, {})) for name in ("float32", "bfloat16")]
         table.add_row(row["class"], row["verdict"], row.get("why", "") or ", ".join(row["head"]), *figures)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     counts = Counter(row["verdict"] for row in rows)

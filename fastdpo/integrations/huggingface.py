@@ -38,8 +38,9 @@ PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2e-
 def patch_model(model, **options):
     """Teach `model` to return token log-probs: ``model(input_ids, ..., labels=labels, fastdpo=True)``.
 
-    Such a call runs the backbone once and returns a `TokenStats` of shape ``[B, T - 1]`` for `labels`
-    shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as they are. Equivalent to::
+    Such a call runs the model's own forward up to the lm_head and returns a `TokenStats` of shape
+    ``[B, T - 1]`` for `labels` shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as
+    they are. Equivalent to::
 
         logps = (model(input_ids, ...).logits[:, :-1].float() / temperature).log_softmax(-1)
         logps = logps.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
@@ -48,8 +49,9 @@ def patch_model(model, **options):
     Without ``fastdpo=True`` the model behaves as before. Patching it again replaces the options.
 
     Args:
-        model: a causal ``PreTrainedModel``, or a ``PeftModel`` around one (the model inside is patched).
-            PEFT may wrap it before or after; DDP, FSDP and the like, after.
+        model: a ``PreTrainedModel`` with an lm_head, causal or vision-language, or a ``PeftModel`` or
+            ``torch.compile`` around one (the model inside is patched). PEFT and ``torch.compile`` may wrap it
+            before or after; DDP, FSDP and the like, after. It must be able to run on ``input_ids`` alone.
         backward, tau, seed, temperature, ignore_index, check_labels: as in `linear_logps`. Scale, softcap
             and bias are the model's own.
         stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
@@ -61,13 +63,16 @@ def patch_model(model, **options):
         TypeError, ValueError: naming the option, or what `model` lacks; also when the log-probs of a few
             random tokens are not the model's own, naming its class and the difference. The model is then
             as it was.
-        NotImplementedError: from here or from a call, a head that is not weight, bias and at most one LoRA
-            adapter without dropout.
+        NotImplementedError: from here or from a call, a head that is quantised, offloaded or split by ZeRO-3,
+            or adapted by something else than LoRA, DoRA, ``modules_to_save`` and trainable tokens; naming it.
 
     Guarantees:
         Those of `linear_token_stats`. Patching leaves parameters, gradients, training modes and random
         generators as they were; `deepcopy`, `pickle`, `save_pretrained` and `generate` go on working. LoRA
-        on the lm_head stays two factors. The load-balancing loss of experts is not part of the result.
+        on the lm_head stays two factors, also of several active adapters; an active ``lora_dropout`` there,
+        DoRA and trainable tokens cost one copy of its weight per call. Under prompt tuning PEFT puts virtual
+        tokens before the labels, so the result has as many more positions, all 0. The load-balancing loss of
+        experts is not part of the result.
     """
     settings = _Settings.of(options)
     causal = _causal_model(model)

@@ -317,6 +317,16 @@ def test_a_padded_vocabulary():
     assert_same(model)
 
 
+def test_the_head_itself_computes_one_position():
+    """The model's own forward runs, and no logits of more than one token per sequence exist."""
+    model = patch_model(build("gemma2 (softcap)"))
+    shapes = []
+    model.lm_head.register_forward_hook(lambda _, args, out: shapes.append((args[0].shape[1], out.shape[1])))
+    model(**batch(), fastdpo=True)
+    assert shapes == [(1, 1)]
+    assert not [hook for hook in model.lm_head._forward_pre_hooks.values()]
+
+
 # One class per way of making logits; all classes: `python tests/model_matrix.py`
 CLASSES = [
     "AyaVisionForConditionalGeneration",  # a scale in the configuration of the text that the wrapper does not apply
