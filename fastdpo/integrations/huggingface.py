@@ -203,7 +203,6 @@ class _PatchedForward:
 def _causal_model(model) -> nn.Module:
     model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    causal = getattr(causal, "_orig_mod", causal)
     name = type(causal).__name__
     if not hasattr(causal, "get_output_embeddings") or not hasattr(causal, "config"):
         raise TypeError(f"model must be a causal language model of transformers, not yet wrapped; got {name}")

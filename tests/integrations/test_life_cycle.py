@@ -14,6 +14,7 @@ from causal_models import assert_same, batch, build, definition, gradients
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from fastdpo.integrations import patch_model, unpatch_model
+from fastdpo.integrations.huggingface import _PatchedForward
 
 
 def everything(model) -> dict:
@@ -164,6 +165,7 @@ def test_compiled(how):
         model.compile(backend="eager")
         model(**batch())
         compiled = patch_model(model, backward="exact")
+    assert isinstance(vars(model)["forward"], _PatchedForward)
     expected, _ = definition(build(), batch())
     expected_grads = gradients(reference := build(), definition(reference, batch())[0].sum())
     found = compiled(**batch(), fastdpo=True).logps
