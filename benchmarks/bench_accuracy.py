@@ -3,8 +3,8 @@
 python benchmarks/bench_accuracy.py --head head.safetensors [--output benchmarks/results/2026-11-cpu-accuracy.json]
 
 Truth is fp64 on the very inputs that a path gets (rounded to its type). Error of a gradient: relative L2; of a
-sequence's log-prob: the largest over the sequences, in nats. Gradient errors of confident tokens are those of their rows of
-`hidden`, by p(label). The seed of routed rows is fixed: their errors are noise, whose mean is zero (bench_bias.py);
+sequence's log-prob: the largest over the sequences, in nats. Gradients of confident tokens: those of their rows
+of `hidden`, by p(label). The seed of routed rows is fixed: their errors are noise, whose mean is zero (bench_bias.py);
 those of other rows are the same in every step.
 """
 

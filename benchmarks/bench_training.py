@@ -10,8 +10,8 @@ python benchmarks/bench_training.py --output benchmarks/results/2026-11-training
 
 A small Llama is first trained on synthetic text with a known next-token distribution, until its head is peaked, then
 DPO-trained from the same weights. Chosen and rejected completions are drawn from the text's own distribution, chosen
-ones with more of one half of the vocabulary, rejected ones with less. Seeds change the pairs and their order. Runs are kept in the
-output as they finish: a second call goes on where the first stopped.
+ones with more of one half of the vocabulary, rejected ones with less. Seeds change the pairs and their order. Runs are
+kept in the output as they finish: a second call goes on where the first stopped.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hugging Face causal language models: `model(..., labels=labels, fastdpo=True)` returns TokenStats.
 
-hidden = backbone(input_ids)        once, inside the model's forward: DDP's, FSDP's, PEFT's hooks run
+hidden = what the model's own forward gives its lm_head; the module itself is run on one position per sequence
 logps[t] = log p(labels[t + 1])     from hidden[t] and the lm_head; the logits, [B, T, V], never exist
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from ..logps import TokenStats, linear_token_stats
 from ..ops.problem import STATS
 from ..validation import HeadOptions
+from .lm_head import applied_head
 
 OPTIONS = ("backward", "tau", "seed", "temperature", "ignore_index", "check_labels", "stats")
 
@@ -38,8 +38,9 @@ PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2e-
 def patch_model(model, **options):
     """Teach `model` to return token log-probs: ``model(input_ids, ..., labels=labels, fastdpo=True)``.
 
-    Such a call runs the backbone once and returns a `TokenStats` of shape ``[B, T - 1]`` for `labels`
-    shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as they are. Equivalent to::
+    Such a call runs the model's own forward up to the lm_head and returns a `TokenStats` of shape
+    ``[B, T - 1]`` for `labels` shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as
+    they are. Equivalent to::
 
         logps = (model(input_ids, ...).logits[:, :-1].float() / temperature).log_softmax(-1)
         logps = logps.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
@@ -48,8 +49,9 @@ def patch_model(model, **options):
     Without ``fastdpo=True`` the model behaves as before. Patching it again replaces the options.
 
     Args:
-        model: a causal ``PreTrainedModel``, or a ``PeftModel`` around one (the model inside is patched).
-            PEFT may wrap it before or after; DDP, FSDP and the like, after.
+        model: a ``PreTrainedModel`` with an lm_head, causal or vision-language, or a ``PeftModel`` or
+            ``torch.compile`` around one (the model inside is patched). PEFT and ``torch.compile`` may wrap it
+            before or after; DDP, FSDP and the like, after. It must be able to run on ``input_ids`` alone.
         backward, tau, seed, temperature, ignore_index, check_labels: as in `linear_logps`. Scale, softcap
             and bias are the model's own.
         stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
@@ -61,13 +63,16 @@ def patch_model(model, **options):
         TypeError, ValueError: naming the option, or what `model` lacks; also when the log-probs of a few
             random tokens are not the model's own, naming its class and the difference. The model is then
             as it was.
-        NotImplementedError: from here or from a call, a head that is not weight, bias and at most one LoRA
-            adapter without dropout.
+        NotImplementedError: from here or from a call, a head that is quantised, offloaded or split by ZeRO-3,
+            or adapted by something else than LoRA, DoRA, ``modules_to_save`` and trainable tokens; naming it.
 
     Guarantees:
         Those of `linear_token_stats`. Patching leaves parameters, gradients, training modes and random
         generators as they were; `deepcopy`, `pickle`, `save_pretrained` and `generate` go on working. LoRA
-        on the lm_head stays two factors. The load-balancing loss of experts is not part of the result.
+        on the lm_head stays two factors, also of several active adapters; an active ``lora_dropout`` there,
+        DoRA and trainable tokens cost one copy of its weight per call. Under prompt tuning PEFT puts virtual
+        tokens before the labels, so the result has as many more positions, all 0. The load-balancing loss of
+        experts is not part of the result.
     """
     settings = _Settings.of(options)
     causal = _causal_model(model)
@@ -156,18 +161,32 @@ class _PatchedForward:
         return TokenStats(*(None if x is None else x[:, :-1] for x in stats))
 
     def hidden(self, **arguments) -> Tensor:
-        """[B, T, H] after the last norm. The backbone is looked up now: PEFT and FSDP replace modules."""
-        arguments.pop("return_dict", None)
-        return self.model.base_model(**(arguments | {"use_cache": False}))[0]
+        """[B, T, H]: what the model's own forward gives the lm_head, which is then run on one position only."""
+        head, inputs = self.model.get_output_embeddings(), []  # looked up now: PEFT and FSDP replace modules
+
+        def first_position(module, args):
+            inputs.append(args[0])
+            return (args[0][..., :1, :], *args[1:])
+
+        if "use_cache" in self.__signature__.parameters:
+            arguments["use_cache"] = False
+        hook = head.register_forward_pre_hook(first_position)
+        try:
+            self.original(**arguments)
+        finally:
+            hook.remove()
+        if not inputs:
+            raise ValueError(f"{type(self.model).__name__} does not call its output embeddings")
+        return inputs[-1]
 
     def score(self, hidden: Tensor, labels: Tensor) -> TokenStats:
-        weight, bias, lora = _head(self.model.get_output_embeddings())
+        head = applied_head(self.model.get_output_embeddings(), hidden)
         options = self.settings.head
         return linear_token_stats(
-            hidden.to(weight.device),  # device_map may put backbone and head on two devices
-            weight,
-            labels.to(weight.device),
-            bias,
+            head.hidden,
+            head.weight,
+            labels.to(hidden.device),  # device_map may put inputs and head on two devices
+            head.bias,
             stats=self.settings.stats,
             ignore_index=options.ignore_index,
             logit_scale=self.transform.logit_scale,
@@ -176,12 +195,13 @@ class _PatchedForward:
             backward=options.backward,
             tau=options.tau,
             seed=options.seed,
-            lora=lora,
+            lora=head.lora,
             check_labels=options.check_labels,
         )
 
 
 def _causal_model(model) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)  # what torch.compile(model) wraps
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = type(causal).__name__
     if not hasattr(causal, "get_output_embeddings") or not hasattr(causal, "config"):
@@ -190,73 +210,12 @@ def _causal_model(model) -> nn.Module:
         raise TypeError(f"model must be decoder-only; {name} is an encoder-decoder")
     if causal.get_output_embeddings() is None:
         raise TypeError(f"model must have output embeddings (an lm_head); {name} has none")
-    if causal.base_model is causal:
-        raise TypeError(f"model must hold its backbone as base_model; {name} does not")
     return causal
 
 
 def _patched_forward(causal: nn.Module) -> _PatchedForward | None:
     forward = causal.__dict__.get("forward")
     return forward if isinstance(forward, _PatchedForward) else None
-
-
-def _head(module: nn.Module) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor, float] | None]:
-    """(weight, bias, lora) of the output embeddings, as they would be applied now."""
-    lora = None
-    if "peft" in sys.modules:
-        from peft.tuners.lora import Linear as LoraLinear
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-
-        if isinstance(module, LoraLinear):
-            lora = _lora(module)
-            module = module.get_base_layer()
-        elif isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            if not isinstance(module, ModulesToSaveWrapper):
-                raise NotImplementedError(
-                    f"an lm_head of type {type(module).__module__}.{type(module).__name__}: fastdpo computes "
-                    "plain heads, heads in modules_to_save, and LoRA"
-                )
-    bias = getattr(module, "bias", None)
-    return _whole(module.weight), None if bias is None else _whole(bias), lora
-
-
-def _lora(layer) -> tuple[Tensor, Tensor, float] | None:
-    """(A, B, scale) of the adapter that PEFT's own forward would add now, if any."""
-    if any("adapter_names" in getattr(hook, "keywords", {}) for hook in layer._forward_pre_hooks.values()):
-        raise NotImplementedError("several adapters in one batch (adapter_names) on the lm_head")
-    if layer.disable_adapters:
-        if layer.merged:
-            layer.unmerge()  # as PEFT's forward does
-        return None
-    active = [] if layer.merged else [name for name in layer.active_adapters if name in layer.lora_A]
-    if not active:
-        return None
-    if len(active) > 1:
-        raise NotImplementedError(f"several active LoRA adapters on the lm_head: {', '.join(active)}")
-    (name,) = active
-    if name in layer.lora_variant:
-        variant = type(layer.lora_variant[name]).__name__
-        raise NotImplementedError(f"{variant} on the lm_head (adapter {name!r}); fastdpo computes plain LoRA")
-    if layer.lora_bias.get(name):
-        raise NotImplementedError(f"lora_bias=True on the lm_head (adapter {name!r})")
-    dropout = layer.lora_dropout[name]
-    if dropout.training and getattr(dropout, "p", 0.0) > 0.0:
-        raise NotImplementedError(
-            f"lora_dropout={dropout.p} on the lm_head (adapter {name!r}): A would see another hidden than the "
-            "lm_head; set lora_dropout=0"
-        )
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    if hasattr(parameter, "full_tensor"):
-        return parameter.full_tensor()  # FSDP2's shard; the gradient is scattered on the way back
-    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
-        raise NotImplementedError(
-            "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
-        )
-    return parameter
 
 
 def _transforms(config) -> list[LogitsTransform]:
@@ -275,29 +234,27 @@ def _transforms(config) -> list[LogitsTransform]:
 def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
     """The transform under which the log-probs of a few random tokens are those of the model's own logits."""
     name, head = type(causal).__name__, causal.get_output_embeddings()
-    gain, calls = 1.0, 0
+    gain = 1.0
 
     def amplify(module, args):
-        nonlocal calls
-        calls += 1
         return (args[0] * gain, *args[1:])
 
     with _undisturbed(causal):
-        embeddings = causal.get_input_embeddings().weight
         generator = torch.Generator().manual_seed(0)
-        # Below 1000: image and audio placeholders, which need more than their id, come late in vocabularies
-        ids = torch.randint(min(embeddings.shape[0], 1000), (1, 8), generator=generator).to(embeddings.device)
         hook = head.register_forward_pre_hook(amplify)
         try:
-            logits = patched.original(input_ids=ids, use_cache=False)[0]
+            ids, logits = _first_logits(patched, generator)
             gain = max(1.0, PROBE_LOGIT / max(float(logits.abs().max()), 1e-6))
-            logits = patched.original(input_ids=ids, use_cache=False)[0]
+            logits = _logits(patched, ids)[:, :8]
+            hidden = patched.hidden(input_ids=ids)[:, :8]
         finally:
             hook.remove()
-        if calls == 0:
-            raise ValueError(f"{name} does not call its output embeddings to compute its logits")
-        hidden = patched.hidden(input_ids=ids) * gain
-        labels = torch.randint(logits.shape[-1], (16, ids.shape[1]), generator=generator).to(logits.device)
+        if logits.shape[:-1] != hidden.shape[:-1]:
+            raise ValueError(
+                f"the lm_head of {name} is given hidden states of shape {tuple(hidden.shape)} for logits of "
+                f"shape {tuple(logits.shape)}"
+            )
+        labels = torch.randint(logits.shape[-1], (16, logits.shape[1]), generator=generator).to(logits.device)
         labels[0] = logits.argmax(-1)[0]
         expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
         tolerance = max(PROBE_TOLERANCE.get(x.dtype, 0.0) for x in (hidden, logits))
@@ -317,6 +274,41 @@ def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
         f"softcap that its configuration names, they differ from its own by {min(differences):.3g} nats or "
         f"more (allowed: {allowed:.2g})"
     )
+
+
+def _first_logits(patched: _PatchedForward, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(ids [1, T], the model's logits), for the first T that the model takes: some compute in chunks of 64."""
+    ordinary = _ordinary_tokens(patched.model)
+    failure = None
+    for length in (8, 64):
+        ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
+        try:
+            return ids, _logits(patched, ids)
+        except Exception as error:
+            failure = failure or error
+    name = type(patched.model).__name__
+    raise ValueError(f"patch_model probes a model with input_ids alone, which {name} refuses: {failure}") from failure
+
+
+def _logits(patched: _PatchedForward, ids: Tensor) -> Tensor:
+    output = patched.original(input_ids=ids)
+    return output["logits"] if hasattr(output, "keys") else output[0]
+
+
+def _ordinary_tokens(causal: nn.Module) -> Tensor:
+    """Ids without those the configuration names: an image's placeholder needs more than its id."""
+    embeddings = causal.get_input_embeddings().weight
+    special = set()
+    configs = [causal.config]
+    for config in configs:
+        for name, value in vars(config).items():
+            if hasattr(value, "to_diff_dict"):
+                configs.append(value)
+            elif name.endswith(("_id", "_ids", "_index")):
+                special.update(value if isinstance(value, (list, tuple)) else [value])
+    # Below 1000: placeholders that no configuration names come late in vocabularies
+    ordinary = [i for i in range(min(embeddings.shape[0], 1000)) if i not in special]
+    return torch.tensor(ordinary, device=embeddings.device)
 
 
 @contextmanager

@@ -10,98 +10,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-pytest.importorskip("peft")
 
-import peft
+import model_matrix
+import tiny_models
 import transformers
-from peft import LoraConfig, get_peft_model
+from causal_models import MODELS, SHAPE, V, assert_same, batch, build, definition, gradients
 
-from fastdpo.integrations import patch_model, unpatch_model
-from fastdpo.integrations.huggingface import LogitsTransform, _head, _PatchedForward
-
-V = 300
-SHAPE = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-GPT2_SHAPE = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
-MODELS = {
-    "llama": ("LlamaConfig", SHAPE, LogitsTransform()),
-    "llama tied": ("LlamaConfig", SHAPE | {"tie_word_embeddings": True}, LogitsTransform()),
-    "gemma2 (softcap)": (
-        "Gemma2Config",
-        SHAPE | {"final_logit_softcapping": 30.0},
-        LogitsTransform(softcap=30.0),
-    ),
-    "granite (divides)": ("GraniteConfig", SHAPE | {"logits_scaling": 8.0}, LogitsTransform(0.125)),
-    "hyperclovax (multiplies)": ("HyperCLOVAXConfig", SHAPE | {"logits_scaling": 4.0}, LogitsTransform(4.0)),
-    "cohere (scale, tied)": ("CohereConfig", SHAPE | {"logit_scale": 0.0625}, LogitsTransform(0.0625)),
-    "gpt2 (tied)": ("GPT2Config", GPT2_SHAPE, LogitsTransform()),
-    "phi (bias)": ("PhiConfig", SHAPE, LogitsTransform()),
-}
-
-
-def build(name: str = "llama", seed: int = 0):
-    config, shape, _ = MODELS[name]
-    torch.manual_seed(seed)
-    shape = shape | {"attention_dropout": 0.0} if "n_embd" not in shape else shape
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**shape))
-    head = model.get_output_embeddings()
-    with torch.no_grad():
-        head.weight.normal_(std=0.5)
-        if head.bias is not None:
-            head.bias.normal_()
-    return model.eval()  # no dropout
-
-
-def batch(seed: int = 1):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, V, (3, 9), generator=generator)
-    mask = torch.ones_like(ids)
-    ids[1, 6:], mask[1, 6:] = 0, 0
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[0, :4] = labels[1, :2] = labels[2, :] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def definition(model, inputs, temperature=1.0):
-    """Log-probs from the model's own logits."""
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    logps = (logits[:, :-1].float() / temperature).log_softmax(-1)
-    labels = inputs["labels"][:, 1:]
-    picked = logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    return picked.masked_fill(labels == -100, 0.0), logps
-
-
-def gradients(model, loss) -> dict:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model):
-    """Values and every parameter's gradient, against those through the model's own logits."""
-    inputs = batch()
-    weights = torch.linspace(-1.0, 2.0, 24).view(3, 8)
-    expected, _ = definition(model, inputs)
-    expected_grads = gradients(model, (expected * weights).sum())
-    stats = model(**inputs, fastdpo=True)
-    assert stats.logps.shape == (3, 8) and stats.logps.dtype == torch.float32
-    torch.testing.assert_close(stats.logps, expected, rtol=1e-5, atol=2e-5)
-    grads = gradients(model, (stats.logps * weights).sum())
-    assert grads.keys() == expected_grads.keys()
-    for name, grad in grads.items():
-        scale = expected_grads[name].abs().max().item()
-        torch.testing.assert_close(grad, expected_grads[name], rtol=1e-4, atol=1e-5 * max(scale, 1.0), msg=name)
-    return stats
+from fastdpo.integrations import huggingface, patch_model, unpatch_model
+from fastdpo.integrations.huggingface import LogitsTransform, _PatchedForward
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -248,109 +164,6 @@ def test_copies_and_pickles():
     torch.testing.assert_close(loaded(**inputs, fastdpo=True).logps, expected)
 
 
-def lora(**options) -> LoraConfig:
-    return LoraConfig(**({"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]} | options))
-
-
-def wrapped(model, config):
-    torch.manual_seed(3)
-    model = get_peft_model(model, config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name or "modules_to_save" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model
-
-
-EVERYWHERE = {"target_modules": "all-linear"}
-ON_HEAD = {"target_modules": ["q_proj", "lm_head"]}
-SAVED_HEAD = {"modules_to_save": ["lm_head"]}
-
-
-@pytest.mark.parametrize(
-    "options", [{}, EVERYWHERE, ON_HEAD, SAVED_HEAD], ids=["attention", "all", "head", "saved head"]
-)
-@pytest.mark.parametrize("order", ["patch first", "wrap first"])
-def test_peft(options, order):
-    model = build()
-    if order == "patch first":
-        patch_model(model, backward="exact")
-        model = wrapped(model, lora(**options))
-    else:
-        model = wrapped(model, lora(**options))
-        assert patch_model(model, backward="exact") is model
-    assert "forward" in model.get_base_model().__dict__ and "forward" not in model.__dict__
-    assert_same(model)
-    inputs = batch()
-    adapted = model(**inputs, fastdpo=True).logps
-    with model.disable_adapter():
-        base = model(**inputs, fastdpo=True).logps
-        torch.testing.assert_close(base, definition(model, inputs)[0], rtol=1e-5, atol=2e-5)
-    assert (adapted - base).abs().max() > 0.1
-    model.merge_adapter()
-    torch.testing.assert_close(model(**inputs, fastdpo=True).logps, adapted, rtol=1e-4, atol=1e-4)
-    model.unmerge_adapter()
-    unpatch_model(model)
-    assert "forward" not in model.get_base_model().__dict__
-
-
-def test_lora_on_the_head_stays_two_factors():
-    model = wrapped(build("phi (bias)"), lora(**ON_HEAD))
-    patch_model(model, backward="exact")
-    head = model.get_base_model().get_output_embeddings()
-    weight, bias, (a, b, scale) = _head(head)
-    assert a is head.lora_A["default"].weight and b is head.lora_B["default"].weight and scale == 2.0
-    assert weight is head.base_layer.weight and bias is head.base_layer.bias
-    assert_same(model)
-
-
-def test_merged_and_disabled_unmerges_as_peft_does():
-    model = wrapped(build(), lora(**ON_HEAD))
-    patch_model(model)
-    expected = model.get_base_model().get_output_embeddings().base_layer.weight.clone()
-    model.merge_adapter()
-    with model.disable_adapter():
-        model(**batch(), fastdpo=True)
-        torch.testing.assert_close(model.get_base_model().get_output_embeddings().base_layer.weight, expected)
-
-
-def second_adapter(model):
-    model.add_adapter("other", lora(**ON_HEAD))
-    model.base_model.set_adapter(["default", "other"])
-
-
-def test_heads_that_are_refused():
-    def refused(match, model, prepare=None):
-        patch_model(model)
-        if prepare:
-            prepare(model)
-        with pytest.raises(NotImplementedError, match=match):
-            model(**batch(), fastdpo=True)
-        assert model(**batch()).logits.shape == (3, 9, V)
-
-    refused("default, other", wrapped(build(), lora(**ON_HEAD)), second_adapter)
-    refused(r"lora_dropout=0\.5", wrapped(build(), lora(lora_dropout=0.5, **ON_HEAD)), lambda m: m.train())
-    for match, config in [
-        ("Dora", lora(use_dora=True, **ON_HEAD)),
-        ("lora_bias", lora(lora_bias=True, **ON_HEAD)),
-        ("loha", peft.LoHaConfig(r=2, target_modules=["lm_head"])),
-        ("TrainableTokens", lora(trainable_token_indices={"lm_head": [5, 6]})),
-    ]:
-        model = wrapped(build("phi (bias)"), config)
-        with pytest.raises(NotImplementedError, match=match):
-            patch_model(model)
-        assert "forward" not in model.get_base_model().__dict__
-        late = wrapped(patch_model(build("phi (bias)")), config)
-        with pytest.raises(NotImplementedError, match=match):
-            late(**batch(), fastdpo=True)
-
-
-def test_dropout_is_fine_where_it_does_nothing():
-    model = wrapped(build(), lora(lora_dropout=0.5, **ON_HEAD))
-    patch_model(model, backward="exact")
-    assert_same(model)
-
-
 class Undeclared(transformers.LlamaForCausalLM):
     """Does to its logits what no configuration names."""
 
@@ -483,9 +296,108 @@ def test_gradient_checkpointing_and_frozen_head():
 
 
 def test_zero3_is_refused():
+    """ZeRO-3 gathers the head for its module's forward and empties it after."""
     model = build()
     patch_model(model)
-    head = model.get_output_embeddings().weight
-    head.ds_id, head.data = 0, torch.empty(0)
+    head = model.get_output_embeddings()
+    whole = head.weight.data
+    head.weight.ds_id, head.weight.data = 0, torch.empty(0)
+    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
+    head.register_forward_hook(lambda *_: setattr(head.weight, "data", torch.empty(0)))
     with pytest.raises(NotImplementedError, match="ZeRO-3"):
         model(**batch(), fastdpo=True)
+
+
+def test_a_padded_vocabulary():
+    """Rows beyond the tokens are part of the model's own softmax, and so of this one."""
+    model = build()
+    model.resize_token_embeddings(V, pad_to_multiple_of=128)
+    assert model.lm_head.weight.shape[0] == 384
+    patch_model(model, backward="exact")
+    assert_same(model)
+
+
+def test_the_head_itself_computes_one_position():
+    """The model's own forward runs, and no logits of more than one token per sequence exist."""
+    model = patch_model(build("gemma2 (softcap)"))
+    shapes = []
+    model.lm_head.register_forward_hook(lambda _, args, out: shapes.append((args[0].shape[1], out.shape[1])))
+    model(**batch(), fastdpo=True)
+    assert shapes == [(1, 1)]
+    assert not [hook for hook in model.lm_head._forward_pre_hooks.values()]
+
+
+# One class per way of making logits; all classes: `python tests/model_matrix.py`
+CLASSES = [
+    "AyaVisionForConditionalGeneration",  # a scale in the configuration of the text that the wrapper does not apply
+    "BertLMHeadModel",  # a transform and a norm between backbone and head, and a bias
+    "BloomForCausalLM",
+    "Cohere2ForCausalLM",
+    "DeepseekV3ForCausalLM",
+    "ElectraForCausalLM",  # H of the head is not H of the backbone
+    "FalconH1ForCausalLM",
+    "Gemma3ForConditionalGeneration",  # no softcap, though the model of its text alone has one
+    "GPTJForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "HyperCLOVAXForCausalLM",
+    "LlavaForConditionalGeneration",
+    "MambaForCausalLM",
+    "MiniCPM3ForCausalLM",  # divides hidden, not logits
+    "OPTForCausalLM",
+    "Qwen2VLForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "RecurrentGemmaForCausalLM",  # its softcap has a name of its own
+    "xLSTMForCausalLM",
+]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_in_fp32_and_bf16(name):
+    row = model_matrix.examine(name, tiny_models.mappings()[name])
+    assert row["verdict"] == "exact", row
+    assert row["float32"]["nats"] < 1e-5 and row["float32"]["gradient"] < 1e-4
+    assert row["bfloat16"]["nats"] > 0  # the model's own logits are rounded
+
+
+def test_the_matrix_tells_wrong_from_refused(monkeypatch):
+    name = "HyperCLOVAXForCausalLM"  # multiplies by what others divide by: the first guess is wrong
+    monkeypatch.setattr(huggingface, "PROBE_TOLERANCE", {torch.float32: 1e9, torch.bfloat16: 1e9})
+    row = model_matrix.examine(name, "hyperclovax")
+    assert row["verdict"] == "wrong" and "nats" in row["why"]
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface, "DIVISORS", ())
+    row = model_matrix.examine(name, "hyperclovax")
+    assert row["verdict"] == "refused" and name in row["why"] and "nats" in row["why"]
+    row = model_matrix.examine("T5Gemma2ForConditionalGeneration", "t5gemma2")
+    assert row["verdict"] == "not built" and "encoder-decoder" in row["why"]
+
+
+def test_a_model_that_needs_more_than_tokens_is_refused():
+    model = build()
+
+    def needs_pixels(input_ids=None, *, pixel_values, **kwargs):
+        return type(model).forward(model, input_ids, **kwargs)
+
+    model.forward = needs_pixels
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*pixel_values"):
+        patch_model(model)
+    assert model.forward is needs_pixels
+
+
+def test_the_probe_draws_no_placeholder():
+    """Every id but nine names an image: a model that counts placeholders is still probed."""
+    model = build()
+    model.config.image_token_ids = list(range(9, V))
+    seen = []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    patch_model(model)
+    assert seen and all(ids.max() < 9 for ids in seen)
+
+
+def test_the_probe_takes_a_length_the_model_takes():
+    config = tiny_models.tiny_config(transformers.xLSTMConfig, {"mode": "train", "chunk_size": 64})
+    model = patch_model(transformers.xLSTMForCausalLM(config), backward="exact")
+    ids = torch.randint(3, V, (2, 64), generator=torch.Generator().manual_seed(0))
+    found = model(ids, labels=ids, fastdpo=True).logps
+    expected = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-5)

@@ -1,0 +1,160 @@
+"""What an lm_head would apply to hidden now: z = hidden @ weight.T + bias + s * (hidden @ A.T) @ B.T.
+
+Plain modules, PEFT's LoRA (factors stay factors), DoRA, modules_to_save and trainable tokens. Whatever is
+none of these is refused by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..validation import FLOATS
+
+# Columns of hidden that dropout's side path takes are rounded up to this: TMA wants rows of 16 bytes
+COLUMNS = 16
+
+
+class AppliedHead(NamedTuple):
+    """The arguments of one `linear_token_stats` call."""
+
+    hidden: Tensor  # [..., H], or [..., H + r] where dropout gives LoRA's A another input than the head's
+    weight: Tensor  # [V, H] or [V, H + r]
+    bias: Tensor | None  # [V]
+    lora: tuple[Tensor, Tensor, float] | None  # A [r, H], B [V, r], s
+
+
+def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
+    """Takes the output embeddings and the hidden states [..., H] they are given.
+
+    Raises:
+        NotImplementedError: naming the module's type, or the adapter and the option, that is not supported.
+
+    Guarantees:
+        Plain and LoRA heads are never copied. DoRA, trainable tokens and LoRA with an active dropout cost one
+        copy of `weight` per call; PEFT's own forward makes one for the first two, besides the logits.
+    """
+    if "peft" in sys.modules:
+        from peft.tuners.lora import Linear as LoraLinear
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _refuse_mixed_batches(module)
+        if isinstance(module, TrainableTokensWrapper):
+            module = module.token_adapter
+        if isinstance(module, LoraLinear):
+            return _lora(module, hidden)
+        if isinstance(module, TrainableTokensLayer):
+            return _trainable_tokens(module, hidden)
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            if not isinstance(module, ModulesToSaveWrapper):
+                raise NotImplementedError(
+                    f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
+                    "trainable tokens, LoRA and DoRA"
+                )
+    return AppliedHead(hidden, *_plain(module), None)
+
+
+def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    if not isinstance(weight, Tensor):
+        raise NotImplementedError(f"an lm_head of type {_name(module)}, which holds no weight")
+    if hasattr(weight, "full_tensor"):
+        # FSDP2's shard; the gradient is scattered on the way back
+        return weight.full_tensor(), None if bias is None else bias.full_tensor()
+    if hasattr(weight, "ds_id") and weight.numel() == 0:
+        raise NotImplementedError(
+            "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
+        )
+    if weight.is_meta:
+        raise NotImplementedError(f"an lm_head of type {_name(module)} whose weight is offloaded (device meta)")
+    kind = type(weight.data).__name__ if is_traceable_wrapper_subclass(weight) else str(weight.dtype)
+    if is_traceable_wrapper_subclass(weight) or weight.dtype not in FLOATS or weight.ndim != 2:
+        raise NotImplementedError(
+            f"an lm_head of type {_name(module)} with a weight of {kind}: fastdpo does not compute quantised "
+            "heads; leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+        )
+    return weight, bias
+
+
+def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
+    """What PEFT's own forward would compute now."""
+    _refuse_mixed_batches(layer)
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()  # as PEFT's forward does
+    weight, bias = _plain(layer.get_base_layer())
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if layer.disable_adapters or layer.merged or not names:
+        return AppliedHead(hidden, weight, bias, None)
+
+    factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])) for name in names]
+    dropped = [name for name in names if _drops(layer.lora_dropout[name])]
+    variants = [name for name in names if name in layer.lora_variant]
+    for name in variants:
+        variant = type(layer.lora_variant[name]).__name__
+        if variant != "DoraLinearVariant" or len(names) > 1 or dropped:
+            raise NotImplementedError(
+                f"{variant} on the lm_head (adapter {name!r}); fastdpo computes LoRA, and DoRA alone without dropout"
+            )
+    for name, (_, _, scale) in zip(names, factors):
+        extra = layer.lora_B[name].bias  # of lora_bias=True
+        if extra is not None:
+            bias = extra * scale if bias is None else bias + extra * scale
+    if variants:
+        a, b, scale = factors[0]
+        vector = layer.lora_magnitude_vector[names[0]]
+        norm = vector.get_weight_norm(weight, (b @ a).detach().to(weight.dtype), scale).detach()
+        ratio = (vector.weight / norm)[:, None]
+        return AppliedHead(hidden, ratio * weight, bias, (a, ratio * b, scale))
+    if dropped:
+        return _with_dropout(layer, names, hidden, weight, bias)
+    if len(factors) == 1:
+        return AppliedHead(hidden, weight, bias, factors[0])
+    a = torch.cat([a for a, _, _ in factors])
+    b = torch.cat([b * scale for _, b, scale in factors], dim=1)
+    return AppliedHead(hidden, weight, bias, (a, b, 1.0))
+
+
+def _with_dropout(layer: nn.Module, names: list[str], hidden: Tensor, weight: Tensor, bias) -> AppliedHead:
+    """A sees dropout(hidden), the head hidden: A's products become columns of hidden, and A picks them."""
+    products = []
+    for name in names:
+        a = layer.lora_A[name].weight
+        products.append(layer.lora_A[name](layer.lora_dropout[name](hidden.to(a.dtype))) * layer.scaling[name])
+    product = torch.cat(products, dim=-1)
+    rank = product.shape[-1]
+    width = -(-rank // COLUMNS) * COLUMNS
+    wide = torch.cat((hidden, pad(product, (0, width - rank)).to(hidden.dtype)), dim=-1)
+    pick = torch.eye(rank, width, dtype=hidden.dtype, device=hidden.device)
+    a = torch.cat((pick.new_zeros(rank, hidden.shape[-1]), pick), dim=1)
+    b = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
+    return AppliedHead(wide, pad(weight, (0, width)), bias, (a, b, 1.0))
+
+
+def _trainable_tokens(layer: nn.Module, hidden: Tensor) -> AppliedHead:
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    weight, bias = _plain(layer.base_layer)
+    if not layer.disable_adapters and not layer.merged and layer.active_adapters:
+        weight, bias = layer.get_merged_weights(layer.active_adapters), None  # PEFT leaves the bias out, too
+    return AppliedHead(hidden, weight, bias, None)
+
+
+def _drops(dropout: nn.Module) -> bool:
+    return dropout.training and getattr(dropout, "p", 0.0) > 0.0
+
+
+def _refuse_mixed_batches(module: nn.Module) -> None:
+    if any("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values()):
+        raise NotImplementedError("several adapters in one batch (adapter_names) on the lm_head")
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
