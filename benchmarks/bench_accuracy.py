@@ -83,13 +83,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs.add_arguments(parser)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--types", nargs="+", default=["bfloat16", "float32"], help="of the inputs")
     args = parser.parse_args()
     head = inputs.load(args.head)
     count = min(args.tokens, len(head.labels)) // SEQUENCE * SEQUENCE
     labels = head.labels[:count]
     coef = torch.where(torch.arange(count) < count // 2, 1.0, -1.0)  # chosen up, rejected down
     rows, left_out = [], {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (getattr(torch, name) for name in args.types):
         hidden, weight = head.hidden[:count].to(dtype), head.weight.to(dtype)
         logps, dhidden, dweight = truth(hidden, weight, labels, coef)
         p = logps.exp()

@@ -31,7 +31,7 @@ import fastdpo
 from fastdpo.routing import BLOCK, DEFAULT_TAU
 
 VOCAB, HIDDEN, LAYERS, LENGTH, PROMPT = 8192, 128, 2, 64, 16
-PAIRS, BETA, RATE = 8, 0.1, 3e-4
+PAIRS, BETA, RATE, LIKED = 8, 0.1, 3e-4, 1.2
 PATHS = ("exact", "routed", "dropped", "trl bf16")
 RECORDED = ("loss", "margin", "accuracy", "entropy", "distance")
 
@@ -61,7 +61,7 @@ class Text:
     def pairs(self, count: int, g: torch.Generator) -> Tensor:
         """[2 * count, LENGTH], chosen first; both sides share their prompts."""
         liked = torch.ones(VOCAB)
-        liked[::2] = 3.0
+        liked[::2] = LIKED
         prompts = self.draw(count, g)[:, :PROMPT]
         return torch.cat([self.draw(count, g, liked, prompts), self.draw(count, g, 1 / liked, prompts)])
 
@@ -175,7 +175,8 @@ def main() -> None:
     args = parser.parse_args()
     setting = {
         "steps": args.steps, "pretraining": args.pretraining, "V": VOCAB, "H": HIDDEN, "layers": LAYERS, "pairs": PAIRS,
-        "completion tokens": LENGTH - PROMPT, "beta": BETA, "learning rate": RATE, "tau": list(DEFAULT_TAU),
+        "completion tokens": LENGTH - PROMPT, "beta": BETA, "learning rate": RATE, "liked": LIKED,
+        "tau": list(DEFAULT_TAU),
     }  # fmt: skip
     document = {"title": "DPO with four gradients of the head", "notes": setting, "environment": inputs.environment()}
     document["runs"] = []

@@ -19,7 +19,6 @@ from inputs import HeadInputs, lifted, load, synthetic_head
 from peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
 from torch import Tensor
 
-STRENGTH = 15.0  # of the synthetic head: at H = 4096 about as many live blocks per token as on a trained head
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
 LAUNCHES = ("step", "frozen step", "loss")  # groups of which every contender's launches are counted
 GROUPS = ("forward", "backward", "step", "frozen step", "loss", "logits")
@@ -53,7 +52,7 @@ class ShapeCases:
     def _head(self, path: str | None) -> HeadInputs:
         n, v, h = self.shape.num_tokens, self.shape.vocab_size, self.shape.hidden_size
         if path is None:
-            return synthetic_head(n, v, h, device=self.device, strength=STRENGTH)
+            return synthetic_head(n, v, h, device=self.device)
         inputs = lifted(load(path), h)
         times = -(-n // len(inputs.labels))
         return HeadInputs(

@@ -68,3 +68,16 @@ def test_captures_what_the_head_sees(model_and_text, sample, monkeypatch, capsys
 def test_mistakes_are_named(model_and_text, options, message, monkeypatch):
     with pytest.raises(SystemExit, match=message):
         capture(monkeypatch, model_and_text[1], *options)
+
+
+@pytest.mark.parametrize("vocab_size,hidden_size", [(32768, 256), (65536, 300)])
+def test_the_synthetic_head_is_like_a_trained_one(vocab_size, hidden_size, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import capture_head
+    import inputs
+
+    head = inputs.synthetic_head(384, vocab_size, hidden_size)
+    assert head.hidden.shape == (384, hidden_size) and head.weight.shape == (vocab_size, hidden_size)
+    found = capture_head.statistics(vars(head))
+    for name, value in inputs.TRAINED.items():
+        assert 0.65 * value < found[name] < 1.6 * value, (name, found[name])
