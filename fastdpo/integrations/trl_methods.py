@@ -6,17 +6,14 @@ on only CPO and ORPO; the others no longer take logits.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import sys
 import warnings
 from types import ModuleType
 
-from torch import nn
-
 from .lazy import IGNORED, LazyLogits, lazy_aware
-from .lazy_head import lazy_logits
+from .seams import ORIGINAL, unwrap, wrap
 
 # Trainer -> its methods that call a model and read its logits. A release has some of them.
 METHODS = {
@@ -31,8 +28,6 @@ METHODS = {
     "RLOOTrainer": ("_get_per_token_logps_and_entropies",),
 }  # fmt: skip
 STILL_LOGITS = ("CPOTrainer", "ORPOTrainer")  # in 1.15 and newer
-MODELS = ("model", "ref_model")
-_ORIGINAL = "fastdpo_original"
 
 
 def patch_methods(names, options: dict) -> None:
@@ -43,26 +38,20 @@ def patch_methods(names, options: dict) -> None:
     """
     found = [(owner, name) for trainer in names for owner, name in _methods(trainer)]
     for owner, name in found:
-        wrapper = vars(owner)[name]
-        if not hasattr(wrapper, _ORIGINAL):
-            wrapper = _lazily(wrapper)
-            setattr(owner, name, wrapper)
-        wrapper.options = options
+        wrap(owner, name, options)
     for name, ours in FUNCTIONS.items():
         original = getattr(sys.modules["trl.trainer.utils"], name, None)
-        if original is not None and not hasattr(original, _ORIGINAL):
+        if original is not None and not hasattr(original, ORIGINAL):
             _replace_everywhere(original, lazy_aware(original, ours))
 
 
 def unpatch_methods() -> None:
     for module in trl_modules():
         for value in list(vars(module).values()):
-            if hasattr(value, _ORIGINAL) and inspect.isfunction(value):
-                _replace_everywhere(value, getattr(value, _ORIGINAL))
+            if hasattr(value, ORIGINAL) and inspect.isfunction(value):
+                _replace_everywhere(value, getattr(value, ORIGINAL))
             elif inspect.isclass(value) and value.__module__.partition(".")[0] == "trl":
-                for name, member in list(vars(value).items()):
-                    if inspect.isfunction(member) and hasattr(member, _ORIGINAL):
-                        setattr(value, name, getattr(member, _ORIGINAL))
+                unwrap(value)
 
 
 def trl_modules() -> list[ModuleType]:
@@ -105,24 +94,6 @@ def _methods(trainer: str) -> list[tuple[type, str]]:
             f"{', '.join(METHODS[trainer])}"
         )
     return found
-
-
-def _lazily(method):
-    parameters = inspect.signature(method).parameters
-
-    @functools.wraps(method)
-    def wrapper(self, *args, **kwargs):
-        if "return_outputs" in parameters and not self.model.training:
-            given = inspect.signature(method).bind(self, *args, **kwargs).arguments
-            if given.get("return_outputs"):  # evaluation hands the logits to the user's metrics
-                return method(self, *args, **kwargs)
-        models = [getattr(self, name, None) for name in MODELS] + [*args, *kwargs.values()]
-        models = dict.fromkeys(model for model in models if isinstance(model, nn.Module))
-        with lazy_logits(*models, **wrapper.options):
-            return method(self, *args, **kwargs)
-
-    setattr(wrapper, _ORIGINAL, method)
-    return wrapper
 
 
 def _divided(logits: LazyLogits, arguments: dict) -> LazyLogits:
