@@ -1,6 +1,7 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
 # make test    set up .venv and run the tests
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
+# make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
 # make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code; the
 #              same for the CUDA kernels, where nvcc was found
 # make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
@@ -12,7 +13,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test models kernels gpu lint bench clean
+.PHONY: demo test test-trl models kernels gpu lint bench clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -31,6 +32,9 @@ test: $(VENV)/installed-test
 
 models: $(VENV)/installed-test
 	$(RUN) tests/model_matrix.py $(MODELS_ARGS)
+
+test-trl: $(VENV)/installed-test
+	$(RUN) tests/integrations/trl_releases.py $(TRL)
 
 # The oldest Triton that is supported, beside the one that torch brings.
 $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint

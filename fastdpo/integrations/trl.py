@@ -3,14 +3,15 @@
     apply(hidden [N, H], weight [V, H], bias, targets [N], temperature, chunk_size, softcap, logit_scale,
           outputs) -> (logps, entropy, log_sum_sq_probs, mean_logits, is_top1), each [N] or None
 
-DPO, KTO, SFT, GRPO and RLOO keep their losses and metrics; only the per-token log-probs change hands.
+Trainers that take logits instead (all before 1.15, CPO and ORPO since) get lazy ones: trl_methods.py. Losses and
+metrics stay TRL's; only the per-token log-probs change hands.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import inspect
-import sys
+import re
 import warnings
 from collections.abc import Iterator
 from types import CodeType, FunctionType, ModuleType
@@ -20,9 +21,10 @@ import torch
 from ..autograd import apply
 from ..logps import LinearLogpsFunction, TokenStats
 from ..validation import HeadOptions
+from .lazy_head import check_options
+from .trl_methods import METHODS, STILL_LOGITS, patch_methods, trl_modules, unpatch_methods
 
-OPTIONS = ("backward", "tau", "seed")
-SUPPORTED = "1.1 to 1.16"
+SUPPORTED = "0.24 to 1.16"
 
 # TRL's parameter -> its name here; None: has no meaning here (the width of TRL's tiles)
 PARAMETERS = {
@@ -64,48 +66,48 @@ def patch_trl(**options) -> bool:
 
     Returns:
         True when TRL's function is now fastdpo's. False, with a warning, when Unsloth has replaced it before:
-        it is left alone. TRL 1.1 to 1.14 is patched with a warning, since by default few of its trainers call
-        that function; from 1.15 on all do.
+        it is left alone.
 
     Raises:
         TypeError, ValueError: naming the option, before anything is replaced.
         ImportError: TRL is not installed.
-        RuntimeError: this TRL has no such symbol, or a signature that is not understood; nothing is replaced.
+        RuntimeError: this TRL's function has a signature, or a trainer of it methods, that are not understood, or it
+            is older than 0.24; nothing is replaced.
+        NotImplementedError: from a step of a trainer that takes logits (all before 1.15; CPO and ORPO): its lm_head is
+            split by FSDP or DeepSpeed ZeRO-3, or is more than a linear layer with one LoRA adapter.
 
     Guarantees:
         With ``backward="exact"`` losses, metrics and gradients are TRL's up to fp32 rounding; in reduced
         precision the logits are not rounded, as TRL's are. On the CPU TRL scores every row, prompts and
         padding included; patched, completion rows only. Under DeepSpeed ZeRO-3 the head is gathered for the
-        forward and again for the backward, one gather each on every rank, as in TRL.
+        forward and again for the backward, one gather each on every rank, as in TRL. Trainers that take logits get
+        those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
-    for name in options:
-        if name not in OPTIONS:
-            raise TypeError(f"patch_trl takes {', '.join(OPTIONS)}; got {name}={options[name]!r}")
-    HeadOptions(**options)
+    check_options("patch_trl", options)
     utils = _trl_utils()
     current = getattr(utils, "_ChunkedLogProbFunction", _MISSING)
     if isinstance(current, _Replacement):
         current.options = options
+        patch_methods(current.trainers, options)
         return True
     if current is _MISSING:
-        raise RuntimeError(
-            f"TRL {_version()} has no trl.trainer.utils._ChunkedLogProbFunction; fastdpo supports TRL {SUPPORTED}"
-        )
+        if not (0, 24) <= _release() < (1, 1):
+            raise RuntimeError(
+                f"TRL {_version()} has no trl.trainer.utils._ChunkedLogProbFunction; fastdpo supports TRL {SUPPORTED}"
+            )
+        patch_methods(METHODS, options)
+        return True
     if any(getattr(current, mark, False) for mark in UNSLOTH_MARKS):
         warnings.warn("Unsloth has replaced TRL's log-prob function; patch_trl leaves it alone", stacklevel=2)
         return False
 
     signature = _understood(current)
-    if "outputs" not in signature.parameters:
-        warnings.warn(
-            f"TRL {_version()} calls what patch_trl replaces only where a trainer is told to, as by "
-            "use_liger_kernel=True; TRL 1.15 and later always do",
-            stacklevel=2,
-        )
-    replacement = _Replacement(current, signature, options)
+    trainers = STILL_LOGITS if "outputs" in signature.parameters else tuple(METHODS)
+    patch_methods(trainers, options)
+    replacement = _Replacement(current, signature, options, trainers)
     utils._ChunkedLogProbFunction = replacement
     if current is not None:
-        for module in _trl_modules():
+        for module in trl_modules():
             for name in [name for name, value in vars(module).items() if value is current]:
                 setattr(module, name, replacement)
     use_triton = getattr(utils, "_use_triton", None)
@@ -119,7 +121,8 @@ def unpatch_trl() -> None:
 
     Does nothing where `patch_trl` has not been called. What another library has replaced since stays.
     """
-    for module in _trl_modules():
+    unpatch_methods()
+    for module in trl_modules():
         for name, value in list(vars(module).items()):
             if isinstance(value, (_Replacement, _SelectsRows)):
                 setattr(module, name, value.original)
@@ -128,8 +131,9 @@ def unpatch_trl() -> None:
 class _Replacement:
     """Stands in TRL's place for its autograd Function: `apply` takes and returns what that one did."""
 
-    def __init__(self, original, signature: inspect.Signature, options: dict):
+    def __init__(self, original, signature: inspect.Signature, options: dict, trainers: tuple[str, ...]):
         self.original = original
+        self.trainers = trainers  # those that do not call it, or not always: their methods are wrapped
         self.signature = signature  # of the original's forward, without ctx
         self.options = options
 
@@ -225,15 +229,9 @@ def _version() -> str:
         return "(unknown version)"
 
 
-def _trl_modules() -> list[ModuleType]:
-    """TRL's loaded modules but `trl.kernels`, where its own Function stays for who asks for it there."""
-    return [
-        module
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == "trl"
-        and not f"{name}.".startswith("trl.kernels.")
-        and isinstance(module, ModuleType)
-    ]
+def _release() -> tuple[int, int]:
+    numbers = re.match(r"(\d+)\.(\d+)", _version())
+    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def _understood(function) -> inspect.Signature:

@@ -32,3 +32,66 @@ def tiny_llama():
         return transformers.LlamaForCausalLM(config)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from trl_runs import WORDS
+
+    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=list(specials.values())))
+    names = ["input_ids", "attention_mask"]  # token types, which Llama's generate refuses, are in the default
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **specials)
+
+
+@pytest.fixture
+def make_trainer(tokenizer, tiny_llama, tmp_path):
+    """Builds a fresh TRL trainer of one kind on the same tiny model, read from disk as users' are."""
+    from transformers import AutoModelForCausalLM
+    from trl_runs import classes
+
+    path = str(tmp_path / "model")
+    tiny_llama().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+    def make(kind: str, dataset, steps: int, trainer_options: dict | None = None, **config):
+        config_class, trainer_class = classes(kind)
+        defaults = {
+            "output_dir": str(tmp_path / "run"),
+            "max_steps": steps,
+            "logging_steps": 1,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "constant",
+            "report_to": "none",
+            "save_strategy": "no",
+            "use_cpu": True,
+            "bf16": False,
+            "disable_tqdm": True,
+            "seed": 3,
+            "per_device_train_batch_size": 4,
+        }
+        args = config_class(**(defaults | config))
+        options = {name: make() for name, make in (trainer_options or {}).items()}
+        model = AutoModelForCausalLM.from_pretrained(path)
+        if kind in ("DPO", "KTO") and "peft_config" not in options:
+            options["ref_model"] = AutoModelForCausalLM.from_pretrained(path)
+        return trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options)
+
+    return make
+
+
+@pytest.fixture
+def train(make_trainer):
+    """Runs such a trainer; returns the metrics it logged at every step."""
+    from trl_runs import metrics
+
+    def run(*args, **config):
+        trainer = make_trainer(*args, **config)
+        trainer.train()
+        return metrics(trainer)
+
+    return run

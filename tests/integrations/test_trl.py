@@ -12,16 +12,14 @@ pytest.importorskip("trl", minversion="1.16")  # 1.15 has no log-prob function o
 pytest.importorskip("peft")
 
 import trl
-from datasets import Dataset
 from peft import LoraConfig
 from trl.trainer import utils as trl_utils
+from trl_runs import largest_difference, length_reward, preferences, prompts, texts, unpaired
 
 from fastdpo.integrations import patch_trl, unpatch_trl
 from fastdpo.integrations import trl as integration
 
-WORDS = "the cat dog bird sat ran flew on under over a red green mat tree house and then it was sad".split()
 ORIGINALS = (trl_utils._ChunkedLogProbFunction, trl_utils._use_triton)
-CLOCK = ("runtime", "per_second", "flos", "step_time")
 
 
 @pytest.fixture(autouse=True)
@@ -30,81 +28,6 @@ def unpatched():
     yield
     unpatch_trl()
     assert (trl_utils._ChunkedLogProbFunction, trl_utils._use_triton) == ORIGINALS
-
-
-def sentence(index: int, length: int) -> str:
-    """The same words for the same arguments, whatever the state of the random generators."""
-    return " ".join(WORDS[(index * 7 + k * (3 + index % 5)) % len(WORDS)] for k in range(length))
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=list(specials.values())))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **specials)
-
-
-def preferences(count: int = 20) -> Dataset:
-    return Dataset.from_list(
-        [
-            {
-                "prompt": sentence(i, 3 + i % 4),
-                "chosen": " " + sentence(i + 11, 4 + i % 7),
-                "rejected": " " + sentence(i + 23, 3 + (i * 3) % 8),
-            }
-            for i in range(count)
-        ]
-    )
-
-
-@pytest.fixture
-def train(tokenizer, tiny_llama, tmp_path):
-    """Runs a fresh trainer of one kind; returns the metrics it logged at every step."""
-    path = str(tmp_path / "model")  # on disk, where trainers look for the reference model
-    tiny_llama().save_pretrained(path)
-
-    def run(kind: str, dataset: Dataset, steps: int, trainer_options: dict | None = None, **config):
-        config_class, trainer_class = getattr(trl, f"{kind}Config"), getattr(trl, f"{kind}Trainer")
-        args = config_class(
-            output_dir=str(tmp_path),
-            max_steps=steps,
-            logging_steps=1,
-            learning_rate=3e-3,
-            lr_scheduler_type="constant",
-            report_to="none",
-            save_strategy="no",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-            seed=3,
-            **({"per_device_train_batch_size": 4} | config),
-        )
-        options = {name: make() for name, make in (trainer_options or {}).items()}
-        trainer = trainer_class(model=path, args=args, train_dataset=dataset, processing_class=tokenizer, **options)
-        trainer.train()
-        return [
-            {name: float(value) for name, value in entry.items() if not any(word in name for word in CLOCK)}
-            for entry in trainer.state.log_history[:-1]  # the last one sums the run up
-        ]
-
-    return run
-
-
-def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
-    assert len(ours) == len(theirs) > 0
-    worst = 0.0
-    for mine, other in zip(ours, theirs):
-        assert mine.keys() == other.keys()
-        for name in other:
-            difference = abs(mine[name] - other[name])
-            assert difference <= 1e-4 * max(1.0, abs(other[name])), (name, mine[name], other[name])
-            worst = max(worst, difference)
-    return worst
 
 
 def test_patching_reaches_trainers_that_exist_already(train, tiny_llama):
@@ -164,27 +87,6 @@ def test_dpo_routed(train):
         assert abs(mine["loss"] - other["loss"]) < 0.05
     assert ours != theirs  # the routed backward is not the exact one: it has run
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], abs=1e-5)
-
-
-def length_reward(completions, **_):
-    return [float(len(set(completion.split()))) for completion in completions]
-
-
-def unpaired() -> Dataset:
-    return Dataset.from_list(
-        [
-            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
-            for i, row in enumerate(preferences())
-        ]
-    )
-
-
-def texts() -> Dataset:
-    return Dataset.from_list([{"text": sentence(i, 6 + i % 5)} for i in range(16)])
-
-
-def prompts() -> Dataset:
-    return Dataset.from_list([{"prompt": sentence(i, 4)} for i in range(8)])
 
 
 ROLLOUT = {"num_generations": 2, "max_completion_length": 6, "beta": 0.04}
@@ -404,8 +306,7 @@ def test_older_signatures(forward, monkeypatch):
         hidden, weight, bias if has_bias else None, targets, 0.7, 128, 20.0 if has_softcap else None, 1.5
     )
     function = fake(monkeypatch, forward)
-    with pytest.warns(UserWarning, match="use_liger_kernel"):
-        patch_trl()
+    patch_trl()
     middle = (bias,) if has_bias else ()
     softcap = (20.0,) if has_softcap else ()
     values = trl_utils._ChunkedLogProbFunction.apply(hidden, weight, *middle, targets, 0.7, 128, *softcap, 1.5)

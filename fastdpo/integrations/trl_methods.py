@@ -1,0 +1,127 @@
+"""TRL's trainers that take ``model(...).logits``: their methods run with lazy logits, otherwise unchanged.
+
+0.24 to 0.28: `concatenated_forward`; 0.29 to 1.14: `_compute_loss`, `compute_ref_log_probs`, and their like. From 1.15
+on only CPO and ORPO; the others no longer take logits.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+import warnings
+from types import ModuleType
+
+from .lazy import IGNORED, LazyLogits, lazy_aware
+from .seams import ORIGINAL, unwrap, wrap
+
+# Trainer -> its methods that call a model and read its logits. A release has some of them.
+METHODS = {
+    "DPOTrainer": ("concatenated_forward", "_compute_loss", "compute_ref_log_probs"),
+    "KTOTrainer": (
+        "forward", "_compute_kl_logps", "compute_reference_log_probs", "_compute_loss", "compute_ref_log_probs",
+    ),
+    "CPOTrainer": ("concatenated_forward",),
+    "ORPOTrainer": ("concatenated_forward",),
+    "SFTTrainer": ("compute_loss",),
+    "GRPOTrainer": ("_get_per_token_logps_and_entropies",),
+    "RLOOTrainer": ("_get_per_token_logps_and_entropies",),
+}  # fmt: skip
+STILL_LOGITS = ("CPOTrainer", "ORPOTrainer")  # in 1.15 and newer
+
+
+def patch_methods(names, options: dict) -> None:
+    """Wrap the methods of the trainers called `names`, and TRL's two functions of logits.
+
+    Raises:
+        RuntimeError: a trainer has none of the methods that are known; nothing is replaced.
+    """
+    found = [(owner, name) for trainer in names for owner, name in _methods(trainer)]
+    for owner, name in found:
+        wrap(owner, name, options)
+    for name, ours in FUNCTIONS.items():
+        original = getattr(sys.modules["trl.trainer.utils"], name, None)
+        if original is not None and not hasattr(original, ORIGINAL):
+            _replace_everywhere(original, lazy_aware(original, ours))
+
+
+def unpatch_methods() -> None:
+    for module in trl_modules():
+        for value in list(vars(module).values()):
+            if hasattr(value, ORIGINAL) and inspect.isfunction(value):
+                _replace_everywhere(value, getattr(value, ORIGINAL))
+            elif inspect.isclass(value) and value.__module__.partition(".")[0] == "trl":
+                unwrap(value)
+
+
+def trl_modules() -> list[ModuleType]:
+    """TRL's loaded modules but `trl.kernels`, where its own Function stays for who asks for it there."""
+    return [
+        module
+        for name, module in list(sys.modules.items())
+        if name.partition(".")[0] == "trl"
+        and not f"{name}.".startswith("trl.kernels.")
+        and isinstance(module, ModuleType)
+    ]
+
+
+def _replace_everywhere(old, new) -> None:
+    for module in trl_modules():
+        for name in [name for name, value in vars(module).items() if value is old]:
+            setattr(module, name, new)
+
+
+def _methods(trainer: str) -> list[tuple[type, str]]:
+    """(class, method) where TRL defines them: releases moved some trainers to trl.experimental."""
+    kind = trainer.removesuffix("Trainer").lower()
+    found, seen = [], []
+    for place in ("trl.trainer", f"trl.experimental.{kind}"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is experimental is for who imports it to hear
+            try:
+                module = importlib.import_module(f"{place}.{kind}_trainer")
+            except ModuleNotFoundError as error:
+                if (error.name or "").startswith(place):
+                    continue
+                raise
+        owner = getattr(module, trainer, None)
+        if owner is not None and owner.__module__ == module.__name__:
+            seen.append(module.__name__)
+            found += [(owner, name) for name in METHODS[trainer] if name in vars(owner)]
+    if seen and not found:
+        raise RuntimeError(
+            f"{trainer} of {', '.join(seen)} has none of the methods that patch_trl knows, "
+            f"{', '.join(METHODS[trainer])}"
+        )
+    return found
+
+
+def _divided(logits: LazyLogits, arguments: dict) -> LazyLogits:
+    temperature = arguments.get("temperature", 1.0)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _selective_log_softmax(logits: LazyLogits, arguments: dict):
+    index = arguments["index"]
+    if index.ndim == logits.ndim:
+        return logits.log_softmax(-1).gather(-1, index)
+    return _divided(logits, arguments).logps(index, arguments.get("row_mask"))
+
+
+def _entropy_from_logits(logits: LazyLogits, arguments: dict):
+    return logits.entropy()
+
+
+def _selective_log_softmax_and_entropy(logits: LazyLogits, arguments: dict):
+    mask = arguments.get("row_mask")
+    labels = arguments["index"] if mask is None else arguments["index"].masked_fill(mask == 0, IGNORED)
+    stats = _divided(logits, arguments).token_stats(labels, ("entropy",))
+    return stats.logps, stats.entropy if arguments["entropy_requires_grad"] else stats.entropy.detach()
+
+
+# Functions of trl.trainer.utils -> what they are of lazy logits
+FUNCTIONS = {
+    "selective_log_softmax": _selective_log_softmax,
+    "entropy_from_logits": _entropy_from_logits,
+    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+}

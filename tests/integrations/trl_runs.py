@@ -1,0 +1,81 @@
+"""What the tests of TRL's trainers train on, and how runs are compared. Works with every release since 0.24."""
+
+import importlib
+import os
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+from datasets import Dataset
+
+WORDS = "the cat dog bird sat ran flew on under over a red green mat tree house and then it was sad".split()
+CLOCK = ("runtime", "per_second", "flos", "step_time")
+
+
+def classes(kind: str):
+    """(config, trainer): releases moved some to trl.experimental."""
+    for place in ("trl", f"trl.experimental.{kind.lower()}"):
+        try:
+            module = importlib.import_module(place)
+            return getattr(module, f"{kind}Config"), getattr(module, f"{kind}Trainer")
+        except (ImportError, AttributeError):
+            continue
+    raise ImportError(f"this TRL has no {kind}Trainer")
+
+
+def metrics(trainer) -> list[dict]:
+    """What was logged at every step but the clock; the last entry sums the run up."""
+    return [
+        {name: float(value) for name, value in entry.items() if not any(word in name for word in CLOCK)}
+        for entry in trainer.state.log_history[:-1]
+    ]
+
+
+def sentence(index: int, length: int) -> str:
+    """The same words for the same arguments, whatever the state of the random generators."""
+    return " ".join(WORDS[(index * 7 + k * (3 + index % 5)) % len(WORDS)] for k in range(length))
+
+
+def preferences(count: int = 20) -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "prompt": sentence(i, 3 + i % 4),
+                "chosen": " " + sentence(i + 11, 4 + i % 7),
+                "rejected": " " + sentence(i + 23, 3 + (i * 3) % 8),
+            }
+            for i in range(count)
+        ]
+    )
+
+
+def unpaired() -> Dataset:
+    return Dataset.from_list(
+        [
+            {"prompt": row["prompt"], "completion": row["chosen"], "label": i % 2 == 0}
+            for i, row in enumerate(preferences())
+        ]
+    )
+
+
+def texts() -> Dataset:
+    return Dataset.from_list([{"text": sentence(i, 6 + i % 5)} for i in range(16)])
+
+
+def prompts() -> Dataset:
+    return Dataset.from_list([{"prompt": sentence(i, 4)} for i in range(8)])
+
+
+def length_reward(completions, **_):
+    return [float(len(set(completion.split()))) for completion in completions]
+
+
+def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
+    assert len(ours) == len(theirs) > 0
+    worst = 0.0
+    for mine, other in zip(ours, theirs):
+        assert mine.keys() == other.keys()
+        for name in other:
+            difference = abs(mine[name] - other[name])
+            assert difference <= 1e-4 * max(1.0, abs(other[name])), (name, mine[name], other[name])
+            worst = max(worst, difference)
+    return worst
