@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..logps import TokenStats, linear_token_stats
 from ..validation import HeadOptions
-from .huggingface import _head
 from .lazy import IGNORED, LazyLogits
+from .lm_head import applied_head
 
 OPTIONS = ("backward", "tau", "seed")
 # Wrappers that split the head, or run it where its result cannot come back as an object
@@ -41,8 +41,8 @@ def lazy_logits(*models, **options) -> Iterator[None]:
 
     Raises:
         TypeError, ValueError: naming the option, or the model that has no lm_head.
-        NotImplementedError: a head that is split (FSDP, ZeRO-3, DataParallel), or not a plain linear layer with at
-            most one LoRA adapter without dropout.
+        NotImplementedError: a head that is split (FSDP, ZeRO-3, DataParallel), quantised, or adapted by something else
+            than LoRA, DoRA, ``modules_to_save`` and trainable tokens.
 
     Guarantees:
         Scale, softcap and temperature that the model or the trainer applies to its logits are followed, and the grad
@@ -118,7 +118,7 @@ class _LazyHead:
     def __call__(self, hidden: Tensor, *args, **kwargs) -> LazyLogits:
         if args or kwargs:
             raise NotImplementedError(f"an lm_head called with more than hidden: {args}, {kwargs}")
-        weight, bias, lora = _head(self.head())
+        hidden, weight, bias, lora = applied_head(self.head(), hidden)
         a, b, scale = lora or (None, None, 1.0)
         grad = torch.is_grad_enabled()
 
