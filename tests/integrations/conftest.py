@@ -51,7 +51,7 @@ def tokenizer():
 @pytest.fixture
 def make_trainer(tokenizer, tiny_llama, tmp_path):
     """Builds a fresh TRL trainer of one kind on the same tiny model, read from disk as users' are."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, set_seed
     from trl_runs import classes
 
     path = str(tmp_path / "model")
@@ -75,6 +75,7 @@ def make_trainer(tokenizer, tiny_llama, tmp_path):
             "per_device_train_batch_size": 4,
         }
         args = config_class(**(defaults | config))
+        set_seed(3)  # an adapter is drawn before the trainer sets its own
         options = {name: make() for name, make in (trainer_options or {}).items()}
         model = AutoModelForCausalLM.from_pretrained(path)
         if kind in ("DPO", "KTO") and "peft_config" not in options:
