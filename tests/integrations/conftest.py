@@ -78,7 +78,7 @@ def make_trainer(tokenizer, tiny_llama, tmp_path):
         set_seed(3)  # an adapter is drawn before the trainer sets its own
         options = {name: make() for name, make in (trainer_options or {}).items()}
         model = AutoModelForCausalLM.from_pretrained(path)
-        if kind in ("DPO", "KTO") and "peft_config" not in options:
+        if kind in ("DPO", "KTO") and "peft_config" not in options and "precompute_ref_log_probs" not in config:
             options["ref_model"] = AutoModelForCausalLM.from_pretrained(path)
         return trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options)
 

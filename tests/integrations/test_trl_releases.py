@@ -107,8 +107,10 @@ LIFE = {
 KINDS = ("DPO", "CPO")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("life", LIFE)
+LIVES = [(life, kind) for life in LIFE for kind in KINDS if life != "torch.compile" or kind == "CPO"]  # 20 s
+
+
+@pytest.mark.parametrize(("life", "kind"), LIVES)
 def test_life(life, kind, train):
     config = LIFE[life]
     theirs = train(kind, preferences(), 4, **config)
@@ -129,7 +131,11 @@ def test_after_construction_twice_and_pickled(kind, make_trainer):
     assert pickle.loads(pickle.dumps(classes(kind)[1])) is classes(kind)[1]
     trainer.train()
     largest_difference(metrics(trainer), metrics(reference))
-    if TAKES_LOGITS or kind != "DPO":  # newer ones give their models a forward that no pickle takes
+    try:
+        pickle.dumps(reference.model)
+    except (AttributeError, pickle.PicklingError):  # some releases give their models a forward that no pickle takes
+        pass
+    else:
         model = pickle.loads(pickle.dumps(trainer.model))
         ids = torch.arange(6)[None]
         assert torch.equal(model(ids).logits, trainer.model(ids).logits)

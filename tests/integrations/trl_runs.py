@@ -75,6 +75,8 @@ def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
     for mine, other in zip(ours, theirs):
         assert mine.keys() == other.keys()
         for name in other:
+            if name.endswith("rewards/accuracies") and abs(other[name.replace("accuracies", "margins")]) < 1e-4:
+                continue  # policy and reference are still the same model: rounding decides who wins
             difference = abs(mine[name] - other[name])
             assert difference <= 1e-4 * max(1.0, abs(other[name])), (name, mine[name], other[name])
             worst = max(worst, difference)
