@@ -7,13 +7,15 @@
 # make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
 # make lint    ruff
 # make bench   the CPU benchmarks; HEAD=file.safetensors takes a captured head
+# make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
+# make bench-compare  what is saved there, side by side; COMPARE="0001 0002" chooses
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-trl models kernels gpu lint bench clean
+.PHONY: demo test test-trl models kernels gpu lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -57,6 +59,13 @@ bench: $(VENV)/installed-bench
 	$(RUN) benchmarks/bench_cpu.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-cpu.json
 	$(RUN) benchmarks/bench_tau.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-tau.json
 	$(RUN) benchmarks/bench_memory.py --frozen --output benchmarks/results/local-memory.json
+	$(MAKE) bench-micro
+
+bench-micro: $(VENV)/installed-bench
+	$(RUN) -m pytest benchmarks/micro -o addopts= --benchmark-autosave --benchmark-max-time=0.5 $(MICRO_ARGS)
+
+bench-compare: $(VENV)/installed-bench
+	$(RUN) -m pytest_benchmark compare $(COMPARE) --group-by=fullname --columns=min,median,rounds
 
 clean:
 	rm -rf $(VENV) build *.egg-info demo_output
