@@ -66,7 +66,7 @@ def tau(record: dict) -> list[str]:
         cells = [row["path"], str(blocks) if pairs is None else f"{pairs:.1f}"]
         cells += [f"{row[name]:.2f}" for name in ("passes", "frozen")]
         cells += [error(row[f"{name} error"]) for name in ("dhidden", "dweight")]
-        rows.append(bold(cells, row["path"].startswith("routed") and "," in row["path"]))  # the default: two numbers
+        rows.append(bold(cells, row["path"].count(",") == 2))  # the default: two numbers
     header = ["path", f"blocks per token, of {blocks}", "passes", "passes, frozen head"]
     return table(header + ["`dhidden` error", "`dweight` error"], rows)
 
