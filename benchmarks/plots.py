@@ -46,7 +46,7 @@ def plot_step(record: dict, output: Path) -> None:
         color=[color_of(row["step"]) for row in rows], error_kw={"lw": 0.8},
     )  # fmt: skip
     axis.bar_label(bars, [f"{row['median s']:.2f} s" for row in rows], padding=14, fontsize=8)
-    axis.margins(x=0.15)
+    axis.margins(x=0.22)
     axis.set_xlabel("seconds, one DPO step on the head")
     notes = record["notes"]
     axis.set_title(
