@@ -46,7 +46,7 @@ def plot_step(record: dict, output: Path) -> None:
         color=[color_of(row["step"]) for row in rows], error_kw={"lw": 0.8},
     )  # fmt: skip
     axis.bar_label(bars, [f"{row['median s']:.2f} s" for row in rows], padding=14, fontsize=8)
-    axis.margins(x=0.15)
+    axis.margins(x=0.22)
     axis.set_xlabel("seconds, one DPO step on the head")
     notes = record["notes"]
     axis.set_title(
@@ -92,10 +92,11 @@ def plot_accuracy(record: dict, output: Path) -> None:
     ]
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), sharey=True)
     for axis, (key, title) in zip(axes, figures):
-        axis.barh(
-            [row["path"] for row in rows], [row[key] for row in rows], color=[color_of(row["path"]) for row in rows]
-        )
-        axis.set_xscale("log")
+        values = [row[key] for row in rows]
+        bars = axis.barh([row["path"] for row in rows], values, color=[color_of(row["path"]) for row in rows])
+        axis.bar_label(bars, [f"{value:.1e}" for value in values], padding=3, fontsize=7)
+        axis.set(xscale="log", xlim=(1e-5 if "nats" in key else 1e-4, 30 * max(values)))
+        axis.minorticks_off()
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3, axis="x")
     figure.suptitle(

@@ -96,13 +96,13 @@ def memory(record: dict) -> list[str]:
 
 
 def accuracy(record: dict) -> list[str]:
-    keys = ("sequence log-prob, nats", "dhidden", "dweight")
+    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dweight")
     rows = []
     for row in record["rows"]:
         if row["inputs"] == "bfloat16":
             rows.append(bold([row["path"], *(error(row[key]) for key in keys)], row["path"].startswith("fastdpo")))
-    left_out = [f"| {name} | not measured: {why} | | |" for name, why in record["notes"]["left out"].items()]
-    return table(["bf16 inputs", keys[0], "`dhidden`", "`dweight`"], rows) + left_out
+    left_out = [f"| {name} | not measured: {why} | | | |" for name, why in record["notes"]["left out"].items()]
+    return table(["bf16 inputs", *keys], rows) + left_out
 
 
 def training(record: dict, last: int = 50) -> list[str]:
