@@ -14,8 +14,8 @@ from pathlib import Path
 RELEASES = {
     "1.15.0": [],
     "1.14.2": [],
-    "1.8.0": [],
-    "1.0.0": [],
+    "1.8.0": ["requests"],  # GRPO and RLOO import requests without requiring it
+    "1.0.0": ["requests"],
     "0.29.1": ["transformers==4.57.6"],
     "0.28.0": ["transformers==4.57.6"],
     "0.24.0": ["transformers==4.57.6"],

@@ -78,6 +78,8 @@ def largest_difference(ours: list[dict], theirs: list[dict]) -> float:
             if name.endswith("rewards/accuracies") and abs(other[name.replace("accuracies", "margins")]) < 1e-4:
                 continue  # policy and reference are still the same model: rounding decides who wins
             difference = abs(mine[name] - other[name])
-            assert difference <= 1e-4 * max(1.0, abs(other[name])), (name, mine[name], other[name])
+            # Older KTO trainers log sums over the vocabulary, 512 logits of order 1 that nearly cancel
+            scale = 512.0 if name.startswith("logits/") and abs(other[name]) > 20 else max(1.0, abs(other[name]))
+            assert difference <= 1e-4 * scale, (name, mine[name], other[name])
             worst = max(worst, difference)
     return worst
