@@ -65,7 +65,7 @@ struct BlockMachine {
   }
 };
 
-__global__ void __launch_bounds__(kLanes) preference_forward_kernel(const PreferenceBatch<float> a, const PreferenceResults<float> out) {
+__global__ void __launch_bounds__(kLanes, 1) preference_forward_kernel(const PreferenceBatch<float> a, const PreferenceResults<float> out) {
   __shared__ Scratch scratch;
   __shared__ bool is_last;
   BlockMachine machine = {scratch};

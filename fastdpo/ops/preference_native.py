@@ -73,7 +73,11 @@ class Spec:
         )
 
     def arguments(self) -> tuple:
-        return tuple(vars(self).values())
+        """In the order of the operator's."""
+        return (
+            self.loss_ids, self.loss_weights, self.divergence, self.options, self.ignore_index, self.average,
+            self.reward_per_token, self.ld_alpha, self.sft_weight,
+        )  # fmt: skip
 
 
 def _num_pairs(logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None) -> int:
