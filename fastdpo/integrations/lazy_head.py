@@ -114,7 +114,7 @@ class _LazyHead:
         self.options: dict = {}
         self.wanted: set[str] = set()  # statistics that were asked for: from then on computed with the log-probs
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo with fastdpo
     def __call__(self, hidden: Tensor, *args, **kwargs) -> LazyLogits:
         if args or kwargs:
             raise NotImplementedError(f"an lm_head called with more than hidden: {args}, {kwargs}")

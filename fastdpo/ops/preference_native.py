@@ -25,7 +25,6 @@ OPTION_ORDER: list[str] = _extension.PREFERENCE_OPTIONS if AVAILABLE else []
 SUMS_BYTES: int = _extension.PAIR_SUMS_BYTES if AVAILABLE else 0
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot look into the extension
 def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the losses of tensors of this device and type are not computed here; None when they are."""
     if os.environ.get("FASTDPO_ENGINE") == "reference":
@@ -39,6 +38,11 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype != torch.float32:
         return "fp64 on a GPU"
     return native.cuda_problem(torch.cuda.get_device_capability(device) if torch.cuda.is_initialized() else None)
+
+
+# torch.compiler.assume_constant_result's mark, since torch.compile cannot look into the extension; calling it would
+# import torch._dynamo, and Triton with it, whenever fastdpo is imported.
+problem._dynamo_marked_constant = True
 
 
 @dataclass(frozen=True)
