@@ -6,7 +6,7 @@
 #              same for the CUDA kernels, where nvcc was found
 # make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
 # make lint    ruff
-# make bench   the CPU benchmarks; HEAD=file.safetensors takes a captured head
+# make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
 # make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
 # make bench-compare  what is saved there, side by side; COMPARE="0001 0002" chooses
 PYTHON ?= python3
@@ -55,10 +55,17 @@ lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+WITH_HEAD = $(if $(HEAD),--head $(HEAD))
+LOCAL = benchmarks/results/local
+
 bench: $(VENV)/installed-bench
-	$(RUN) benchmarks/bench_cpu.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-cpu.json
-	$(RUN) benchmarks/bench_tau.py $(if $(HEAD),--head $(HEAD)) --output benchmarks/results/local-tau.json
-	$(RUN) benchmarks/bench_memory.py --frozen --output benchmarks/results/local-memory.json
+	$(RUN) benchmarks/bench_cpu.py --rounds 3 $(WITH_HEAD) --output $(LOCAL)-step.json
+	$(RUN) benchmarks/bench_sweep.py $(WITH_HEAD) --output $(LOCAL)-sweep.json
+	$(RUN) benchmarks/bench_memory.py --frozen --output $(LOCAL)-memory.json
+	$(RUN) benchmarks/bench_memory.py --fits 2 --most 16384 --vocab 131072 --hidden-size 256 --output $(LOCAL)-fits.json
+	$(RUN) benchmarks/bench_accuracy.py $(WITH_HEAD) --output $(LOCAL)-accuracy.json
+	$(RUN) benchmarks/bench_tau.py --seeds 1 $(WITH_HEAD) --output $(LOCAL)-tau.json
+	$(RUN) benchmarks/bench_bias.py --seeds 20 $(WITH_HEAD) --output $(LOCAL)-bias.json
 	$(MAKE) bench-micro
 
 bench-micro: $(VENV)/installed-bench

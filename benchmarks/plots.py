@@ -6,6 +6,7 @@ A picture whose results are missing is left out. GPU results have plot_gpu.py.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from PIL import Image
 
 HERE = Path(__file__).parent
 OURS, OTHERS = "#1b7f4b", "#9aa5b1"
@@ -29,8 +31,10 @@ def where_and_when(record: dict) -> str:
 def finish(figure, record: dict, output: Path) -> None:
     figure.text(0.5, 0.005, where_and_when(record), ha="center", fontsize=7, color="gray")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(output, dpi=110)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
     plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(128).save(output, optimize=True)  # a third of the size
 
 
 def color_of(name: str) -> str:
@@ -56,29 +60,43 @@ def plot_step(record: dict, output: Path) -> None:
     finish(figure, record, output)
 
 
-def plot_context(record: dict, output: Path) -> None:
-    """Memory beyond inputs and returned gradients against completion tokens."""
-    figure, axis = plt.subplots(figsize=(7, 3.4))
-    for path in dict.fromkeys(row["path"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["path"] == path and row["MiB"] is not None]
-        ours = path.startswith("fastdpo")
-        style = {
-            "color": OURS if ours else {"eager": "#c44e52"}.get(path, "#dd8b2f"),
-            "ls": "--" if "exact" in path else "-",
-        }
-        axis.plot([row["N"] for row in rows], [row["MiB"] for row in rows], "o", label=path, **style)
-    tokens = sorted({row["N"] for row in record["rows"]})
-    axis.plot(tokens, [128 + n * 256 / 2**20 for n in tokens], ":", color="gray", label="fastdpo's bound")
-    axis.set(xscale="log", yscale="log", xlabel="completion tokens", ylabel="MiB")
-    axis.set_xticks(tokens, [f"{n:,}" for n in tokens])
-    axis.minorticks_off()
-    notes = record["notes"]
-    axis.set_title(
-        f"memory of forward and backward, V = {notes['V']}, H = {notes['H']}, {notes['head']} head, {notes['dtype']}",
-        fontsize=9,
-    )
-    axis.legend(fontsize=8)
-    axis.grid(alpha=0.3)
+AXES = {
+    "tokens": "completion tokens",
+    "vocab": "V",
+    "hidden": "H",
+    "prompt_share": "share of prompt tokens",
+}
+LINES = {  # one look per path, in every panel
+    "eager": ("#c44e52", "-"),
+    "trl compacted": ("#dd8b2f", "-"),
+    "liger": ("#8172b3", "-"),
+    "torch linear_cross_entropy": ("#4c72b0", "-"),
+    "fastdpo exact": (OURS, "--"),
+    "fastdpo routed": (OURS, "-"),
+}
+
+
+def plot_sweep(record: dict, output: Path) -> None:
+    """Seconds and MiB of one DPO step along each axis."""
+    figure, axes = plt.subplots(2, 4, figsize=(12, 5.2), sharex="col")
+    for column, (axis, title) in zip(axes.T, AXES.items()):
+        rows = [row for row in record["rows"] if row["along"] == axis]
+        values = list(dict.fromkeys(row[axis] for row in rows))
+        for panel, key in zip(column, ("seconds", "MiB")):
+            for path, (color, style) in LINES.items():
+                found = [(row[axis], row[key]) for row in rows if row["path"] == path and row[key] is not None]
+                if found:
+                    panel.plot(*zip(*found), "o", ls=style, color=color, ms=3, lw=1.4, label=path)
+            panel.set_yscale("log")
+            panel.grid(alpha=0.3)
+            if axis != "prompt_share":
+                panel.set_xscale("log")
+            panel.set_xticks(values, [f"{value:,}" for value in values], fontsize=7)
+            panel.minorticks_off()
+        column[1].set_xlabel(title, fontsize=9)
+    axes[0, 0].set_ylabel("seconds", fontsize=9)
+    axes[1, 0].set_ylabel("MiB beyond inputs and gradients", fontsize=9)
+    axes[0, 0].legend(fontsize=6)
     finish(figure, record, output)
 
 
@@ -139,7 +157,7 @@ def plot_training(record: dict, output: Path) -> None:
 
 PLOTS = {
     "2026-11-cpu-step.json": ("step.png", plot_step),
-    "2026-11-cpu-context.json": ("context.png", plot_context),
+    "2026-11-cpu-sweep.json": ("sweep.png", plot_sweep),
     "2026-11-cpu-accuracy.json": ("accuracy.png", plot_accuracy),
     "2026-11-training.json": ("training.png", plot_training),
 }

@@ -1,23 +1,26 @@
-"""The README's tables of measurements, from the committed results: no number is typed by hand.
+"""The tables of measurements in README.md and benchmarks/README.md, from the committed results: no number is typed.
 
-python benchmarks/tables.py            write them into README.md, between `<!-- table: NAME -->` and `<!-- end -->`
-python benchmarks/tables.py --check    fail where README.md says something else
+python benchmarks/tables.py            write them, between `<!-- table: NAME -->` and `<!-- end -->`
+python benchmarks/tables.py --check    fail where a document says something else
 
-Every table ends with its result file and the command that made it. A table whose file is missing says so.
+Every table ends with its result files and the commands that made them. A table whose file is missing says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -42,9 +45,11 @@ STEPS = {
     "trl compacted": "TRL's chunked function, given completion rows only",
     "trl as its trainer": "TRL's chunked function as its trainer calls it on a CPU (all rows, statistics)",
     "liger": "Liger `LigerFusedLinearDPOLoss`, not compiled",
+    "torch linear_cross_entropy": "torch 2.13's `linear_cross_entropy`, given completion rows only",
     "fastdpo exact": 'fastdpo, `backward="exact"`',
     "fastdpo routed": "fastdpo, routed",
     "two plain GEMMs (torch.mm)": "two plain `torch.mm` GEMMs, for scale",
+    "two plain GEMMs (fastdpo's library)": "the same two by fastdpo's library",
 }
 
 
@@ -121,23 +126,145 @@ def training(record: dict, last: int = 50) -> list[str]:
     return table([*header, "distance to exact", "travelled"], rows)
 
 
+def sweep(record: dict, axis: str, title: str) -> list[str]:
+    """Seconds and MiB of every path along one axis; the best of each row is bold."""
+    rows = [row for row in record["rows"] if row["along"] == axis]
+    paths = list(dict.fromkeys(row["path"] for row in rows))
+    lines = []
+    for value in dict.fromkeys(row[axis] for row in rows):
+        at = {row["path"]: row for row in rows if row[axis] == value}
+        for key, unit, text in (("seconds", "s", ".2f"), ("MiB", "MiB", ".0f")):
+            known = [at[path][key] for path in paths if at[path][key] is not None]
+            cells = [f"{value}, {unit}"]
+            for path in paths:
+                number = at[path][key]
+                cell = (at[path]["failed"] or "not measured") if number is None else format(number, text)
+                cells += bold([cell], number is not None and number == min(known))
+            lines.append(cells)
+    return table([title, *paths], lines)
+
+
+def fits(record: dict) -> list[str]:
+    sizes = list(dict.fromkeys(row["GiB"] for row in record["rows"]))
+    found = {(row["path"], row["GiB"]): row for row in record["rows"]}
+    rows = []
+    for path in dict.fromkeys(row["path"] for row in record["rows"]):
+        cells = [("at least " if row["at least"] else "") + f"{row['most tokens']}"
+                 for row in (found[path, size] for size in sizes)]  # fmt: skip
+        rows.append(bold([path, *cells], path == "fastdpo routed"))
+    return table(["completion tokens that fit, measured", *(f"in {size:g} GiB" for size in sizes)], rows)
+
+
+def context_model(record: dict) -> list[str]:
+    sizes = [key for key in record["rows"][0] if key.endswith("GiB")]
+    rows = [[row["path"], *(str(row[size]) for size in sizes), row["kept"]] for row in record["rows"]]
+    header = ["completion tokens that fit, by the cost model", *(f"in {size}" for size in sizes)]
+    return table([*header, "kept beside head, hidden states and their gradients"], rows)
+
+
+def counts(record: dict) -> list[str]:
+    given = record["inputs"]
+    rows = []
+    for title, counted in record["results"].items():
+        if "passes" in counted:
+            floor = f"{counted['floor over two products']:.2f}"
+            rows.append([title, f"{counted['passes']:.2f}", str(counted["launches"]), floor])
+    header = f"N = {given['tokens']}, V = {given['vocab']}, H = {given['hidden_size']}"
+    return table([header, "passes", "launches", f"floor at {given['gpu']} rates, over two plain products"], rows)
+
+
+PEERS = {  # as the README calls them: their names in step, sweep, accuracy and fits
+    "eager logits": ("eager", "eager", "eager", "eager"),
+    "TRL's chunked function": ("trl compacted", "trl compacted", "trl", "trl"),
+    "Liger `LigerFusedLinearDPOLoss`": ("liger", "liger", "liger", "liger"),
+    "torch 2.13 `linear_cross_entropy`": ("torch linear_cross_entropy",) * 4,
+    "Cut Cross-Entropy": ("cce", "cce", "cce", "cce"),
+    "Liger's scaled cross entropy": ("liger scaled ce",) * 4,
+    'fastdpo, `backward="exact"`': ("fastdpo exact",) * 4,
+    "fastdpo, routed": ("fastdpo routed",) * 4,
+}
+
+
+def summary(step: dict, sweep: dict, fits: dict, accuracy: dict) -> list[str]:
+    """Every peer in a line; the best of each column is bold, whoever it is."""
+    timed = {row["step"]: row["median s"] for row in step["rows"]}
+    base = [row for row in sweep["rows"] if row["along"] == "frozen" and not row["frozen"]]
+    memory = {row["path"]: row["MiB"] for row in base}
+    size = min(row["GiB"] for row in fits["rows"])
+    context = {row["path"]: row for row in fits["rows"] if row["GiB"] == size}
+    exact = {row["path"]: row for row in accuracy["rows"] if row["inputs"] == "bfloat16"}
+    columns = []
+    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dweight")
+    for in_step, in_sweep, in_accuracy, in_fits in PEERS.values():
+        most = context.get(in_fits)
+        errors = [exact.get(in_accuracy, {}).get(key) for key in keys]
+        columns.append([timed.get(in_step), memory.get(in_sweep), most and -most["most tokens"], *errors])
+    best = [min(x for x in column if x is not None) for column in zip(*columns)]
+    why = step["notes"]["skipped"] | accuracy["notes"]["left out"]
+
+    def cell(column: int, value: float | None, path: tuple[str, ...]) -> str:
+        if value is None:
+            return ""
+        text = f"{value:.2f}" if column == 0 else f"{value:.0f}" if column == 1 else error(value)
+        if column == 2:
+            text = ("at least " if context[path[3]]["at least"] else "") + f"{-value}"
+        return f"**{text}**" if value == best[column] else text
+
+    rows = []
+    for (name, path), values in zip(PEERS.items(), columns):
+        if all(value is None for value in values):
+            rows.append([name, f"not measured: {why.get(path[0], 'not among the results')}", *[""] * (len(values) - 1)])
+        else:
+            rows.append([name, *(cell(i, value, path) for i, value in enumerate(values))])
+    header = ["", "step, s", "memory, MiB", f"tokens that fit in {size:g} GiB", "sequence log-prob error, nats"]
+    return table([*header, "error of `dhidden`", "where p(label) > 0.99", "error of `dweight`"], rows)
+
+
 @dataclass(frozen=True)
 class Source:
-    render: Callable[[dict], list[str]]
-    file: str
-    command: str
+    """A table: `render` takes the records of `files`, each made by its command."""
+
+    render: Callable[..., list[str]]
+    files: tuple[str, ...]
 
 
+COMMANDS = {  # result file -> what made it
+    "2026-11-cpu-step.json": "bench_cpu.py --head head.safetensors",
+    "2026-11-cpu-sweep.json": "bench_sweep.py --longest 100",
+    "2026-11-cpu-fits.json": "bench_memory.py --fits 2 4 --vocab 131072 --hidden-size 256",
+    "2026-11-context-model.json": "context_model.py",
+    "2026-11-cpu-tau.json": "bench_tau.py --head head.safetensors",
+    "2026-11-cpu-bias.json": "bench_bias.py --head head.safetensors",
+    "2026-11-cpu-memory.json": "bench_memory.py --frozen",
+    "2026-11-cpu-accuracy.json": "bench_accuracy.py --head head.safetensors",
+    "2026-11-training.json": "bench_training.py",
+    "2026-11-triton-counts.json": "count_step.py --head head.safetensors",
+}
+AXES = {
+    "tokens": "completion tokens",
+    "vocab": "V",
+    "hidden": "H",
+    "prompt_share": "share of prompt tokens, of 4096",
+    "frozen": "frozen head",
+}
 SOURCES = {
-    "step": Source(step, "2026-11-cpu-step.json", "bench_cpu.py --head head.safetensors"),
-    "tau": Source(tau, "2026-11-cpu-tau.json", "bench_tau.py --head head.safetensors"),
-    "bias": Source(bias, "2026-11-cpu-bias.json", "bench_bias.py --head head.safetensors"),
-    "memory": Source(memory, "2026-11-cpu-memory.json", "bench_memory.py --frozen"),
-    "context": Source(
-        memory, "2026-11-cpu-context.json", "bench_memory.py --tokens 1024 4096 16384 65536 --vocab 32768 --frozen"
+    "summary": Source(
+        summary,
+        ("2026-11-cpu-step.json", "2026-11-cpu-sweep.json", "2026-11-cpu-fits.json", "2026-11-cpu-accuracy.json"),
     ),
-    "accuracy": Source(accuracy, "2026-11-cpu-accuracy.json", "bench_accuracy.py --head head.safetensors"),
-    "training": Source(training, "2026-11-training.json", "bench_training.py"),
+    "step": Source(step, ("2026-11-cpu-step.json",)),
+    **{
+        f"sweep-{axis}": Source(partial(sweep, axis=axis, title=title), ("2026-11-cpu-sweep.json",))
+        for axis, title in AXES.items()
+    },
+    "fits": Source(fits, ("2026-11-cpu-fits.json",)),
+    "context-model": Source(context_model, ("2026-11-context-model.json",)),
+    "tau": Source(tau, ("2026-11-cpu-tau.json",)),
+    "bias": Source(bias, ("2026-11-cpu-bias.json",)),
+    "memory": Source(memory, ("2026-11-cpu-memory.json",)),
+    "accuracy": Source(accuracy, ("2026-11-cpu-accuracy.json",)),
+    "training": Source(training, ("2026-11-training.json",)),
+    "counts": Source(counts, ("2026-11-triton-counts.json",)),
 }
 
 
@@ -147,38 +274,42 @@ def where_and_when(record: dict) -> str:
     return f"{env['cpu']} ({env['capability']}), {env['threads']} threads, {versions}, {env['date']}"
 
 
-def rendered(name: str, results: Path = RESULTS) -> str:
-    """The Markdown between the marks of table `name`."""
+def rendered(name: str, results: Path = RESULTS, beside: Path = ROOT) -> str:
+    """The Markdown between the marks of table `name`, in a document in folder `beside`."""
     source = SOURCES[name]
-    command = f"`benchmarks/{source.command}`"
-    if not (results / source.file).exists():
-        return f"\nNot measured yet: {command}\n\n"
-    record = json.loads((results / source.file).read_text())
-    link = f"[`{source.file}`](benchmarks/results/{source.file})"
-    return "\n".join(["", *source.render(record), "", f"{link}: {command}. {where_and_when(record)}.", "", ""])
+    missing = [file for file in source.files if not (results / file).exists()]
+    if missing:
+        commands = ", ".join(f"`benchmarks/{COMMANDS[file]}`" for file in missing)
+        return f"\nNot measured yet: {commands}\n\n"
+    records = [json.loads((results / file).read_text()) for file in source.files]
+    folder = Path(os.path.relpath(RESULTS, beside)).as_posix()
+    made = [f"[`{file}`]({folder}/{file}): `benchmarks/{COMMANDS[file]}`" for file in source.files]
+    places = dict.fromkeys(where_and_when(record) for record in records)
+    return "\n".join(["", *source.render(*records), "", f"{', '.join(made)}. {'; '.join(places)}.", "", ""])
 
 
-def filled(text: str, results: Path = RESULTS) -> str:
+def filled(text: str, results: Path = RESULTS, beside: Path = ROOT) -> str:
     """`text` with every marked table as the results have it. Raises ValueError for a table nobody knows."""
 
     def replace(match: re.Match) -> str:
         if match[2] not in SOURCES:
-            raise ValueError(f"README.md marks a table {match[2]!r}; known are {', '.join(SOURCES)}")
-        return match[1] + rendered(match[2], results) + match[3]
+            raise ValueError(f"a table {match[2]!r} is marked; known are {', '.join(SOURCES)}")
+        return match[1] + rendered(match[2], results, beside) + match[3]
 
     return MARKED.sub(replace, text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; fail where README.md differs")
+    parser.add_argument("--check", action="store_true", help="change nothing; fail where a document differs")
     args = parser.parse_args()
-    text = README.read_text()
-    wanted = filled(text)
-    if args.check and wanted != text:
-        sys.exit("README.md's tables differ from benchmarks/results: run python benchmarks/tables.py")
-    if not args.check:
-        README.write_text(wanted)
+    for document in DOCUMENTS:
+        text = document.read_text()
+        wanted = filled(text, beside=document.parent)
+        if args.check and wanted != text:
+            sys.exit(f"{document}'s tables differ from benchmarks/results: run python benchmarks/tables.py")
+        if not args.check:
+            document.write_text(wanted)
 
 
 if __name__ == "__main__":

@@ -17,33 +17,59 @@ def benchmarks_on_path(monkeypatch):
 
 
 def test_tables_are_those_of_the_results():
-    from tables import filled
+    from tables import DOCUMENTS, filled
 
-    text = (ROOT / "README.md").read_text()
-    assert text == filled(text), "run python benchmarks/tables.py"
+    for document in DOCUMENTS:
+        text = document.read_text()
+        assert text == filled(text, beside=document.parent), "run python benchmarks/tables.py"
 
 
 def test_every_result_has_its_table_and_every_link_its_file():
-    from tables import SOURCES
+    from tables import COMMANDS, DOCUMENTS, SOURCES
 
-    text = (ROOT / "README.md").read_text()
-    assert set(re.findall(r"<!-- table: ([\w-]+) -->", text)) == set(SOURCES)
-    for link in re.findall(r"\]\((benchmarks/[^)#]+)\)", text):
-        assert (ROOT / link).exists(), link
+    texts = [document.read_text() for document in DOCUMENTS]
+    assert {name for text in texts for name in re.findall(r"<!-- table: ([\w-]+) -->", text)} == set(SOURCES)
+    for document, text in zip(DOCUMENTS, texts):
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (document.parent / link).exists(), link
     for source in SOURCES.values():
-        assert (ROOT / "benchmarks" / source.command.split()[0]).exists(), source.command
+        for file in source.files:
+            assert (ROOT / "benchmarks" / COMMANDS[file].split()[0]).exists(), file
 
 
 def test_a_changed_result_changes_the_readme(tmp_path):
     from tables import RESULTS, SOURCES, rendered
 
-    file = SOURCES["step"].file
+    (file,) = SOURCES["step"].files
     record = json.loads((RESULTS / file).read_text())
     routed = next(row for row in record["rows"] if row["step"] == "fastdpo routed")
     routed["median s"] = 123.0
     (tmp_path / file).write_text(json.dumps(record))
     changed = rendered("step", tmp_path)
     assert "| **fastdpo, routed** | **123.00** |" in changed and changed != rendered("step")
+
+
+def test_the_best_peer_of_each_column_is_bold():
+    """Also where it is not fastdpo."""
+    from tables import summary
+
+    def rows(key, **values):
+        return [{key: name, **dict(zip(("median s", "MiB"), pair))} for name, pair in values.items()]
+
+    step = {"rows": rows("step", eager=(1.0,), liger=(3.0,)), "notes": {"skipped": {"cce": "needs a GPU"}}}
+    sweep = {
+        "rows": [{"path": p, "MiB": m, "along": "frozen", "frozen": False} for p, m in (("eager", 9), ("liger", 7))]
+    }
+    fits = {"rows": [{"path": "eager", "GiB": 2, "most tokens": 5, "at least": False}]}
+    accuracy = {"rows": [], "notes": {"left out": {"liger scaled ce": "Hopper only"}}}
+    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dweight")
+    for path, error in (("eager", 0.5), ("fastdpo exact", 0.25)):
+        accuracy["rows"].append({"path": path, "inputs": "bfloat16", **dict.fromkeys(keys, error)})
+    lines = {line.split(" | ")[0].strip("| "): line for line in summary(step, sweep, fits, accuracy)}
+    assert "| **1.00** | 9 | **5** | 5.0e-1 |" in lines["eager logits"]
+    assert "| 3.00 | **7** |  |" in lines["Liger `LigerFusedLinearDPOLoss`"]
+    assert lines['fastdpo, `backward="exact"`'].count("**2.5e-1**") == 4
+    assert "not measured: needs a GPU" in lines["Cut Cross-Entropy"]
 
 
 def test_a_missing_result_is_said_to_be_missing(tmp_path):
@@ -54,7 +80,7 @@ def test_a_missing_result_is_said_to_be_missing(tmp_path):
     assert "stale" not in filled(text, tmp_path)
     with pytest.raises(ValueError, match="nothing"):
         filled(text.replace("training", "nothing"), tmp_path)
-    assert SOURCES["training"].file in filled("<!-- table: training -->\n<!-- end -->\n", _training(tmp_path))
+    assert SOURCES["training"].files[0] in filled("<!-- table: training -->\n<!-- end -->\n", _training(tmp_path))
 
 
 def test_the_routing_picture_shows_the_kernels_rule(tmp_path):
