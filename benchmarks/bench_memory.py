@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 import inputs
 import torch
@@ -45,9 +46,16 @@ def measure(args) -> float:
     """MiB, in this process: beyond inputs and returned gradients; with --fits, of everything."""
     torch.manual_seed(0)
     dtype, (tokens,) = getattr(torch, args.dtype), args.tokens
-    hidden = torch.randn(tokens, args.hidden_size, dtype=dtype, requires_grad=True)
-    weight = torch.randn(args.vocab, args.hidden_size, dtype=dtype, requires_grad=not args.frozen)
-    labels = torch.randint(0, args.vocab, (tokens,))
+    if args.head:
+        head = inputs.repeated(inputs.lifted(inputs.load(args.head), args.hidden_size), tokens)
+        hidden, weight, labels = head.hidden.to(dtype), head.weight.to(dtype), head.labels
+        del head
+    else:
+        hidden = torch.randn(tokens, args.hidden_size, dtype=dtype)
+        weight = torch.randn(args.vocab, args.hidden_size, dtype=dtype)
+        labels = torch.randint(0, args.vocab, (tokens,))
+    hidden.requires_grad_()
+    weight.requires_grad_(not args.frozen)
     step = step_of(args.path)
     small = hidden[:64].detach().requires_grad_()  # loads what is loaded once
     step(small, weight.detach()[:512].requires_grad_(not args.frozen), labels[:64] % 512).backward()
@@ -59,7 +67,7 @@ def measure(args) -> float:
 
 def in_process(args, path: str, tokens: int, fits: float | None = None) -> tuple[float | None, str | None]:
     options = {"--tokens": tokens, "--vocab": args.vocab, "--hidden-size": args.hidden_size, "--dtype": args.dtype}
-    options |= {"--path": path} | ({"--fits": fits} if fits else {})
+    options |= {"--path": path} | ({"--fits": fits} if fits else {}) | ({"--head": args.head} if args.head else {})
     return in_child(__file__, *(x for pair in options.items() for x in pair), *["--frozen"] * args.frozen)
 
 
@@ -97,7 +105,7 @@ def largest(args, path: str, gib: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    inputs.add_arguments(parser)
+    inputs.add_arguments(parser, default="random numbers, whose distributions are as sharp as H is large")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096])
     parser.add_argument("--fits", type=float, nargs="+", help="GiB: find the most tokens that fit in each of these")
     parser.add_argument("--most", type=int, default=65536, help="with --fits: try no more tokens than these")
@@ -109,10 +117,14 @@ def main() -> None:
     parser.add_argument("--paths", nargs="*", choices=PATHS, default=list(PATHS))
     parser.add_argument("--path", choices=PATHS, help="measure this one in this process and print MiB")
     args = parser.parse_args()
+    if args.head:
+        args.vocab, smallest = inputs.load(args.head).weight.shape
+        args.hidden_size = max(args.hidden_size, smallest)
     if args.path:
         print(measure(args))
         return
     notes = {
+        "inputs": Path(args.head).name if args.head else "random",
         "V": args.vocab,
         "H": args.hidden_size,
         "dtype": args.dtype,

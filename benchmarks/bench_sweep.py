@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import inputs
 import torch
@@ -47,10 +48,7 @@ class Point:
         return found if found.hidden.shape[1] == self.hidden else inputs.lifted(found, self.hidden)
 
     def problem(self, head: inputs.HeadInputs) -> Problem:
-        """Of this many rows of `head`, again from the first where it has fewer."""
-        rows = torch.arange(self.rows) % len(head.labels)
-        repeated = inputs.HeadInputs(head.name, head.hidden[rows].float(), head.weight.float(), head.labels[rows])
-        problem = make_problem(repeated, self.rows // SEQUENCES, self.prompt_share)
+        problem = make_problem(inputs.repeated(head, self.rows), self.rows // SEQUENCES, self.prompt_share)
         problem.weight.requires_grad_(not self.frozen)
         return problem
 
@@ -172,7 +170,7 @@ def main() -> None:
             found = {row["path"]: row["seconds"] or row["failed"] for row in rows[-len(args.paths) :]}
             print(axis, getattr(point, axis), json.dumps(found), flush=True)
     notes = {
-        "head": args.head or "synthetic",
+        "head": Path(args.head).name if args.head else "synthetic",
         "dtype": "float32",
         "sequences": SEQUENCES,
         "rounds": args.rounds,

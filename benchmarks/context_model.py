@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import inputs
 
@@ -60,7 +61,7 @@ def most(name: str, gib: float, v: int, h: int, frozen: bool = False) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    inputs.add_arguments(parser)
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     parser.add_argument("--gib", type=float, nargs="+", default=[4, 8, 16])
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--hidden-size", type=int, default=4096)

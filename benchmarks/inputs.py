@@ -25,8 +25,8 @@ class HeadInputs:
     labels: Tensor  # [N] int64
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", help="safetensors file with hidden, weight and labels (default: a synthetic head)")
+def add_arguments(parser: argparse.ArgumentParser, default: str = "a synthetic head") -> None:
+    parser.add_argument("--head", help=f"safetensors file with hidden, weight and labels (default: {default})")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
 
 
@@ -85,6 +85,12 @@ def lifted(inputs: HeadInputs, hidden_size: int) -> HeadInputs:
     q, _ = torch.linalg.qr(torch.randn(hidden_size, small, generator=g, dtype=torch.float64))
     q = q.T.float().to(inputs.hidden.device)
     return HeadInputs(inputs.name, inputs.hidden.float() @ q, inputs.weight.float() @ q, inputs.labels)
+
+
+def repeated(inputs: HeadInputs, num_tokens: int) -> HeadInputs:
+    """So many rows, again from the first where there are fewer; fp32."""
+    rows = torch.arange(num_tokens) % len(inputs.labels)
+    return HeadInputs(inputs.name, inputs.hidden[rows].float(), inputs.weight.float(), inputs.labels[rows])
 
 
 def environment() -> dict:
