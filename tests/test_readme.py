@@ -37,6 +37,47 @@ def test_every_result_has_its_table_and_every_link_its_file():
             assert (ROOT / "benchmarks" / COMMANDS[file].split()[0]).exists(), file
 
 
+def test_figures_in_the_text_are_those_of_the_results():
+    from tables import RESULTS, error
+
+    def record(name: str) -> dict:
+        return json.loads((RESULTS / f"2026-11-{name}.json").read_text())
+
+    matrix, counted = record("model-matrix"), record("triton-counts")["results"]
+    confident = {
+        row["path"]: error(row["dhidden, p(label) 0.99 to 1.0"])
+        for row in record("cpu-accuracy")["rows"]
+        if row["inputs"] == "bfloat16"
+    }
+    moved = counted["dhidden, bytes through the L2 cache"]
+    launches = [row["launches"] for title, row in counted.items() if title.startswith("routed") and "same" in title]
+    runs = record("training")["runs"]
+
+    def mean(key: str, path: str) -> float:
+        values = [run[key] for run in runs if run["path"] == path]
+        return sum(values) / len(values)
+
+    verdicts = {"wrong": 0, **matrix["counts"]}
+    figures = {
+        "README.md": [
+            f"of {len(matrix['rows'])} classes {verdicts['exact']} are exact, {verdicts['refused']} is refused, "
+            f"none wrong; {verdicts['not built']} could not be built tiny",
+            f"({confident['fastdpo routed']} against {confident['eager']}, see above)",
+            f"for about {moved['ordered'] / moved['atomics']:.1f} times the traffic",
+        ],
+        "benchmarks/README.md": [
+            f"({launches[0]} for the step below, {launches[1]} with a frozen head;",
+            f"{mean('distance', 'routed'):.2f} against {mean('distance', 'trl bf16'):.2f} "
+            f"of {mean('travelled', 'exact'):.1f} travelled",
+        ],
+    }
+    assert verdicts["wrong"] == 0
+    for document, sentences in figures.items():
+        text = " ".join((ROOT / document).read_text().split())
+        for sentence in sentences:
+            assert sentence in text, sentence
+
+
 def test_a_changed_result_changes_the_readme(tmp_path):
     from tables import RESULTS, SOURCES, rendered
 
