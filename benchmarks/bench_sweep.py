@@ -47,6 +47,12 @@ class Point:
         found = inputs.synthetic_head(min(self.rows, DISTINCT), self.vocab, max(self.hidden, inputs.RANK))
         return found if found.hidden.shape[1] == self.hidden else inputs.lifted(found, self.hidden)
 
+    def made_in(self, folder: str) -> str:
+        """A file with `inputs`: drawing their labels takes longer than a step."""
+        made, file = self.inputs(), f"{folder}/head.safetensors"
+        save_file({"hidden": made.hidden, "weight": made.weight, "labels": made.labels}, file)
+        return file
+
     def problem(self, head: inputs.HeadInputs) -> Problem:
         problem = make_problem(inputs.repeated(head, self.rows), self.rows // SEQUENCES, self.prompt_share)
         problem.weight.requires_grad_(not self.frozen)
@@ -77,6 +83,26 @@ def step_memory(path: str, point: Point, head: inputs.HeadInputs) -> float:
     return grown - sum(g.numel() * g.element_size() for g in grads) / 2**20
 
 
+def in_process(path: str, point: Point, file: str) -> tuple[float | None, str | None]:
+    return in_child(__file__, "--one", path, json.dumps(asdict(point)), "--head", file)
+
+
+def memory_again(record: Path, paths: list[str]) -> None:
+    """Measures the memory of `paths` again, in place; times stay as they are."""
+    document, measured = json.loads(record.read_text()), {}
+    for row in document["rows"]:
+        if row["path"] in paths and row["seconds"] is not None:
+            point = Point(**{name: row[name] for name in asdict(Point())})
+            if point not in measured:
+                with tempfile.TemporaryDirectory() as folder:
+                    file = point.made_in(folder)
+                    measured[point] = {path: in_process(path, point, file) for path in paths}
+                print(point, measured[point], flush=True)
+            row["MiB"], row["failed"] = measured[point][row["path"]]
+    document["notes"]["memory measured again"] = {"paths": paths, "environment": inputs.environment()}
+    record.write_text(json.dumps(document, indent=1) + "\n")
+
+
 class Sweep:
     """Measures points; remembers how long every path took, to tell what the next one would take."""
 
@@ -99,10 +125,7 @@ class Sweep:
             return self.done[point]
         rows = self.done[point] = []
         with tempfile.TemporaryDirectory() as folder:
-            file = self.args.head
-            if file is None:  # made once: drawing labels takes longer than a step
-                file, made = f"{folder}/head.safetensors", point.inputs()
-                save_file({"hidden": made.hidden, "weight": made.weight, "labels": made.labels}, file)
+            file = self.args.head or point.made_in(folder)
             head = loaded(file, point)
             why = {path: self.reason_not_to(path, point) for path in self.args.paths}
             times = self.times(point, head, why)
@@ -114,8 +137,7 @@ class Sweep:
                     rows[-1]["seconds"], rows[-1]["spread s"] = statistics.median(seconds), max(seconds) - min(seconds)
                     self.rates[path] = rows[-1]["seconds"] / (point.tokens * point.vocab * point.hidden)
                     if self.args.memory:
-                        one = in_child(__file__, "--one", path, json.dumps(asdict(point)), "--head", file)
-                        rows[-1]["MiB"], rows[-1]["failed"] = one
+                        rows[-1]["MiB"], rows[-1]["failed"] = in_process(path, point, file)
         return rows
 
     def times(self, point: Point, head: inputs.HeadInputs, why: dict[str, str | None]) -> dict[str, list[float]]:
@@ -151,11 +173,15 @@ def main() -> None:
     parser.add_argument("--longest", type=float, default=5, help="seconds: a step expected to take longer is not run")
     parser.add_argument("--limit", type=float, default=8, help="GiB: a peer whose logits need more is not run")
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only")
+    parser.add_argument("--memory-again", type=Path, metavar="FILE", help="of --paths, in a result of this program")
     parser.add_argument("--one", nargs=2, metavar=("PATH", "POINT"), help="print this step's MiB, measured here")
     args = parser.parse_args()
     if args.one:
         point = Point(**json.loads(args.one[1]))
         print(step_memory(args.one[0], point, loaded(args.head, point)))
+        return
+    if args.memory_again:
+        memory_again(args.memory_again, args.paths)
         return
     if args.head and "vocab" in args.along:
         print(f"V is that of {args.head}: not swept")

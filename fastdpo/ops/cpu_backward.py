@@ -211,8 +211,8 @@ class _Routed:
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops = self.ops.serial()
-        # Tokens a thread works on at once, so that all threads together stay within a few tiles.
-        size = max(64, ops.chunk_rows() // self.ops.threads)
+        # Tokens a thread works on at once, so that all threads together stay within a few tiles and kernels are few.
+        size = min(1024, max(64, ops.chunk_rows() // self.ops.threads))
         pieces = (
             (block, part, sums, grads, token_list.shape[0] <= size)
             for block, token_list in self._lists(start, stop)
