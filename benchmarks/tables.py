@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -72,13 +73,20 @@ def tau(record: dict) -> list[str]:
 
 
 def bias(record: dict) -> list[str]:
-    rows = []
+    """Bold: the routed default, whose two gradients have a `tau` each."""
+    defaults, rows = dict(zip(("dhidden", "dweight"), record["notes"]["default tau"])), []
     for row in record["rows"]:
-        cells = [f"`{row['tau']}`", f"`{row['gradient']}`", error(row["|mean - exact| / |exact|"])]
-        rows.append([*cells, error(row["standard error / |exact|"]), f"{row['in standard errors']:.2f}"])
-    seeds = record["notes"]["seeds"]
-    header = ["`tau`", "gradient", f"distance of the mean of {seeds} seeds from exact", "its standard error"]
-    return table([*header, "in standard errors"], rows)
+        routed, power = row["path"] == "routed", f"2^{math.log2(row['threshold']):.0f}"
+        default = not routed and row["threshold"] == record["notes"]["default filter"]
+        name = f"routed, `tau` {power}" if routed else f"cce's filter, {power}{', its default' * default}"
+        cells = [name, f"{100 * row['share']:.0f}%"]
+        for gradient, tau in defaults.items():
+            biased, noise = error(row[f"{gradient} bias"]), error(row[f"{gradient} noise"])
+            known = f"{biased} ± {error(row[f'{gradient} standard error'])}"
+            cells += bold([known, noise] if routed else [biased, "0"], routed and row["threshold"] == tau)
+        rows.append(cells)
+    header = ["backward", "pairs computed", "`dhidden` bias", "noise", "`dweight` bias", "noise"]
+    return table(header, rows)
 
 
 def memory(record: dict) -> list[str]:

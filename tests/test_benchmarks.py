@@ -137,6 +137,74 @@ def test_tiles_are_timed_and_put_back():
     assert done.stdout.count("(present)") == 2 and '"fold": {"fp32": {90: Tile(' in done.stdout
 
 
+# The peers
+
+
+def _peer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(4, 16, 64, generator=g), torch.randn(384, 64, generator=g) / 4
+    return hidden, weight, torch.randint(384, (4, 16), generator=g)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_the_simulated_filter_drops_tiles_below_its_threshold(sort):
+    from cce_filter import cce_filter_logps
+
+    hidden, weight, labels = (x.flatten(0, -2) if x.ndim == 3 else x for x in _peer_inputs())
+    hidden, labels = hidden.repeat(4, 1).requires_grad_(), labels.flatten().repeat(4)
+    weight.requires_grad_()
+
+    def gradients(eps):
+        live = []
+        return live, torch.autograd.grad(
+            cce_filter_logps(hidden, weight, labels, eps, live, sort).sum(), (hidden, weight)
+        )
+
+    z = (hidden @ weight.T).log_softmax(-1)
+    exact = torch.autograd.grad(z.gather(1, labels[:, None]).sum(), (hidden, weight))
+    live, everything = gradients(0.0)
+    assert live == [1.0]
+    for x, e in zip(everything, exact):
+        torch.testing.assert_close(x, e, rtol=1e-4, atol=1e-5)
+    live, nothing = gradients(2.0)
+    assert live == [0.0] and all((x == 0).all() for x in nothing)
+    step = z.exp().detach() - torch.nn.functional.one_hot(labels, weight.shape[0])
+    order = (hidden @ weight.T).mean(0).argsort() if sort else torch.arange(weight.shape[0])
+    largest = step[:, order].abs().view(2, 128, 3, 128).amax((1, 3))
+    live, _ = gradients(largest.flatten().sort().values[2].item())
+    assert live[0] == pytest.approx(4 / 6)
+
+
+def test_bias_and_noise_are_told_apart():
+    from bench_bias import moments
+
+    exact = [torch.full((4, 4), 2.0, dtype=torch.float64), torch.full((3,), 1.0, dtype=torch.float64)]
+
+    def draw(seed):
+        return [exact[0] * 1.25 + (-1) ** seed * 0.5, exact[1].clone()]
+
+    row = moments(draw, exact, 64)
+    assert row["dhidden bias"] == pytest.approx(0.25) and row["dweight bias"] == 0.0
+    assert row["dhidden noise"] == pytest.approx(0.25 * (64 / 63) ** 0.5) and row["dweight noise"] == 0.0
+    assert row["dhidden standard error"] == pytest.approx(row["dhidden noise"] / 8)
+
+
+def test_the_share_of_pairs_is_that_of_the_routing_rule():
+    from bench_bias import TAUS, shares
+
+    from fastdpo.routing import kept_pairs
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=g) * 3, torch.randn(1024, 32, generator=g)
+    labels = torch.randint(1024, (64,), generator=g)
+    mass = (hidden @ weight.T).softmax(-1).view(64, 8, 128).sum(-1)
+    found = shares(hidden, weight, labels)
+    for tau in TAUS:
+        kept = [kept_pairs(mass, labels, tau, torch.rand(mass.shape, generator=g)).float().mean() for _ in range(400)]
+        assert found[tau] == pytest.approx(torch.stack(kept).mean().item(), abs=5e-3)
+    assert found[min(TAUS)] - found[max(TAUS)] > 0.05
+
+
 # The cost model
 
 

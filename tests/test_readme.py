@@ -73,6 +73,11 @@ def test_the_routing_picture_shows_the_kernels_rule(tmp_path):
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_pictures_are_light():
+    heavy = {file.name: file.stat().st_size for file in (ROOT / "benchmarks/results/plots").iterdir()}
+    assert {name: size for name, size in heavy.items() if size > 70_000} == {}
+
+
 def _training(folder: Path) -> Path:
     from inputs import environment
 
