@@ -43,6 +43,8 @@ STEPS = {
     "trl compacted": "TRL's chunked function, given completion rows only",
     "trl as its trainer": "TRL's chunked function as its trainer calls it on a CPU (all rows, statistics)",
     "liger": "Liger `LigerFusedLinearDPOLoss`, not compiled",
+    "cce torch_compile": "Cut Cross-Entropy's `torch_compile`, completion rows only",
+    "torch linear_cross_entropy": "torch's `linear_cross_entropy`, completion rows only",
     "fastdpo exact": 'fastdpo, `backward="exact"`',
     "fastdpo routed": "fastdpo, routed",
     "two plain GEMMs (torch.mm)": "two plain `torch.mm` GEMMs, for scale",

@@ -31,6 +31,11 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
     )
 
 
+def is_a_reason(why: str) -> bool:
+    known = ("not installed", "has no", "need a GPU", "are for ", "no loss per token", "torch.compile failed")
+    return any(reason in why for reason in known)
+
+
 # The GPU suite
 
 
@@ -69,8 +74,7 @@ def test_a_dry_run_runs_every_contender(dry_run):
     assert {"exact", "routed", "exact, frozen head", "routed, frozen head"} <= seen["backward"]
     assert set(TOKEN_LOGPS) <= seen["forward"] | shape["left out"].keys()
     assert set(PEERS) - {"trl as its trainer"} <= seen["step"] | shape["left out"].keys()
-    reasons = ("not installed", "has no", "needs a GPU", "need a GPU", "for Hopper only")
-    assert all(any(reason in why for reason in reasons) for why in shape["left out"].values()), shape["left out"]
+    assert all(is_a_reason(why) for why in shape["left out"].values()), shape["left out"]
     for backward in ("routed", "exact"):
         kernels = {row["kernel"] for row in shape["kernels"][backward]}
         assert {"fold", "dz", "dweight", "spread"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
@@ -140,10 +144,81 @@ def test_tiles_are_timed_and_put_back():
 # The peers
 
 
+def _agree_with_fp64(peers: dict, run, exact) -> set[str]:
+    """The names of those that run here; `run(peer)` and `exact` are tensors. The others give a reason."""
+    from peers import Unavailable
+
+    ran = set()
+    for name, peer in peers.items():
+        try:
+            mine = run(peer)
+        except Unavailable as error:
+            assert is_a_reason(str(error)), (name, error)
+            continue
+        ran.add(name)
+        for x, e in zip(mine, exact):
+            torch.testing.assert_close(x.double(), e, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    return ran
+
+
 def _peer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(4, 16, 64, generator=g), torch.randn(384, 64, generator=g) / 4
     return hidden, weight, torch.randint(384, (4, 16), generator=g)
+
+
+def test_every_peers_token_logps_agree_with_fp64_or_say_why():
+    from peers import TOKEN_LOGPS, eager_logps
+
+    hidden, weight, labels = _peer_inputs()
+    coef = torch.linspace(-1, 1, labels.numel(), dtype=torch.float64)
+
+    def run(logps, dtype=torch.float32):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden.flatten(0, 1), weight))
+        out = logps(h, w, labels.flatten())
+        return out.detach(), *torch.autograd.grad(out, (h, w), coef.to(out.dtype))
+
+    def eager64(h, w, y):
+        return (h @ w.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+    ran = _agree_with_fp64(TOKEN_LOGPS, run, run(eager64, torch.float64))
+    assert eager_logps in {TOKEN_LOGPS[name] for name in ran} and "fastdpo" in ran
+
+
+def test_every_peers_selective_logps_agree_with_fp64_or_say_why():
+    from peers import SELECTIVE_LOGPS
+
+    hidden, weight, labels = _peer_inputs()
+    logits = (hidden @ weight.T).flatten(0, 1)
+
+    def run(logps, dtype=torch.float32):
+        z = logits.to(dtype).requires_grad_()
+        out = logps(z, labels.flatten())
+        return out.detach(), torch.autograd.grad(out.sum(), z)[0]
+
+    exact = run(lambda z, y: z.log_softmax(-1).gather(1, y[:, None])[:, 0], torch.float64)
+    assert "torch" in _agree_with_fp64(SELECTIVE_LOGPS, run, exact)
+
+
+def test_every_peers_step_agrees_with_fp64_or_says_why():
+    from peers import BETA, OURS, PEERS, Problem
+
+    hidden, weight, labels = _peer_inputs()
+    labels[:, :5] = -100
+    ref_hidden, ref_weight = hidden.flip(-1) / 2, weight * 0.5
+
+    def problem(dtype) -> Problem:
+        h, w, ref_h, ref_w = (x.to(dtype, copy=True) for x in (hidden, weight, ref_hidden, ref_weight))
+        return Problem(h.requires_grad_(), w.requires_grad_(), labels, ref_h, ref_w)
+
+    p = problem(torch.float64)
+    logps = [
+        ((h @ w.T).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)).sum(-1)
+        for h, w in ((p.hidden, p.weight), (p.ref_hidden, p.ref_weight))
+    ]
+    chosen, rejected = (logps[0] - logps[1]).chunk(2)
+    exact = p.gradients(-torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean())
+    assert {"eager", *OURS} <= _agree_with_fp64(PEERS, lambda step: step(problem(torch.float32)), exact)
 
 
 @pytest.mark.parametrize("sort", [False, True])
