@@ -11,42 +11,22 @@ those of other rows are the same in every step.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import inputs
 import torch
+from cce_filter import cce_filter_logps
 from peers import TOKEN_LOGPS, Unavailable
 from torch import Tensor
 
 SEQUENCE = 512
 CONFIDENT = ((0.0, 0.5), (0.5, 0.9), (0.9, 0.99), (0.99, 1.0))
-TILE, FILTER = 128, 2.0**-12  # of Cut Cross-Entropy: tiles of tokens by columns whose gradient is all below this
-
-
-class _CceFilter(torch.autograd.Function):
-    """Cut Cross-Entropy's backward as its paper has it (arXiv 2411.09009), in fp32: its kernels need a GPU."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels):
-        logps = (hidden.float() @ weight.float().T).log_softmax(-1)
-        ctx.save_for_backward(hidden, weight, labels, logps)
-        return logps.gather(1, labels[:, None])[:, 0]
-
-    @staticmethod
-    def backward(ctx, coef):
-        hidden, weight, labels, logps = ctx.saved_tensors
-        step = -logps.exp()
-        step[torch.arange(len(labels)), labels] += 1.0
-        tiles = step.view(-1, TILE, step.shape[1] // TILE, TILE)
-        live = tiles.abs().amax((1, 3), keepdim=True) >= FILTER
-        dz = torch.where(live, tiles, 0.0).view_as(step) * coef[:, None]
-        ctx.live = live.float().mean()
-        return (dz @ weight.float()).to(hidden), (dz.T @ hidden.float()).to(weight), None
 
 
 def paths() -> dict:
     ours = TOKEN_LOGPS["fastdpo"]
     found = {f"{name}": run for name, run in TOKEN_LOGPS.items() if name != "fastdpo"}
-    found["cce's filter, in fp32"] = _CceFilter.apply
+    found["cce's filter, in fp32"] = partial(cce_filter_logps, sort=False)
     found["fastdpo exact"] = lambda *x: ours(*x, backward="exact")
     found["fastdpo routed"] = lambda *x: ours(*x, seed=0)
     return found

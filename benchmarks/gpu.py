@@ -201,8 +201,10 @@ def _device() -> dict:
 def _versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
+    from peers import PACKAGES
+
     found = {"python": sys.version.split()[0]}
-    for package in ("torch", "triton", "fastdpo", "trl", "liger-kernel", "cut-cross-entropy", "transformers"):
+    for package in ("torch", "triton", "fastdpo", "transformers", *PACKAGES):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

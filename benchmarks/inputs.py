@@ -100,7 +100,7 @@ def environment() -> dict:
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":")[1].strip() if names else cpu
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    for module in ("fastdpo", "trl", "liger_kernel", "transformers"):
+    for module in ("fastdpo", "trl", "liger_kernel", "cut_cross_entropy", "transformers"):
         try:
             from importlib.metadata import version
 

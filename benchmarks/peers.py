@@ -1,11 +1,16 @@
 """Every way to do one DPO step on the head, behind one signature: `step(problem)` -> (loss, dhidden, dweight).
 
 A step is the policy's and the reference's log-probabilities, the sigmoid DPO loss and the backward into `hidden` and
-`weight`. A peer that cannot run here raises `Unavailable` with the reason.
+`weight`. A peer that cannot run here raises `Unavailable` with the reason. pyproject.toml pins those that pip can
+install: `bench` what runs on a CPU, `peers-gpu` the others. Left out of both: Unsloth and verl, which want older
+transformers than the benchmarks run with (parts of unsloth_zoo are AGPL besides), Megatron's fused function, which no
+release holds, and flash-attn, which is compiled on the spot for hours.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +20,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 BETA = 0.1
+PACKAGES = (
+    "trl", "liger-kernel", "cut-cross-entropy", "unsloth_zoo", "verl", "megatron-core", "quack-kernels", "fla-core",
+    "flash-attn",
+)  # fmt: skip
 
 
 class Unavailable(RuntimeError):
@@ -41,6 +50,21 @@ def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return -logsigmoid(BETA * (chosen - rejected)).mean()
 
 
+def _imported(module: str, name: str, package: str):
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Unavailable(f"{package} is not installed ({error})") from error
+
+
+def _needs_gpu(x: Tensor, who: str, architecture: str = "", majors: tuple[int, ...] = ()) -> None:
+    """`majors`: of the compute capabilities that are served, called `architecture`; any if there are none."""
+    if x.device.type != "cuda":
+        raise Unavailable(f"{who} need a GPU")
+    if majors and torch.cuda.get_device_capability(x.device)[0] not in majors:
+        raise Unavailable(f"{who} are for {architecture} only")
+
+
 # Token level: (hidden [N, H], weight [V, H], labels [N], none of them ignored) -> log-probabilities [N]
 
 
@@ -50,32 +74,56 @@ def eager_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...] = ()) -> Tensor:
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-    except ImportError as error:
-        raise Unavailable(f"trl >= 1.15 is not installed ({error})") from error
-    return ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0]
+    chunked = _imported("trl.kernels", "ChunkedLogProbFunction", "trl >= 1.15")
+    return chunked.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0]
 
 
-def cce_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    if hidden.device.type != "cuda":
-        raise Unavailable("cut-cross-entropy's kernels need a GPU")
+def cce_logps(hidden: Tensor, weight: Tensor, labels: Tensor, impl: str = "cce", **options) -> Tensor:
+    if impl != "torch_compile":
+        _needs_gpu(hidden, "cut-cross-entropy's kernels")
+    linear_cross_entropy = _imported("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy")
+    if impl.upper() not in _imported("cut_cross_entropy", "LinearCrossEntropyImpl", "cut-cross-entropy").__members__:
+        raise Unavailable(f"this cut-cross-entropy has no {impl}: releases up to 25.1.1 lack it, its repository has it")
     try:
-        from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable(f"cut-cross-entropy is not installed ({error})") from error
-    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce")
+        return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl=impl, **options)
+    except torch._dynamo.exc.BackendCompilerFailed as error:
+        raise Unavailable(f"torch.compile failed ({str(error).splitlines()[0]})") from error
 
 
 def liger_scaled_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    if hidden.device.type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
-        raise Unavailable("Liger's scaled cross entropy has kernels for Hopper only")
+    _needs_gpu(hidden, "the kernels of Liger's scaled cross entropy", "Hopper", (9,))
     try:
         from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
         return -LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
     except ImportError as error:  # CuTe DSL is imported at the first call
         raise Unavailable(f"liger-kernel >= 0.8.5 and nvidia-cutlass-dsl are not installed ({error})") from error
+
+
+def unsloth_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """unsloth_zoo alone, which wants `unsloth` installed: importing that would replace TRL's functions too."""
+    _needs_gpu(hidden, "Unsloth's kernels")
+    os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
+    module = "unsloth_zoo.fused_losses.fused_linear"
+    return _imported(module, "fused_linear_logprobs", "unsloth")(hidden, weight, labels)
+
+
+def verl_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    _needs_gpu(hidden, "verl's kernels")
+    fused = _imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", "verl")
+    return fused(hidden, weight, labels, 1.0, "none")[0]  # and the entropies
+
+
+def megatron_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    _needs_gpu(hidden, "Megatron's kernels", "Blackwell", (10,))
+    module = "megatron.core.fusions.fused_linear_cross_entropy"
+    fused = _imported(module, "linear_cross_entropy", "a megatron-core with it (0.19.2 has none)")
+    return -fused(hidden, weight, labels, reduction="none")
+
+
+def no_token_logps(hidden: Tensor, weight: Tensor, labels: Tensor, why: str) -> Tensor:
+    """Of a peer that cannot do DPO anywhere."""
+    raise Unavailable(f"no loss per token: {why}")
 
 
 def torch_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -99,22 +147,31 @@ def torch_selective(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_selective(logits: Tensor, labels: Tensor) -> Tensor:
-    try:
-        from trl.trainer.utils import selective_log_softmax
-    except ImportError as error:
-        raise Unavailable(f"trl is not installed ({error})") from error
-    return selective_log_softmax(logits, labels)
+    return _imported("trl.trainer.utils", "selective_log_softmax", "trl")(logits, labels)
 
 
 def liger_selective(logits: Tensor, labels: Tensor) -> Tensor:
     """Writes the gradient over a copy of the logits in the forward: over the caller's own otherwise."""
-    if logits.device.type != "cuda":
-        raise Unavailable("Liger's cross entropy needs a GPU")
-    try:
-        from liger_kernel.transformers import LigerCrossEntropyLoss
-    except ImportError as error:
-        raise Unavailable(f"liger-kernel is not installed ({error})") from error
-    return -LigerCrossEntropyLoss(reduction="none")(logits.clone(), labels)
+    _needs_gpu(logits, "Liger's kernels")
+    loss = _imported("liger_kernel.transformers", "LigerCrossEntropyLoss", "liger-kernel")
+    return -loss(reduction="none")(logits.clone(), labels)
+
+
+def quack_selective(logits: Tensor, labels: Tensor) -> Tensor:
+    _needs_gpu(logits, "QuACK's kernels", "Hopper and newer", (9, 10, 11, 12))
+    return -_imported("quack.cross_entropy", "cross_entropy", "quack-kernels")(logits, labels, reduction="none")
+
+
+def fla_selective(logits: Tensor, labels: Tensor) -> Tensor:
+    _needs_gpu(logits, "flash-linear-attention's kernels")
+    loss = _imported("fla.modules", "FusedCrossEntropyLoss", "fla-core")
+    return -loss(reduction="none")(logits, labels)
+
+
+def flash_attention_selective(logits: Tensor, labels: Tensor) -> Tensor:
+    _needs_gpu(logits, "flash-attention's kernels")
+    loss = _imported("flash_attn.losses.cross_entropy", "CrossEntropyLoss", "flash-attn")
+    return -loss(reduction="none")(logits, labels)
 
 
 # One DPO step
@@ -153,24 +210,9 @@ def trl_trainer(p: Problem):
     return _step(p, partial(trl_logps, outputs=statistics), trl_logps, compact=False)
 
 
-def cce(p: Problem):
-    return _step(p, cce_logps)
-
-
-def liger_scaled(p: Problem):
-    return _step(p, liger_scaled_logps)
-
-
-def torch_fused(p: Problem):
-    return _step(p, torch_logps)
-
-
 def liger(p: Problem):
-    try:
-        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-    except ImportError as error:
-        raise Unavailable(f"liger-kernel is not installed ({error})") from error
-    loss_fn = LigerFusedLinearDPOLoss(beta=BETA, compiled=False, use_ref_model=True, average_log_prob=False)
+    fused = _imported("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
+    loss_fn = fused(beta=BETA, compiled=False, use_ref_model=True, average_log_prob=False)
     loss, *_ = loss_fn(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)
     return p.gradients(loss)
 
@@ -192,24 +234,37 @@ def fastdpo_exact(p: Problem):
     return _fastdpo(p, backward="exact")
 
 
+FUSED: dict[str, Callable] = {
+    "liger scaled ce": liger_scaled_logps,
+    "cce": cce_logps,
+    "cce unfiltered": partial(cce_logps, filter_eps=None),
+    "cce_exact": partial(cce_logps, impl="cce_exact"),
+    "cce_kahan_full_c": partial(cce_logps, impl="cce_kahan_full_c"),
+    "cce torch_compile": partial(cce_logps, impl="torch_compile"),
+    "unsloth": unsloth_logps,
+    "verl": verl_logps,
+    "megatron": megatron_logps,
+    "quack": partial(no_token_logps, why="quack-kernels 0.6.5 fuses the head with a mean or a sum only"),
+    "fla": partial(no_token_logps, why="flash-linear-attention 0.6.0 fuses the head with a mean or a sum only"),
+    "torchtune": partial(no_token_logps, why="torchtune 0.6.1 has chunks of given logits, summed"),
+    "torch linear_cross_entropy": torch_logps,
+}
+TOKEN_LOGPS: dict[str, Callable] = {"eager": eager_logps, "trl": trl_logps, **FUSED, "fastdpo": fastdpo_logps}
+SELECTIVE_LOGPS: dict[str, Callable] = {
+    "torch": torch_selective,
+    "trl": trl_selective,
+    "liger": liger_selective,
+    "quack": quack_selective,
+    "fla": fla_selective,
+    "flash-attn": flash_attention_selective,
+}
 PEERS: dict[str, Callable] = {
     "eager": eager,
     "trl compacted": trl_compacted,
     "trl as its trainer": trl_trainer,
     "liger": liger,
-    "liger scaled ce": liger_scaled,
-    "cce": cce,
-    "torch linear_cross_entropy": torch_fused,
+    **{name: partial(_step, token_logps=run) for name, run in FUSED.items()},
     "fastdpo exact": fastdpo_exact,
     "fastdpo routed": fastdpo_routed,
 }
-TOKEN_LOGPS: dict[str, Callable] = {
-    "eager": eager_logps,
-    "trl": trl_logps,
-    "liger scaled ce": liger_scaled_logps,
-    "cce": cce_logps,
-    "torch linear_cross_entropy": torch_logps,
-    "fastdpo": fastdpo_logps,
-}
-SELECTIVE_LOGPS: dict[str, Callable] = {"torch": torch_selective, "trl": trl_selective, "liger": liger_selective}
 OURS = ("fastdpo exact", "fastdpo routed")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,8 @@ import matplotlib.pyplot as plt
 from PIL import Image
 
 HERE = Path(__file__).parent
-OURS, OTHERS = "#1b7f4b", "#9aa5b1"
-COLORS = {"exact": "black", "routed": OURS, "dropped": "#c44e52", "trl bf16": "#dd8b2f"}
+OURS, OTHERS, DROPPED = "#1b7f4b", "#9aa5b1", "#c44e52"
+COLORS = {"exact": "black", "routed": OURS, "dropped": DROPPED, "trl bf16": "#dd8b2f"}
 
 
 def where_and_when(record: dict) -> str:
@@ -123,29 +124,57 @@ def plot_accuracy(record: dict, output: Path) -> None:
     finish(figure, record, output)
 
 
+def plot_bias(record: dict, output: Path) -> None:
+    """What skipping costs: bias and noise of both gradients against the share of pairs computed."""
+    seeds = record["notes"]["seeds"]
+    found = {path: [row for row in record["rows"] if row["path"] == path] for path in ("routed", "filter")}
+    series = [
+        ("filter", "bias", "s-", DROPPED, "cce's filter, by threshold: bias, the same in every step"),
+        ("routed", "noise", "o-", OURS, "fastdpo routed, by tau: noise of one step"),
+        ("routed", "bias", "o:", OURS, f"fastdpo routed: off exact, mean of {seeds} steps"),
+    ]
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
+    for axis, gradient in zip(axes, ("dhidden", "dweight")):
+        for path, key, style, color, label in series:
+            rows, offset = found[path], (3, 4) if path == "filter" else (-15, -9)
+            shares, values = [100 * row["share"] for row in rows], [row[f"{gradient} {key}"] for row in rows]
+            axis.plot(shares, values, style, color=color, ms=4, lw=1.2, label=label)
+            for row, share, value in zip(rows, shares, values):
+                if (path, key) != ("routed", "bias"):
+                    power = f"$2^{{{math.log2(row['threshold']):.0f}}}$"
+                    axis.annotate(power, (share, value), offset, textcoords="offset points", fontsize=7, color=color)
+        axis.set(xscale="log", yscale="log", xlabel="pairs of token and 128 columns computed, %")
+        axis.margins(0.12)
+        axis.set_xticks([4, 8, 16, 32], ["4", "8", "16", "32"])
+        axis.minorticks_off()
+        axis.set_title(f"{gradient}, relative to the exact gradient", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=7, loc="lower left")
+    finish(figure, record, output)
+
+
 def plot_training(record: dict, output: Path) -> None:
     """Loss, margin, entropy while training, and where the parameters end: mean over seeds, and their range."""
-    figure, axes = plt.subplots(1, 4, figsize=(12, 3))
+    figure, axes = plt.subplots(1, 4, figsize=(11, 2.7))
     runs = record["runs"]
     paths = list(dict.fromkeys(run["path"] for run in runs))
     window = 20
     for axis, name in zip(axes, ("loss", "margin", "entropy")):
-        for path in paths:
+        for width, path in zip((4.0, 2.8, 1.8, 0.8), paths):  # the curves lie on one another
             curves = [
                 [sum(run[name][max(0, i - window) : i + 1]) / (min(i, window) + 1) for i in range(len(run[name]))]
                 for run in runs
                 if run["path"] == path
             ]
             steps = range(1, len(curves[0]) + 1)
-            axis.plot(
-                steps, [sum(values) / len(values) for values in zip(*curves)], color=COLORS[path], lw=1.2, label=path
-            )
-            axis.fill_between(
-                steps, *([f(values) for values in zip(*curves)] for f in (min, max)), color=COLORS[path], alpha=0.12
-            )
+            mean = [sum(values) / len(values) for values in zip(*curves)]
+            axis.plot(steps, mean, color=COLORS[path], lw=width, label=path)
+            if path == paths[0]:
+                low, high = ([f(values) for values in zip(*curves)] for f in (min, max))
+                axis.fill_between(steps, low, high, color=COLORS[path], alpha=0.1, label="its seeds' range")
         axis.set_title(f"{name}, mean of {window} steps", fontsize=9)
         axis.set_xlabel("step", fontsize=8)
-    axes[0].legend(fontsize=7)
+    axes[2].legend(fontsize=7)
     far = {path: [run["distance"] for run in runs if run["path"] == path and "distance" in run] for path in paths}
     far = {path: values for path, values in far.items() if values}
     travelled = sum(run["travelled"] for run in runs) / len(runs)
@@ -159,6 +188,7 @@ PLOTS = {
     "2026-11-cpu-step.json": ("step.png", plot_step),
     "2026-11-cpu-sweep.json": ("sweep.png", plot_sweep),
     "2026-11-cpu-accuracy.json": ("accuracy.png", plot_accuracy),
+    "2026-11-cpu-bias.json": ("bias.png", plot_bias),
     "2026-11-training.json": ("training.png", plot_training),
 }
 

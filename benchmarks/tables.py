@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -45,7 +46,8 @@ STEPS = {
     "trl compacted": "TRL's chunked function, given completion rows only",
     "trl as its trainer": "TRL's chunked function as its trainer calls it on a CPU (all rows, statistics)",
     "liger": "Liger `LigerFusedLinearDPOLoss`, not compiled",
-    "torch linear_cross_entropy": "torch 2.13's `linear_cross_entropy`, given completion rows only",
+    "cce torch_compile": "Cut Cross-Entropy's `torch_compile`, completion rows only",
+    "torch linear_cross_entropy": "torch's `linear_cross_entropy`, completion rows only",
     "fastdpo exact": 'fastdpo, `backward="exact"`',
     "fastdpo routed": "fastdpo, routed",
     "two plain GEMMs (torch.mm)": "two plain `torch.mm` GEMMs, for scale",
@@ -77,13 +79,20 @@ def tau(record: dict) -> list[str]:
 
 
 def bias(record: dict) -> list[str]:
-    rows = []
+    """Bold: the routed default, whose two gradients have a `tau` each."""
+    defaults, rows = dict(zip(("dhidden", "dweight"), record["notes"]["default tau"])), []
     for row in record["rows"]:
-        cells = [f"`{row['tau']}`", f"`{row['gradient']}`", error(row["|mean - exact| / |exact|"])]
-        rows.append([*cells, error(row["standard error / |exact|"]), f"{row['in standard errors']:.2f}"])
-    seeds = record["notes"]["seeds"]
-    header = ["`tau`", "gradient", f"distance of the mean of {seeds} seeds from exact", "its standard error"]
-    return table([*header, "in standard errors"], rows)
+        routed, power = row["path"] == "routed", f"2^{math.log2(row['threshold']):.0f}"
+        default = not routed and row["threshold"] == record["notes"]["default filter"]
+        name = f"routed, `tau` {power}" if routed else f"cce's filter, {power}{', its default' * default}"
+        cells = [name, f"{100 * row['share']:.0f}%"]
+        for gradient, tau in defaults.items():
+            biased, noise = error(row[f"{gradient} bias"]), error(row[f"{gradient} noise"])
+            known = f"{biased} ± {error(row[f'{gradient} standard error'])}"
+            cells += bold([known, noise] if routed else [biased, "0"], routed and row["threshold"] == tau)
+        rows.append(cells)
+    header = ["backward", "pairs computed", "`dhidden` bias", "noise", "`dweight` bias", "noise"]
+    return table(header, rows)
 
 
 def memory(record: dict) -> list[str]:
@@ -178,10 +187,14 @@ PEERS = {  # as the README calls them: their names in step, sweep, accuracy and 
     "TRL's chunked function": ("trl compacted", "trl compacted", "trl", "trl"),
     "Liger `LigerFusedLinearDPOLoss`": ("liger", "liger", "liger", "liger"),
     "torch 2.13 `linear_cross_entropy`": ("torch linear_cross_entropy",) * 4,
-    "Cut Cross-Entropy": ("cce", "cce", "cce", "cce"),
-    "Liger's scaled cross entropy": ("liger scaled ce",) * 4,
+    "Cut Cross-Entropy's `torch_compile`": ("cce torch_compile",) * 4,
     'fastdpo, `backward="exact"`': ("fastdpo exact",) * 4,
     "fastdpo, routed": ("fastdpo routed",) * 4,
+    "Cut Cross-Entropy's kernels": ("cce",) * 4,
+    "Liger's scaled cross entropy": ("liger scaled ce",) * 4,
+    "Unsloth": ("unsloth",) * 4,
+    "verl": ("verl",) * 4,
+    "Megatron": ("megatron",) * 4,
 }
 
 

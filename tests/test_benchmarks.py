@@ -31,6 +31,11 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
     )
 
 
+def is_a_reason(why: str) -> bool:
+    known = ("not installed", "has no", "need a GPU", "are for ", "no loss per token", "torch.compile failed")
+    return any(reason in why for reason in known)
+
+
 # The GPU suite
 
 
@@ -69,8 +74,7 @@ def test_a_dry_run_runs_every_contender(dry_run):
     assert {"exact", "routed", "exact, frozen head", "routed, frozen head"} <= seen["backward"]
     assert set(TOKEN_LOGPS) <= seen["forward"] | shape["left out"].keys()
     assert set(PEERS) - {"trl as its trainer"} <= seen["step"] | shape["left out"].keys()
-    reasons = ("not installed", "has no", "needs a GPU", "need a GPU", "for Hopper only")
-    assert all(any(reason in why for reason in reasons) for why in shape["left out"].values()), shape["left out"]
+    assert all(is_a_reason(why) for why in shape["left out"].values()), shape["left out"]
     for backward in ("routed", "exact"):
         kernels = {row["kernel"] for row in shape["kernels"][backward]}
         assert {"fold", "dz", "dweight", "spread"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
@@ -135,6 +139,145 @@ def test_tiles_are_timed_and_put_back():
     done = run(BENCHMARKS / "gpu.py", "--dry-run", "--tune", "fold", "dweight")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("(present)") == 2 and '"fold": {"fp32": {90: Tile(' in done.stdout
+
+
+# The peers
+
+
+def _agree_with_fp64(peers: dict, run, exact) -> set[str]:
+    """The names of those that run here; `run(peer)` and `exact` are tensors. The others give a reason."""
+    from peers import Unavailable
+
+    ran = set()
+    for name, peer in peers.items():
+        try:
+            mine = run(peer)
+        except Unavailable as error:
+            assert is_a_reason(str(error)), (name, error)
+            continue
+        ran.add(name)
+        for x, e in zip(mine, exact):
+            torch.testing.assert_close(x.double(), e, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    return ran
+
+
+def _peer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(4, 16, 64, generator=g), torch.randn(384, 64, generator=g) / 4
+    return hidden, weight, torch.randint(384, (4, 16), generator=g)
+
+
+def test_every_peers_token_logps_agree_with_fp64_or_say_why():
+    from peers import TOKEN_LOGPS, eager_logps
+
+    hidden, weight, labels = _peer_inputs()
+    coef = torch.linspace(-1, 1, labels.numel(), dtype=torch.float64)
+
+    def run(logps, dtype=torch.float32):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden.flatten(0, 1), weight))
+        out = logps(h, w, labels.flatten())
+        return out.detach(), *torch.autograd.grad(out, (h, w), coef.to(out.dtype))
+
+    def eager64(h, w, y):
+        return (h @ w.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+    ran = _agree_with_fp64(TOKEN_LOGPS, run, run(eager64, torch.float64))
+    assert eager_logps in {TOKEN_LOGPS[name] for name in ran} and "fastdpo" in ran
+
+
+def test_every_peers_selective_logps_agree_with_fp64_or_say_why():
+    from peers import SELECTIVE_LOGPS
+
+    hidden, weight, labels = _peer_inputs()
+    logits = (hidden @ weight.T).flatten(0, 1)
+
+    def run(logps, dtype=torch.float32):
+        z = logits.to(dtype).requires_grad_()
+        out = logps(z, labels.flatten())
+        return out.detach(), torch.autograd.grad(out.sum(), z)[0]
+
+    exact = run(lambda z, y: z.log_softmax(-1).gather(1, y[:, None])[:, 0], torch.float64)
+    assert "torch" in _agree_with_fp64(SELECTIVE_LOGPS, run, exact)
+
+
+def test_every_peers_step_agrees_with_fp64_or_says_why():
+    from peers import BETA, OURS, PEERS, Problem
+
+    hidden, weight, labels = _peer_inputs()
+    labels[:, :5] = -100
+    ref_hidden, ref_weight = hidden.flip(-1) / 2, weight * 0.5
+
+    def problem(dtype) -> Problem:
+        h, w, ref_h, ref_w = (x.to(dtype, copy=True) for x in (hidden, weight, ref_hidden, ref_weight))
+        return Problem(h.requires_grad_(), w.requires_grad_(), labels, ref_h, ref_w)
+
+    p = problem(torch.float64)
+    logps = [
+        ((h @ w.T).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)).sum(-1)
+        for h, w in ((p.hidden, p.weight), (p.ref_hidden, p.ref_weight))
+    ]
+    chosen, rejected = (logps[0] - logps[1]).chunk(2)
+    exact = p.gradients(-torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean())
+    assert {"eager", *OURS} <= _agree_with_fp64(PEERS, lambda step: step(problem(torch.float32)), exact)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_the_simulated_filter_drops_tiles_below_its_threshold(sort):
+    from cce_filter import cce_filter_logps
+
+    hidden, weight, labels = (x.flatten(0, -2) if x.ndim == 3 else x for x in _peer_inputs())
+    hidden, labels = hidden.repeat(4, 1).requires_grad_(), labels.flatten().repeat(4)
+    weight.requires_grad_()
+
+    def gradients(eps):
+        live = []
+        return live, torch.autograd.grad(
+            cce_filter_logps(hidden, weight, labels, eps, live, sort).sum(), (hidden, weight)
+        )
+
+    z = (hidden @ weight.T).log_softmax(-1)
+    exact = torch.autograd.grad(z.gather(1, labels[:, None]).sum(), (hidden, weight))
+    live, everything = gradients(0.0)
+    assert live == [1.0]
+    for x, e in zip(everything, exact):
+        torch.testing.assert_close(x, e, rtol=1e-4, atol=1e-5)
+    live, nothing = gradients(2.0)
+    assert live == [0.0] and all((x == 0).all() for x in nothing)
+    step = z.exp().detach() - torch.nn.functional.one_hot(labels, weight.shape[0])
+    order = (hidden @ weight.T).mean(0).argsort() if sort else torch.arange(weight.shape[0])
+    largest = step[:, order].abs().view(2, 128, 3, 128).amax((1, 3))
+    live, _ = gradients(largest.flatten().sort().values[2].item())
+    assert live[0] == pytest.approx(4 / 6)
+
+
+def test_bias_and_noise_are_told_apart():
+    from bench_bias import moments
+
+    exact = [torch.full((4, 4), 2.0, dtype=torch.float64), torch.full((3,), 1.0, dtype=torch.float64)]
+
+    def draw(seed):
+        return [exact[0] * 1.25 + (-1) ** seed * 0.5, exact[1].clone()]
+
+    row = moments(draw, exact, 64)
+    assert row["dhidden bias"] == pytest.approx(0.25) and row["dweight bias"] == 0.0
+    assert row["dhidden noise"] == pytest.approx(0.25 * (64 / 63) ** 0.5) and row["dweight noise"] == 0.0
+    assert row["dhidden standard error"] == pytest.approx(row["dhidden noise"] / 8)
+
+
+def test_the_share_of_pairs_is_that_of_the_routing_rule():
+    from bench_bias import TAUS, shares
+
+    from fastdpo.routing import kept_pairs
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=g) * 3, torch.randn(1024, 32, generator=g)
+    labels = torch.randint(1024, (64,), generator=g)
+    mass = (hidden @ weight.T).softmax(-1).view(64, 8, 128).sum(-1)
+    found = shares(hidden, weight, labels)
+    for tau in TAUS:
+        kept = [kept_pairs(mass, labels, tau, torch.rand(mass.shape, generator=g)).float().mean() for _ in range(400)]
+        assert found[tau] == pytest.approx(torch.stack(kept).mean().item(), abs=5e-3)
+    assert found[min(TAUS)] - found[max(TAUS)] > 0.05
 
 
 # The cost model

@@ -110,7 +110,7 @@ def test_the_best_peer_of_each_column_is_bold():
     assert "| **1.00** | 9 | **5** | 5.0e-1 |" in lines["eager logits"]
     assert "| 3.00 | **7** |  |" in lines["Liger `LigerFusedLinearDPOLoss`"]
     assert lines['fastdpo, `backward="exact"`'].count("**2.5e-1**") == 4
-    assert "not measured: needs a GPU" in lines["Cut Cross-Entropy"]
+    assert "not measured: needs a GPU" in lines["Cut Cross-Entropy's kernels"]
 
 
 def test_a_missing_result_is_said_to_be_missing(tmp_path):
@@ -138,6 +138,11 @@ def test_the_routing_picture_shows_the_kernels_rule(tmp_path):
     record = json.loads((ROOT / "benchmarks/results/2026-11-head-masses.json").read_text())
     draw(record, tmp_path / "routing.png", 0)
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_are_light():
+    heavy = {file.name: file.stat().st_size for file in (ROOT / "benchmarks/results/plots").iterdir()}
+    assert {name: size for name, size in heavy.items() if size > 70_000} == {}
 
 
 def _training(folder: Path) -> Path:
