@@ -11,12 +11,11 @@ those of other rows are the same in every step.
 from __future__ import annotations
 
 import argparse
-from functools import partial
 
 import inputs
 import torch
 from cce_filter import cce_filter_logps
-from peers import TOKEN_LOGPS, Unavailable
+from peers import TOKEN_LOGPS, Unavailable, imported
 from torch import Tensor
 
 SEQUENCE = 512
@@ -26,7 +25,7 @@ CONFIDENT = ((0.0, 0.5), (0.5, 0.9), (0.9, 0.99), (0.99, 1.0))
 def paths() -> dict:
     ours = TOKEN_LOGPS["fastdpo"]
     found = {f"{name}": run for name, run in TOKEN_LOGPS.items() if name != "fastdpo"}
-    found["cce's filter, in fp32"] = partial(cce_filter_logps, sort=False)
+    found["cce's filter, in fp32"] = cce_filter_logps
     found["fastdpo exact"] = lambda *x: ours(*x, backward="exact")
     found["fastdpo routed"] = lambda *x: ours(*x, seed=0)
     return found
@@ -37,6 +36,14 @@ def measure(run, hidden: Tensor, weight: Tensor, labels: Tensor, coef: Tensor) -
     logps = run(hidden, weight, labels)
     dhidden, dweight = torch.autograd.grad(logps, (hidden, weight), coef.to(logps.dtype))
     return logps.detach().double(), dhidden.double(), dweight.double()
+
+
+def liger_sequences(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """[N / SEQUENCE] log-probs. Gradients are of its loss alone, for coefficients of its own."""
+    loss_class = imported("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
+    sequences = hidden.unflatten(0, (-1, SEQUENCE)), labels.unflatten(0, (-1, SEQUENCE))
+    _, (chosen, rejected, *_) = loss_class(compiled=False, use_ref_model=False)(weight, *sequences)
+    return torch.cat([chosen, rejected]).double()
 
 
 def truth(hidden: Tensor, weight: Tensor, labels: Tensor, coef: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +104,12 @@ def main() -> None:
                 row[f"dhidden, p(label) {low} to {high}"] = relative(mine[1][here], dhidden[here])
             rows.append(row)
             print(row, flush=True)
+        try:
+            off = liger_sequences(hidden, weight, labels) - logps.view(-1, SEQUENCE).sum(1)
+            rows.append({**dict.fromkeys(rows[0]), "path": "liger", "inputs": rows[-1]["inputs"]})
+            rows[-1]["sequence log-prob, nats"] = off.abs().max().item()
+        except Unavailable as error:
+            left_out["liger"] = str(error)
     notes = {"head": head.name, "N": count, "V": head.weight.shape[0], "H": head.weight.shape[1], "left out": left_out}
     inputs.report(args.output, "Errors against fp64", rows, notes)
 

@@ -50,7 +50,7 @@ def _dpo(logps: Tensor, ref_logps: Tensor) -> Tensor:
     return -logsigmoid(BETA * (chosen - rejected)).mean()
 
 
-def _imported(module: str, name: str, package: str):
+def imported(module: str, name: str, package: str):
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -74,15 +74,15 @@ def eager_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_logps(hidden: Tensor, weight: Tensor, labels: Tensor, outputs: tuple[str, ...] = ()) -> Tensor:
-    chunked = _imported("trl.kernels", "ChunkedLogProbFunction", "trl >= 1.15")
+    chunked = imported("trl.kernels", "ChunkedLogProbFunction", "trl >= 1.15")
     return chunked.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, outputs)[0]
 
 
 def cce_logps(hidden: Tensor, weight: Tensor, labels: Tensor, impl: str = "cce", **options) -> Tensor:
     if impl != "torch_compile":
         _needs_gpu(hidden, "cut-cross-entropy's kernels")
-    linear_cross_entropy = _imported("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy")
-    if impl.upper() not in _imported("cut_cross_entropy", "LinearCrossEntropyImpl", "cut-cross-entropy").__members__:
+    linear_cross_entropy = imported("cut_cross_entropy", "linear_cross_entropy", "cut-cross-entropy")
+    if impl.upper() not in imported("cut_cross_entropy", "LinearCrossEntropyImpl", "cut-cross-entropy").__members__:
         raise Unavailable(f"this cut-cross-entropy has no {impl}: releases up to 25.1.1 lack it, its repository has it")
     try:
         return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl=impl, **options)
@@ -105,19 +105,19 @@ def unsloth_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     _needs_gpu(hidden, "Unsloth's kernels")
     os.environ.setdefault("UNSLOTH_IS_PRESENT", "1")
     module = "unsloth_zoo.fused_losses.fused_linear"
-    return _imported(module, "fused_linear_logprobs", "unsloth")(hidden, weight, labels)
+    return imported(module, "fused_linear_logprobs", "unsloth")(hidden, weight, labels)
 
 
 def verl_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     _needs_gpu(hidden, "verl's kernels")
-    fused = _imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", "verl")
+    fused = imported("verl.utils.kernel.linear_cross_entropy", "linear_cross_entropy", "verl")
     return fused(hidden, weight, labels, 1.0, "none")[0]  # and the entropies
 
 
 def megatron_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     _needs_gpu(hidden, "Megatron's kernels", "Blackwell", (10,))
     module = "megatron.core.fusions.fused_linear_cross_entropy"
-    fused = _imported(module, "linear_cross_entropy", "a megatron-core with it (0.19.2 has none)")
+    fused = imported(module, "linear_cross_entropy", "a megatron-core with it (0.19.2 has none)")
     return -fused(hidden, weight, labels, reduction="none")
 
 
@@ -147,30 +147,30 @@ def torch_selective(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def trl_selective(logits: Tensor, labels: Tensor) -> Tensor:
-    return _imported("trl.trainer.utils", "selective_log_softmax", "trl")(logits, labels)
+    return imported("trl.trainer.utils", "selective_log_softmax", "trl")(logits, labels)
 
 
 def liger_selective(logits: Tensor, labels: Tensor) -> Tensor:
     """Writes the gradient over a copy of the logits in the forward: over the caller's own otherwise."""
     _needs_gpu(logits, "Liger's kernels")
-    loss = _imported("liger_kernel.transformers", "LigerCrossEntropyLoss", "liger-kernel")
+    loss = imported("liger_kernel.transformers", "LigerCrossEntropyLoss", "liger-kernel")
     return -loss(reduction="none")(logits.clone(), labels)
 
 
 def quack_selective(logits: Tensor, labels: Tensor) -> Tensor:
     _needs_gpu(logits, "QuACK's kernels", "Hopper and newer", (9, 10, 11, 12))
-    return -_imported("quack.cross_entropy", "cross_entropy", "quack-kernels")(logits, labels, reduction="none")
+    return -imported("quack.cross_entropy", "cross_entropy", "quack-kernels")(logits, labels, reduction="none")
 
 
 def fla_selective(logits: Tensor, labels: Tensor) -> Tensor:
     _needs_gpu(logits, "flash-linear-attention's kernels")
-    loss = _imported("fla.modules", "FusedCrossEntropyLoss", "fla-core")
+    loss = imported("fla.modules", "FusedCrossEntropyLoss", "fla-core")
     return -loss(reduction="none")(logits, labels)
 
 
 def flash_attention_selective(logits: Tensor, labels: Tensor) -> Tensor:
     _needs_gpu(logits, "flash-attention's kernels")
-    loss = _imported("flash_attn.losses.cross_entropy", "CrossEntropyLoss", "flash-attn")
+    loss = imported("flash_attn.losses.cross_entropy", "CrossEntropyLoss", "flash-attn")
     return -loss(reduction="none")(logits, labels)
 
 
@@ -211,7 +211,7 @@ def trl_trainer(p: Problem):
 
 
 def liger(p: Problem):
-    fused = _imported("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
+    fused = imported("liger_kernel.chunked_loss", "LigerFusedLinearDPOLoss", "liger-kernel")
     loss_fn = fused(beta=BETA, compiled=False, use_ref_model=True, average_log_prob=False)
     loss, *_ = loss_fn(p.weight, p.hidden, p.labels, ref_input=p.ref_hidden, ref_weight=p.ref_weight)
     return p.gradients(loss)

@@ -111,10 +111,10 @@ def plot_accuracy(record: dict, output: Path) -> None:
     ]
     figure, axes = plt.subplots(1, 3, figsize=(10, 2.9), sharey=True)
     for axis, (key, title) in zip(axes, figures):
-        values = [row[key] for row in rows]
+        values = [math.nan if row[key] is None else row[key] for row in rows]
         bars = axis.barh([row["path"] for row in rows], values, color=[color_of(row["path"]) for row in rows])
-        axis.bar_label(bars, [f"{value:.1e}" for value in values], padding=3, fontsize=7)
-        axis.set(xscale="log", xlim=(1e-5 if "nats" in key else 1e-4, 30 * max(values)))
+        axis.bar_label(bars, ["" if math.isnan(x) else f"{x:.1e}" for x in values], padding=3, fontsize=7)
+        axis.set(xscale="log", xlim=(1e-5 if "nats" in key else 1e-4, 30 * max(x for x in values if x == x)))
         axis.minorticks_off()
         axis.set_title(title, fontsize=9)
         axis.grid(alpha=0.3, axis="x")

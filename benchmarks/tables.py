@@ -41,6 +41,11 @@ def bold(cells: list[str], wanted: bool) -> list[str]:
     return [f"**{cell}**" for cell in cells] if wanted else cells
 
 
+def not_measured(reasons: dict[str, str]) -> list[str]:
+    text = "; ".join(f"{name} ({why})" for name, why in reasons.items())
+    return ["", f"Not measured: {text}."] if reasons else []
+
+
 STEPS = {
     "eager": "eager logits",
     "trl compacted": "TRL's chunked function, given completion rows only",
@@ -62,8 +67,8 @@ def step(record: dict) -> list[str]:
         name, seconds, spread = STEPS.get(row["step"], row["step"]), row["median s"], row["spread s"]
         cells = [name, f"{seconds:.2f}", f"{spread:.2f}", f"{seconds / routed:.1f}"]
         rows.append(bold(cells, row["step"] == "fastdpo routed"))
-    skipped = [f"| {name} | not measured: {why} | | |" for name, why in record["notes"]["skipped"].items()]
-    return table(["one DPO step on the head", "seconds", "spread", "times fastdpo routed"], rows) + skipped
+    lines = table(["one DPO step on the head", "seconds", "spread", "times fastdpo routed"], rows)
+    return lines + not_measured(record["notes"]["skipped"])
 
 
 def tau(record: dict) -> list[str]:
@@ -115,8 +120,7 @@ def accuracy(record: dict) -> list[str]:
     for row in record["rows"]:
         if row["inputs"] == "bfloat16":
             rows.append(bold([row["path"], *(error(row[key]) for key in keys)], row["path"].startswith("fastdpo")))
-    left_out = [f"| {name} | not measured: {why} | | | |" for name, why in record["notes"]["left out"].items()]
-    return table(["bf16 inputs", *keys], rows) + left_out
+    return table(["bf16 inputs", *keys], rows) + not_measured(record["notes"]["left out"])
 
 
 def training(record: dict, last: int = 50) -> list[str]:
