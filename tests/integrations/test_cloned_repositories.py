@@ -163,7 +163,7 @@ def clone(monkeypatch):
 
 def documented(adapter):
     """The two lines of the README that name `adapter`."""
-    pattern = rf"^from fastdpo\.integrations import {adapter}\n{adapter}\.patch\(.*$"
+    pattern = rf"^from fastdpo\.integrations import {adapter}\n+{adapter}\.patch\(.*$"
     (lines,) = re.findall(pattern, README.read_text(), re.MULTILINE)
     return lines
 
