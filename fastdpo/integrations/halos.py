@@ -1,4 +1,4 @@
-"""ContextualAI/HALOs: all losses of log-probs (DPO, KTO, SFT and the others) get lazy logits; offline PPO does not.
+"""ContextualAI/HALOs: SFT, DPO, KTO and the losses that inherit their `forward` get lazy logits; offline PPO does not.
 
 A repository to clone: its `train/trainers.py` must be importable, as it is where its `launch.py` runs.
 """
