@@ -250,8 +250,10 @@ class LazyLogits:
 
     @known
     def sum(self, dim=None, **kwargs):
-        means = self._means() if not kwargs and dim is None else None
-        return NotImplemented if means is None else means.sum() * self.shape[-1]
+        means = self._means() if not kwargs and (dim is None or self._last(dim)) else None
+        if means is None:
+            return NotImplemented
+        return (means.sum() if dim is None else means) * self.shape[-1]
 
     @known
     def nansum(self, dim=None, **kwargs):

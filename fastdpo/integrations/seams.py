@@ -8,15 +8,16 @@ import inspect
 
 from torch import nn
 
+from .lazy import lazy_aware
 from .lazy_head import check_options, lazy_logits
 
 ORIGINAL = "fastdpo_original"
-MODELS = ("model", "ref_model")
+MODELS = ("model", "ref_model", "policy", "reference_model")
 
 
 def lazily(method):
-    """`method` of a trainer, or a function, with lazy logits from its model arguments and from ``self.model``,
-    ``self.ref_model`` where it has such. Options of `lazy_logits` are read from its attribute `options`."""
+    """`method` of a trainer, or a function, with lazy logits from its model arguments and from what its trainer
+    holds under one of the names `MODELS`. Options of `lazy_logits` are read from its attribute `options`."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -49,11 +50,13 @@ def unwrap(owner) -> None:
 
 
 class Adapter:
-    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``."""
+    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, and ``{module: {function: ours}}``
+    for functions of logits, with `ours` as in `lazy_aware`."""
 
-    def __init__(self, package: str, seams: dict[str, dict[str, tuple[str, ...]]]):
+    def __init__(self, package: str, seams: dict[str, dict[str, tuple[str, ...]]], functions: dict | None = None):
         self.package = package
         self.seams = seams
+        self.functions = functions or {}
 
     def patch(self, **options) -> None:
         """Let the package's preference trainers compute their log-probs with fastdpo, from the next step on.
@@ -73,13 +76,29 @@ class Adapter:
         for owner, name in found:
             if not inspect.isfunction(vars(owner).get(name)):
                 raise RuntimeError(f"{owner.__module__}.{owner.__name__} has no method {name!r} of its own")
+        functions = list(self._functions())
+        for module, name, _ in functions:
+            if not hasattr(module, name):
+                raise RuntimeError(f"{module.__name__} has no function {name!r}")
         for owner, name in found:
             wrap(owner, name, options)
+        for module, name, ours in functions:
+            original = getattr(module, name)
+            if not hasattr(original, ORIGINAL):
+                setattr(module, name, lazy_aware(original, ours))
 
     def unpatch(self) -> None:
         """Put the package's own methods back; does nothing where `patch` has not been called."""
         for owner, _ in self._owners():
             unwrap(owner)
+        for module, name, _ in self._functions():
+            function = getattr(module, name, None)
+            setattr(module, name, getattr(function, ORIGINAL, function))
+
+    def _functions(self):
+        for module, functions in self.functions.items():
+            for name, ours in functions.items():
+                yield importlib.import_module(module), name, ours
 
     def _owners(self):
         for module, classes in self.seams.items():
