@@ -2,6 +2,7 @@
 # make test    set up .venv and run the tests
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
+# make test-trainers   the tests of other trainers, each in an environment with the real package; TRAINERS="ms-swift"
 # make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code; the
 #              same for the CUDA kernels, where nvcc was found
 # make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
@@ -15,7 +16,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-trl models kernels gpu lint bench bench-micro bench-compare clean
+.PHONY: demo test test-trl test-trainers models kernels gpu lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -36,7 +37,10 @@ models: $(VENV)/installed-test
 	$(RUN) tests/model_matrix.py $(MODELS_ARGS)
 
 test-trl: $(VENV)/installed-test
-	$(RUN) tests/integrations/trl_releases.py $(TRL)
+	$(RUN) tests/integrations/environments.py $(or $(TRL),trl)
+
+test-trainers: $(VENV)/installed-test
+	$(RUN) tests/integrations/environments.py $(or $(TRAINERS),trainers)
 
 # The oldest Triton that is supported, beside the one that torch brings.
 $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
