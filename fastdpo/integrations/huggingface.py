@@ -81,7 +81,11 @@ def patch_model(model, **options):
         patched.settings = settings
         return model
     patched = _PatchedForward(causal, causal.__dict__.get("forward"), settings)
-    patched.transform = _probe(causal, patched)
+    try:
+        patched.transform = _probe(causal, patched)
+    except Exception:
+        _take_out_taps(causal)
+        raise
     causal.forward = patched
     return model
 
@@ -94,7 +98,15 @@ def unpatch_model(model):
         del causal.forward
         if patched.previous is not None:
             causal.forward = patched.previous
+        _take_out_taps(causal)
     return model
+
+
+def _take_out_taps(model: nn.Module) -> None:
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, _Tap):  # PEFT's modules_to_save has copies
+                del module._forward_pre_hooks[key]
 
 
 class LogitsTransform(NamedTuple):
@@ -120,6 +132,19 @@ class _Settings(NamedTuple):
         return _Settings(head, tuple(stats))
 
 
+class _Tap:
+    """A forward pre-hook of the lm_head, in place for good: registering one cannot be compiled."""
+
+    head = None  # that of the call in progress; PEFT may have put the one that was patched inside another
+    hidden: Tensor | None = None  # what it was given
+
+    def __call__(self, module: nn.Module, args: tuple):
+        if module is not self.head:
+            return None
+        self.hidden = args[0]
+        return (args[0][..., :1, :], *args[1:])
+
+
 class _PatchedForward:
     """The instance's `forward`: an object and not a closure, so that the model can be copied and pickled."""
 
@@ -128,6 +153,7 @@ class _PatchedForward:
         self.previous = previous  # a forward of the instance's own, TRL's for one; None: the class's
         self.settings = settings
         self.transform = LogitsTransform()
+        self.tap = _Tap()
 
     @property
     def original(self):
@@ -162,22 +188,21 @@ class _PatchedForward:
 
     def hidden(self, **arguments) -> Tensor:
         """[B, T, H]: what the model's own forward gives the lm_head, which is then run on one position only."""
-        head, inputs = self.model.get_output_embeddings(), []  # looked up now: PEFT and FSDP replace modules
-
-        def first_position(module, args):
-            inputs.append(args[0])
-            return (args[0][..., :1, :], *args[1:])
-
+        head, tap = self.model.get_output_embeddings(), self.tap  # looked up now: PEFT and FSDP replace modules
+        if list(head._forward_pre_hooks.values())[-1:] != [tap]:  # the last: FSDP's casts what the head is given
+            _take_out_taps(head)
+            head.register_forward_pre_hook(tap)
         if "use_cache" in self.__signature__.parameters:
             arguments["use_cache"] = False
-        hook = head.register_forward_pre_hook(first_position)
+        tap.head = head
         try:
             self.original(**arguments)
+            hidden = tap.hidden
         finally:
-            hook.remove()
-        if not inputs:
+            tap.head = tap.hidden = None
+        if hidden is None:
             raise ValueError(f"{type(self.model).__name__} does not call its output embeddings")
-        return inputs[-1]
+        return hidden
 
     def score(self, hidden: Tensor, labels: Tensor) -> TokenStats:
         head = applied_head(self.model.get_output_embeddings(), hidden)

@@ -156,13 +156,13 @@ def test_compiled(how):
     torch._dynamo.reset()
     model = build()
     if how == "patch, compile":
-        compiled = torch.compile(patch_model(model, backward="exact"), backend="eager")
+        compiled = torch.compile(patch_model(model, backward="exact"), backend="eager", fullgraph=True)
     elif how == "compile, patch":
-        compiled = torch.compile(model, backend="eager")
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
         compiled(**batch())
         assert patch_model(compiled, backward="exact") is compiled
     else:
-        model.compile(backend="eager")
+        model.compile(backend="eager", fullgraph=True)
         model(**batch())
         compiled = patch_model(model, backward="exact")
     assert isinstance(vars(model)["forward"], _PatchedForward)
@@ -197,6 +197,7 @@ def fsdp_worker(rank: int, store: str) -> None:
         assert grads.keys() == expected.keys()
         for name, grad in grads.items():
             torch.testing.assert_close(grad.full_tensor(), expected[name], msg=name)
+    torch.distributed.barrier()  # a rank that leaves early can take the other down with it
     torch.distributed.destroy_process_group()
 
 
