@@ -9,8 +9,8 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 HERE = "tests/integrations"
@@ -20,16 +20,19 @@ HERE = "tests/integrations"
 class Environment:
     pins: Sequence[str]  # with what they need
     tests: Sequence[str]
+    variables: Mapping[str, str] = field(default_factory=dict)
     alone: Sequence[str] = ()  # without: they name another torch, or CUDA packages that nothing here runs
 
 
-def _trl(release: str, *older: str) -> Environment:
-    return Environment((f"trl=={release}", *older), (f"{HERE}/test_trl_releases.py", f"{HERE}/test_lazy.py"))
+def _trl(release: str, *older: str, **variables: str) -> Environment:
+    tests = (f"{HERE}/test_trl_releases.py", f"{HERE}/test_lazy.py")
+    return Environment((f"trl=={release}", *older), tests, variables)
 
 
 # What else a release needs that is older. transformers 5 came after 0.28; the newest TRL is the running environment's.
 TRL = {
-    "1.15.0": _trl("1.15.0"),
+    # Its log-prob function is Triton's alone: unpatched runs need the interpreter
+    "1.15.0": _trl("1.15.0", TRITON_INTERPRET="1", FASTDPO_ENGINE="cpu"),
     "1.14.2": _trl("1.14.2"),
     "1.8.0": _trl("1.8.0", "requests"),  # GRPO and RLOO import requests without requiring it
     "1.0.0": _trl("1.0.0", "requests"),
@@ -45,13 +48,13 @@ TRAINERS = {
             "openai attrdict sentencepiece scipy"
         ).split(),
         (f"{HERE}/test_ms_swift.py",),
-        ("ms-swift==4.6.0",),
+        alone=("ms-swift==4.6.0",),
     ),
     "axolotl": Environment(
         "addict fire colorama python-dotenv einops art schedulefree==1.4.1 posthog zstandard evaluate typer fastcore "
         "requests numba httpx h11".split(),
         (f"{HERE}/test_axolotl.py",),
-        (
+        alone=(
             "axolotl==0.19.0 trl==1.9.0 transformers==5.16.1 huggingface_hub==1.17.0 datasets==4.8.4 peft==0.20.0 "
             "axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6"
         ).split(),
@@ -88,8 +91,9 @@ def main(arguments: list[str]) -> int:
         python = python_of(name)
         print(name, flush=True)
         paths = os.pathsep.join([str(Path.cwd()), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | ENVIRONMENTS[name].variables | {"PYTHONPATH": paths}
         tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *ENVIRONMENTS[name].tests]
-        if subprocess.run(tests, env=os.environ | {"PYTHONPATH": paths}).returncode:
+        if subprocess.run(tests, env=environment).returncode:
             failed.append(name)
     print(f"failed: {', '.join(failed)}" if failed else "all passed")
     return bool(failed)

@@ -19,11 +19,11 @@ from trl_runs import classes, largest_difference, length_reward, metrics, prefer
 from fastdpo.integrations import patch_trl, trl_methods, unpatch_trl
 from fastdpo.integrations.trl import _release
 
-TAKES_LOGITS = _release() < (1, 15)  # the newer ones' DPO, KTO, SFT, GRPO and RLOO: test_trl.py
+TAKES_LOGITS = _release() < (1, 15)
 ROLLOUT = {"num_generations": 2, "max_completion_length": 6, "beta": 0.04}
 REWARD = {"trainer_options": {"reward_funcs": lambda: length_reward}}
 LORA = {"trainer_options": {"peft_config": lambda: LoraConfig(r=4, target_modules="all-linear")}}
-OLD_CASES = {
+CASES = {
     "dpo": ("DPO", preferences, {}),
     "dpo lora": ("DPO", preferences, LORA),
     "dpo wpo": ("DPO", preferences, {"use_weighting": True}),
@@ -31,17 +31,19 @@ OLD_CASES = {
     "dpo mixed": ("DPO", preferences, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
     "dpo precomputed": ("DPO", preferences, {"precompute_ref_log_probs": True}),
     "kto": ("KTO", unpaired, {}),
-    "sft": ("SFT", texts, {"loss_type": "nll"}),  # TRL's other one, chunked_nll, makes no logits
+    "sft": (
+        "SFT",
+        texts,
+        {"loss_type": "nll"} if TAKES_LOGITS else {},
+    ),  # their other one, chunked_nll, makes no logits
     "grpo": ("GRPO", prompts, ROLLOUT | REWARD),
     "rloo": ("RLOO", prompts, ROLLOUT | REWARD),
-}
-if _release() == (1, 8):  # which looks for its cache where a data set in memory has none, also unpatched
-    del OLD_CASES["dpo precomputed"]
-CASES = (OLD_CASES if TAKES_LOGITS else {}) | {
     "cpo": ("CPO", preferences, {}),
     "simpo": ("CPO", preferences, {"loss_type": "simpo", "cpo_alpha": 0.0}),
     "orpo": ("ORPO", preferences, {}),
 }
+if _release() == (1, 8):  # which looks for its cache where a data set in memory has none, also unpatched
+    del CASES["dpo precomputed"]
 
 
 def replaced() -> dict:
