@@ -50,10 +50,13 @@ def unwrap(owner) -> None:
 
 
 class Adapter:
-    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, and ``{module: {function: ours}}``
-    for functions of logits, with `ours` as in `lazy_aware`."""
+    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, with None in the class's place for
+    functions of the module, and ``{module: {function: ours}}`` for functions of logits, with `ours` as in `lazy_aware`.
+    """
 
-    def __init__(self, package: str, seams: dict[str, dict[str, tuple[str, ...]]], functions: dict | None = None):
+    def __init__(
+        self, package: str, seams: dict[str, dict[str | None, tuple[str, ...]]], functions: dict | None = None
+    ):
         self.package = package
         self.seams = seams
         self.functions = functions or {}
@@ -75,7 +78,7 @@ class Adapter:
         found = [(owner, name) for owner, names in self._owners() for name in names]
         for owner, name in found:
             if not inspect.isfunction(vars(owner).get(name)):
-                raise RuntimeError(f"{owner.__module__}.{owner.__name__} has no method {name!r} of its own")
+                raise RuntimeError(f"{owner} has no {name!r} of its own")
         functions = list(self._functions())
         for module, name, _ in functions:
             if not hasattr(module, name):
@@ -104,6 +107,7 @@ class Adapter:
         for module, classes in self.seams.items():
             loaded = importlib.import_module(module)
             for name, methods in classes.items():
-                if not hasattr(loaded, name):
+                owner = loaded if name is None else getattr(loaded, name, None)
+                if owner is None:
                     raise RuntimeError(f"{module} has no class {name!r}")
-                yield getattr(loaded, name), methods
+                yield owner, methods
