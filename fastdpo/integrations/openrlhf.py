@@ -1,6 +1,7 @@
 """OpenRLHF: its `Actor` makes log-probs and entropies from lazy logits, for DPO, SFT, PPO and the like.
 
-`log_probs_from_logits` divides its logits in place by a temperature; lazy ones are divided in place, too.
+`log_probs_from_logits` divides its logits in place by a temperature; lazy ones are divided in place, too. PPO's actors
+live in processes of Ray's: `patch` is for them, and not for the driver.
 """
 
 from .seams import Adapter

@@ -36,10 +36,10 @@ def lazily(method):
     return wrapper
 
 
-def wrap(owner, name: str, options: dict) -> None:
+def wrap(owner, name: str, options: dict, make=lazily) -> None:
     """Replace ``owner.name`` by its `lazily`, or give the one that is there new options."""
     if not hasattr(vars(owner)[name], ORIGINAL):
-        setattr(owner, name, lazily(vars(owner)[name]))
+        setattr(owner, name, make(vars(owner)[name]))
     vars(owner)[name].options = options
 
 
@@ -52,14 +52,20 @@ def unwrap(owner) -> None:
 class Adapter:
     """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, with None in the class's place for
     functions of the module, and ``{module: {function: ours}}`` for functions of logits, with `ours` as in `lazy_aware`.
+    `make` gives what replaces the former, and raises RuntimeError for an original that it does not know.
     """
 
     def __init__(
-        self, package: str, seams: dict[str, dict[str | None, tuple[str, ...]]], functions: dict | None = None
+        self,
+        package: str,
+        seams: dict[str, dict[str | None, tuple[str, ...]]],
+        functions: dict | None = None,
+        make=lazily,
     ):
         self.package = package
         self.seams = seams
         self.functions = functions or {}
+        self.make = make
 
     def patch(self, **options) -> None:
         """Let the package's preference trainers compute their log-probs with fastdpo, from the next step on.
@@ -84,7 +90,7 @@ class Adapter:
             if not hasattr(module, name):
                 raise RuntimeError(f"{module.__name__} has no function {name!r}")
         for owner, name in found:
-            wrap(owner, name, options)
+            wrap(owner, name, options, self.make)
         for module, name, ours in functions:
             original = getattr(module, name)
             if not hasattr(original, ORIGINAL):
