@@ -115,6 +115,12 @@ def batch(step=0):
     return ids, mask
 
 
+def build(actor, model, **options):
+    model = actor.Actor(model, **options)
+    model.packing_samples = False  # an actor of a model has none, one of a path has
+    return model
+
+
 CALLS = {
     "logprobs": {"return_logprobs": True},
     "output": {"return_logprobs": True, "return_output": True},
@@ -126,9 +132,7 @@ CALLS = {
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("call", CALLS)
 def test_the_actor(call, temperature, actor, tiny_llama, multiplied):
-    model = actor.Actor(tiny_llama(), temperature=temperature)  # made before patching
-    if REAL:
-        model.packing_samples = False
+    model = build(actor, tiny_llama(), temperature=temperature)  # made before patching
     ids, mask = batch()
 
     def step():
@@ -163,13 +167,36 @@ def test_options_and_other_releases(actor, monkeypatch):
 def test_a_split_head_is_refused(actor, tiny_llama):
     model = tiny_llama()
     model.lm_head.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks what it splits
-    model = actor.Actor(model)
-    if REAL:
-        model.packing_samples = False
+    model = build(actor, model)
     openrlhf.patch()
     ids, mask = batch()
     with pytest.raises(NotImplementedError, match="ZeRO-3"):
         model(ids, attention_mask=mask, return_logprobs=True)
+
+
+class Engine(nn.Module):
+    """DeepSpeed's, which OpenRLHF puts in the place of `Actor.model`: it hands on what it does not have itself."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def __getattr__(self, name):
+        return vars(self)["_modules"]["module"] if name == "module" else getattr(self.module, name)
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def test_inside_an_engine(actor, tiny_llama, multiplied):
+    model = build(actor, tiny_llama())
+    ids, mask = batch()
+    theirs = model(ids, attention_mask=mask, return_logprobs=True)
+    model.model = Engine(model.model)
+    patch()
+    multiplied.clear()
+    torch.testing.assert_close(model(ids, attention_mask=mask, return_logprobs=True), theirs, rtol=1e-4, atol=1e-4)
+    assert 512 not in multiplied
 
 
 class Strategy:
@@ -225,9 +252,7 @@ def test_dpo_training(options, actor, tiny_llama, multiplied):
         sampler = None
 
     def run():
-        actors = [actor.Actor(tiny_llama(seed)) for seed in (0, 1)]
-        for x in actors:
-            x.packing_samples = False
+        actors = [build(actor, tiny_llama(seed)) for seed in (0, 1)]
         strategy = Strategy(**options)
         optim = torch.optim.AdamW(actors[0].parameters(), lr=3e-3)
         scheduler = torch.optim.lr_scheduler.ConstantLR(optim, 1.0)
