@@ -35,8 +35,8 @@ def lazy_logits(*models, **options) -> Iterator[None]:
         logps = get_batch_logps(logits, labels)             # log_softmax, gather: linear_logps
 
     Args:
-        models: language models of transformers, also inside PEFT, DDP or torch.compile; or the head itself, an
-            ``nn.Linear``.
+        models: language models of transformers, also inside PEFT, DDP or torch.compile; torchtune's decoders, with
+            tied embeddings, too; or the head itself, an ``nn.Linear``.
         backward, tau, seed: as in `fastdpo.linear_logps`.
 
     Raises:
@@ -81,6 +81,10 @@ def _splits(module) -> bool:
     return any(kind.__name__ in SPLITTING for kind in type(module).__mro__)
 
 
+def _named(module, name: str) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(module).__mro__)
+
+
 def _output_layer(model) -> nn.Module:
     given = type(model).__name__
     while isinstance(model, nn.Module):
@@ -95,6 +99,10 @@ def _output_layer(model) -> nn.Module:
         else:
             break
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else model
+    if _named(head, "torchtune.modules.transformer.TransformerDecoder"):
+        head = head.output
+        if _named(head, "torchtune.modules.tied_linear.TiedLinear"):
+            return head.linear  # a module that is called with hidden and the embeddings' weight
     base = head.get_base_layer() if hasattr(head, "get_base_layer") else head
     base = getattr(base, "original_module", base)  # PEFT's modules_to_save
     if not isinstance(base, nn.Linear):
@@ -116,9 +124,13 @@ class _LazyHead:
 
     @torch._disable_dynamo  # torch.compiler.disable would import torch._dynamo with fastdpo
     def __call__(self, hidden: Tensor, *args, **kwargs) -> LazyLogits:
-        if args or kwargs:
+        head, bias, lora = self.head(), None, None
+        if len(args) == 1 and not kwargs and _named(head, "torchtune.modules.tied_linear.Linear"):
+            weight = args[0]
+        elif args or kwargs:
             raise NotImplementedError(f"an lm_head called with more than hidden: {args}, {kwargs}")
-        hidden, weight, bias, lora = applied_head(self.head(), hidden)
+        else:
+            hidden, weight, bias, lora = applied_head(head, hidden)
         a, b, scale = lora or (None, None, 1.0)
         grad = torch.is_grad_enabled()
 

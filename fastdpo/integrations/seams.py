@@ -36,10 +36,10 @@ def lazily(method):
     return wrapper
 
 
-def wrap(owner, name: str, options: dict) -> None:
+def wrap(owner, name: str, options: dict, make=lazily) -> None:
     """Replace ``owner.name`` by its `lazily`, or give the one that is there new options."""
     if not hasattr(vars(owner)[name], ORIGINAL):
-        setattr(owner, name, lazily(vars(owner)[name]))
+        setattr(owner, name, make(vars(owner)[name]))
     vars(owner)[name].options = options
 
 
@@ -50,13 +50,22 @@ def unwrap(owner) -> None:
 
 
 class Adapter:
-    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, and ``{module: {function: ours}}``
-    for functions of logits, with `ours` as in `lazy_aware`."""
+    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, with None in the class's place for
+    functions of the module, and ``{module: {function: ours}}`` for functions of logits, with `ours` as in `lazy_aware`.
+    `make` gives what replaces the former, and raises RuntimeError for an original that it does not know.
+    """
 
-    def __init__(self, package: str, seams: dict[str, dict[str, tuple[str, ...]]], functions: dict | None = None):
+    def __init__(
+        self,
+        package: str,
+        seams: dict[str, dict[str | None, tuple[str, ...]]],
+        functions: dict | None = None,
+        make=lazily,
+    ):
         self.package = package
         self.seams = seams
         self.functions = functions or {}
+        self.make = make
 
     def patch(self, **options) -> None:
         """Let the package's preference trainers compute their log-probs with fastdpo, from the next step on.
@@ -75,13 +84,13 @@ class Adapter:
         found = [(owner, name) for owner, names in self._owners() for name in names]
         for owner, name in found:
             if not inspect.isfunction(vars(owner).get(name)):
-                raise RuntimeError(f"{owner.__module__}.{owner.__name__} has no method {name!r} of its own")
+                raise RuntimeError(f"{owner} has no {name!r} of its own")
         functions = list(self._functions())
         for module, name, _ in functions:
             if not hasattr(module, name):
                 raise RuntimeError(f"{module.__name__} has no function {name!r}")
         for owner, name in found:
-            wrap(owner, name, options)
+            wrap(owner, name, options, self.make)
         for module, name, ours in functions:
             original = getattr(module, name)
             if not hasattr(original, ORIGINAL):
@@ -104,6 +113,7 @@ class Adapter:
         for module, classes in self.seams.items():
             loaded = importlib.import_module(module)
             for name, methods in classes.items():
-                if not hasattr(loaded, name):
+                owner = loaded if name is None else getattr(loaded, name, None)
+                if owner is None:
                     raise RuntimeError(f"{module} has no class {name!r}")
-                yield getattr(loaded, name), methods
+                yield owner, methods

@@ -59,6 +59,12 @@ TRAINERS = {
             "axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6"
         ).split(),
     ),
+    "openrlhf": Environment(("pylatexenc==2.11",), (f"{HERE}/test_openrlhf.py",), ("openrlhf==0.11.2",)),
+    "torchtune": Environment(
+        "omegaconf==2.4.0 tiktoken blobfile sentencepiece kagglehub torchdata==0.11.0".split(),
+        (f"{HERE}/test_torchtune.py",),
+        ("torchtune==0.6.1", "torchao==0.10.0"),
+    ),
 }
 ENVIRONMENTS = TRL | TRAINERS
 

@@ -1,0 +1,26 @@
+"""OpenRLHF: its `Actor` makes log-probs and entropies from lazy logits, for DPO, SFT, PPO and the like.
+
+`log_probs_from_logits` divides its logits in place by a temperature; lazy ones are divided in place, too. PPO's actors
+live in processes of Ray's: `patch` is for them, and not for the driver.
+"""
+
+from .seams import Adapter
+
+
+def _log_probs(logits, arguments):
+    if arguments["temperature"] != 1.0:
+        logits.div_(arguments["temperature"])
+    return logits.logps(arguments["labels"])
+
+
+_adapter = Adapter(
+    "openrlhf",
+    {"openrlhf.models.actor": {"Actor": ("forward",)}},
+    {
+        "openrlhf.models.actor": {
+            "log_probs_from_logits": _log_probs,
+            "compute_entropy": lambda logits, arguments: logits.entropy(),
+        }
+    },
+)
+patch, unpatch = _adapter.patch, _adapter.unpatch
