@@ -20,13 +20,13 @@ HERE = "tests/integrations"
 class Environment:
     pins: Sequence[str]  # with what they need
     tests: Sequence[str]
-    variables: Mapping[str, str] = field(default_factory=dict)
     alone: Sequence[str] = ()  # without: they name another torch, or CUDA packages that nothing here runs
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 def _trl(release: str, *older: str, **variables: str) -> Environment:
     tests = (f"{HERE}/test_trl_releases.py", f"{HERE}/test_lazy.py")
-    return Environment((f"trl=={release}", *older), tests, variables)
+    return Environment((f"trl=={release}", *older), tests, variables=variables)
 
 
 # What else a release needs that is older. transformers 5 came after 0.28; the newest TRL is the running environment's.
@@ -48,13 +48,13 @@ TRAINERS = {
             "openai attrdict sentencepiece scipy"
         ).split(),
         (f"{HERE}/test_ms_swift.py",),
-        alone=("ms-swift==4.6.0",),
+        ("ms-swift==4.6.0",),
     ),
     "axolotl": Environment(
         "addict fire colorama python-dotenv einops art schedulefree==1.4.1 posthog zstandard evaluate typer fastcore "
         "requests numba httpx h11".split(),
         (f"{HERE}/test_axolotl.py",),
-        alone=(
+        (
             "axolotl==0.19.0 trl==1.9.0 transformers==5.16.1 huggingface_hub==1.17.0 datasets==4.8.4 peft==0.20.0 "
             "axolotl-contribs-lgpl==0.0.7 axolotl-contribs-mit==0.0.6"
         ).split(),
