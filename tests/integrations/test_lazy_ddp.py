@@ -1,4 +1,4 @@
-"""Lazy logits of a model inside DistributedDataParallel: two ranks have the gradients of one process with everything."""
+"""Lazy logits inside DistributedDataParallel: two ranks have the gradients of one process with everything."""
 
 import warnings
 
