@@ -41,6 +41,14 @@ TRL = {
     "0.24.0": _trl("0.24.0", "transformers==4.57.6"),
 }
 TRAINERS = {
+    "llamafactory": Environment(
+        (
+            "trl==0.24.0 transformers==4.57.6 peft==0.18.1 datasets==4.0.0 accelerate==1.11.0 einops fastapi fire "
+            "modelscope omegaconf sentencepiece sse-starlette tiktoken uvicorn scipy pandas pydantic protobuf av"
+        ).split(),
+        (f"{HERE}/test_llamafactory.py", f"{HERE}/test_llamafactory_itself.py"),
+        ("llamafactory==0.9.5", "tyro==0.8.14", "docstring_parser", "shtab", "typeguard"),
+    ),
     "ms-swift": Environment(
         (
             "trl==0.29.1 transformers==4.57.6 peft==0.20.0 datasets==4.8.4 tensorboard modelscope addict dacite einops "
