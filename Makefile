@@ -63,8 +63,8 @@ WITH_HEAD = $(if $(HEAD),--head $(HEAD))
 LOCAL = benchmarks/results/local
 
 bench: $(VENV)/installed-bench
-	$(RUN) benchmarks/bench_cpu.py --rounds 3 $(WITH_HEAD) --output $(LOCAL)-step.json
-	$(RUN) benchmarks/bench_sweep.py $(WITH_HEAD) --output $(LOCAL)-sweep.json
+	$(RUN) benchmarks/bench_cpu.py $(WITH_HEAD) --output $(LOCAL)-step.json
+	$(RUN) benchmarks/bench_sweep.py --rounds 1 --longest 2 $(WITH_HEAD) --output $(LOCAL)-sweep.json
 	$(RUN) benchmarks/bench_memory.py --frozen --output $(LOCAL)-memory.json
 	$(RUN) benchmarks/bench_memory.py --fits 2 --most 16384 --vocab 131072 --hidden-size 256 --output $(LOCAL)-fits.json
 	$(RUN) benchmarks/bench_accuracy.py $(WITH_HEAD) --output $(LOCAL)-accuracy.json

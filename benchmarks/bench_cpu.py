@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--prompt-share", type=float, default=0.5)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=f"some of {list(PEERS)}")
     args = parser.parse_args()
 
