@@ -247,7 +247,7 @@ class Source:
 
 COMMANDS = {  # result file -> what made it
     "2026-11-cpu-step.json": "bench_cpu.py --head head.safetensors",
-    "2026-11-cpu-sweep.json": "bench_sweep.py --longest 100",
+    "2026-11-cpu-sweep.json": "bench_sweep.py --longest 100` and, of fastdpo alone, `--memory-again",
     "2026-11-cpu-fits.json": "bench_memory.py --fits 2 4 --vocab 131072 --hidden-size 256",
     "2026-11-context-model.json": "context_model.py",
     "2026-11-cpu-tau.json": "bench_tau.py --head head.safetensors",

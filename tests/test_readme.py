@@ -49,6 +49,8 @@ def test_figures_in_the_text_are_those_of_the_results():
         for row in record("cpu-accuracy")["rows"]
         if row["inputs"] == "bfloat16"
     }
+    sweep = [row for row in record("cpu-sweep")["rows"] if row["along"] == "tokens" and row["tokens"] == 512]
+    few = {row["path"]: row["seconds"] for row in sweep}
     moved = counted["dhidden, bytes through the L2 cache"]
     launches = [row["launches"] for title, row in counted.items() if title.startswith("routed") and "same" in title]
     runs = record("training")["runs"]
@@ -63,6 +65,7 @@ def test_figures_in_the_text_are_those_of_the_results():
             f"of {len(matrix['rows'])} classes {verdicts['exact']} are exact, {verdicts['refused']} is refused, "
             f"none wrong; {verdicts['not built']} could not be built tiny",
             f"({confident['fastdpo routed']} against {confident['eager']}, see above)",
+            f"{few['fastdpo routed']:.2f} s routed and {few['fastdpo exact']:.2f} s exact on the CPU",
             f"for about {moved['ordered'] / moved['atomics']:.1f} times the traffic",
         ],
         "benchmarks/README.md": [
