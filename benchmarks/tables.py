@@ -221,7 +221,7 @@ def summary(step: dict, sweep: dict, fits: dict, accuracy: dict) -> list[str]:
 
     def cell(column: int, value: float | None, path: tuple[str, ...]) -> str:
         if value is None:
-            return ""
+            return "not measured"
         text = f"{value:.2f}" if column == 0 else f"{value:.0f}" if column == 1 else error(value)
         if column == 2:
             text = ("at least " if context[path[3]]["at least"] else "") + f"{-value}"

@@ -111,7 +111,7 @@ def test_the_best_peer_of_each_column_is_bold():
         accuracy["rows"].append({"path": path, "inputs": "bfloat16", **dict.fromkeys(keys, error)})
     lines = {line.split(" | ")[0].strip("| "): line for line in summary(step, sweep, fits, accuracy)}
     assert "| **1.00** | 9 | **5** | 5.0e-1 |" in lines["eager logits"]
-    assert "| 3.00 | **7** |  |" in lines["Liger `LigerFusedLinearDPOLoss`"]
+    assert "| 3.00 | **7** | not measured |" in lines["Liger `LigerFusedLinearDPOLoss`"]
     assert lines['fastdpo, `backward="exact"`'].count("**2.5e-1**") == 4
     assert "not measured: needs a GPU" in lines["Cut Cross-Entropy's kernels"]
 
