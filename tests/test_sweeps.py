@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("safetensors")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -94,14 +93,20 @@ def test_the_search_for_the_largest_context(monkeypatch, per_token, fixed):
         assert found["MiB then"] == fixed + per_token * found["most tokens"]
 
 
-def test_growth_sees_what_is_freed_again():
-    from resident import growth
+def test_growth_sees_what_is_freed_again(tmp_path):
+    """In a process of its own, as the benchmarks measure: a long-lived one has freed memory to reuse."""
+    from resident import in_child
 
-    def call():
-        torch.zeros(64 << 20, dtype=torch.uint8).add_(1)
-
-    assert 60 < growth(call) < 80
-    assert growth(lambda: None) < 8
+    script = tmp_path / "freed.py"
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
+        "from resident import growth\n"
+        "def call():\n    x = b'1' * (int(sys.argv[1]) << 20); time.sleep(0.1)\n"
+        "print(growth(call))\n"
+    )
+    grown, failed = in_child(str(script), 64)
+    assert failed is None and 60 < grown < 80
+    assert in_child(str(script), 0)[0] < 8
 
 
 def test_what_does_not_fit_ends_the_process(tmp_path):
