@@ -19,9 +19,9 @@ from cce_filter import DEFAULT_EPS, TILE, cce_filter_logps
 from torch import Tensor
 
 import fastdpo
-from fastdpo.routing import BLOCK, DEFAULT_TAU
+from fastdpo.routing import DEFAULT_TAU, FROZEN_HEAD_TAU, ONE, odds
 
-TAUS = (2.0**-6, 2.0**-8, *DEFAULT_TAU, 2.0**-14)
+TAUS = (2.0**-4, 2.0**-6, 2.0**-8, FROZEN_HEAD_TAU, DEFAULT_TAU, 2.0**-12)
 EPSILONS = (2.0**-6, 2.0**-8, 2.0**-10, DEFAULT_EPS, 2.0**-14)
 GRADIENTS = ("dhidden", "dweight")
 
@@ -30,10 +30,9 @@ def shares(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[float, float]
     """Of every tau: the expected share of pairs that the routed backward computes."""
     kept = dict.fromkeys(TAUS, 0.0)
     for h, y in zip(hidden.split(512), labels.split(512)):
-        mass = (h @ weight.T).softmax(-1).view(len(h), -1, BLOCK).sum(-1)
+        share = inputs.shares(h, weight, y)
         for tau in TAUS:
-            q = (mass / tau).clamp(max=1.0)
-            kept[tau] += q.scatter(1, y[:, None] // BLOCK, 1.0).sum().item() / (len(labels) * mass.shape[1])
+            kept[tau] += (odds(*share, tau).sum() / ONE / (len(labels) * share[0].shape[1])).item()
     return kept
 
 
@@ -94,7 +93,7 @@ def main() -> None:
         "H": weight.shape[1],
         "inputs": "float32",
         "seeds": args.seeds,
-        "default tau": list(DEFAULT_TAU),
+        "default tau": DEFAULT_TAU,
         "default filter": DEFAULT_EPS,
         "filter": f"tiles of {TILE} tokens by {TILE} columns, the columns sorted by mean logit as the package does",
     }

@@ -12,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
-from fastdpo.routing import DEFAULT_TAU
+from fastdpo.routing import ONE, odds
 
-TAUS = (4e-3, 1e-3, 2.0**-11, 2.0**-12, DEFAULT_TAU)
+TAUS = (2.0**-6, 2.0**-7, 2.0**-8, 2.0**-9, 2.0**-10, 2.0**-11, (2.0**-9, 2.0**-11))
 
 
 def main() -> None:
@@ -62,8 +62,10 @@ def main() -> None:
     ):
         result = gradients(*inputs_, logps_of)
         rows.append({"path": name, "pairs per token": None, "passes": result[3], "frozen": result[2], **errors(result)})
-    probabilities = torch.cat([(h.float() @ head.weight.float().T).softmax(-1) for h in head.hidden.split(512)])
-    mass = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[1] % 128)).view(len(labels), -1, 128).sum(-1)
+    parts = [
+        inputs.shares(h.float(), head.weight.float(), y) for h, y in zip(head.hidden.split(512), labels.split(512))
+    ]
+    share, own = (torch.cat(part) for part in zip(*parts))
     for tau in TAUS:
         smallest = min(tau) if isinstance(tau, tuple) else tau
         results = [
@@ -73,7 +75,7 @@ def main() -> None:
         rows.append(
             {
                 "path": f"routed, tau {', '.join(f'{t:.2g}' for t in tau) if isinstance(tau, tuple) else f'{tau:.2g}'}",
-                "pairs per token": (mass / smallest).clamp(max=1).sum(1).mean().item(),
+                "pairs per token": (odds(share, own, smallest).sum(1) / ONE).mean().item(),
                 "passes": sum(result[3] for result in results) / len(results),
                 "frozen": sum(result[2] for result in results) / len(results),
                 **{key: sum(e[key] for e in every) / len(every) for key in every[0]},
@@ -84,7 +86,7 @@ def main() -> None:
         "N": len(labels),
         "V": head.weight.shape[0],
         "H": head.weight.shape[1],
-        "blocks": mass.shape[1],
+        "blocks": share.shape[1],
         "seeds": args.seeds,
         "passes": "lm_head GEMMs of policy and reference forward and backward; frozen: the head takes no gradient",
         "error": "relative L2 against fp64",

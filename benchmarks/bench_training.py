@@ -102,13 +102,9 @@ class _Dropped(torch.autograd.Function):
         p = logps.exp()
         dz = -coef[:, None] * p
         dz[torch.arange(len(labels)), labels] += coef
-        mass = p.view(len(p), -1, BLOCK).sum(-1)
-        own = torch.arange(mass.shape[1]) == (labels // BLOCK)[:, None]
-        grads = []
-        for tau in DEFAULT_TAU:
-            kept = ((mass >= tau) | own).repeat_interleave(BLOCK, 1)
-            grads.append(torch.where(kept, dz, 0.0))
-        return grads[0] @ weight, grads[1].T @ hidden, None
+        share, own = inputs.shares(hidden, weight, labels)
+        dz = torch.where(((share >= DEFAULT_TAU) | own).repeat_interleave(BLOCK, 1), dz, 0.0)
+        return dz @ weight, dz.T @ hidden, None
 
 
 def trl_bf16(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -176,7 +172,7 @@ def main() -> None:
     setting = {
         "steps": args.steps, "pretraining": args.pretraining, "V": VOCAB, "H": HIDDEN, "layers": LAYERS, "pairs": PAIRS,
         "completion tokens": LENGTH - PROMPT, "beta": BETA, "learning rate": RATE, "liked": LIKED,
-        "tau": list(DEFAULT_TAU),
+        "tau": DEFAULT_TAU,
     }  # fmt: skip
     document = {"title": "DPO with four gradients of the head", "notes": setting, "environment": inputs.environment()}
     document["runs"] = []

@@ -126,12 +126,12 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     rows = Rows(meta(n, dtype=torch.int64), -100, 0, v)
     routing = None
     if backward == "routed":
-        tau_hidden, tau_weight = parse_tau(tau)
+        tau_hidden, tau_weight = parse_tau(tau, not frozen)
         routing = Routing(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
     launches, torch_calls = [], Counter()
     saved = None
     for part in STEP if "backward" in parts else parts:
-        with Recorder(target, native=True) as recorded, _CountTorch() as counted:
+        with Recorder(target) as recorded, _CountTorch() as counted:
             if part == "forward":
                 saved = triton_engine.forward(head, rows, stats=frozenset(), routing=routing, shards=None)
             elif part == "backward":
@@ -149,25 +149,31 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
 def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **options) -> StepCost:
     """`live` [num_blocks]: how many of the tokens keep each block at the smaller tau, and at dhidden's; None: exact."""
     launches, torch_calls = record(shape, **options)
+    launches = list(_bound(launches))
     sweeps_of_hidden = {}  # lists by whether they are dhidden's alone: then the larger tau's pairs are in them
-    for kernel, _, arguments, *_ in launches:
-        bound = dict(zip(kernel.arg_names, arguments))
+    for name, bound in launches:
         if "lengths" in bound and "out" in bound:
-            lists, name = id(bound["lengths"]), kernel.__name__
-            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name in (
-                "routed_dhidden_kernel",
-                "ordered_dhidden_kernel",
-            )
+            lists = id(bound["lengths"])
+            sweeps_of_hidden[lists] = sweeps_of_hidden.get(lists, True) and name.endswith("_dhidden")
     step = StepCost(other_launches=torch_calls)
-    for kernel, grid, arguments, constants, *_ in launches:
-        name = kernel.__name__.removesuffix("_kernel")
-        bound = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
+    for name, bound in launches:
         alone = "lengths" in bound and sweeps_of_hidden.get(id(bound["lengths"]), False)
         cost = _COSTS[name](bound, shape, live_hidden if alone else live)
         cost.launches = 1
         step.kernels.setdefault(name, Cost())
         step.kernels[name] += cost
     return step
+
+
+def _bound(launches: list[tuple]):
+    """(kernel, its arguments by name) of every launch, with the tokens that the lists it reads are of."""
+    tokens_of = {}
+    for kernel, grid, arguments, constants, *_ in launches:
+        bound = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
+        if "lengths" in bound:
+            tokens_of.setdefault(id(bound["lengths"]), bound.get("capacity"))  # the plan comes first
+            bound["of_range"] = tokens_of[id(bound["lengths"])]
+        yield kernel.__name__.removesuffix("_kernel"), bound
 
 
 def _tokens(a: dict, shape: Shape) -> int:
@@ -247,14 +253,8 @@ def _routed_dz(a, shape, live):
 
 
 def _capacity(a: dict) -> int:
-    """Tokens of the range that a list covers, from the size of its room (triton_lists.build)."""
-    from fastdpo.ops import triton_gradients
-
-    if "running" in a:
-        return BLOCK * a["running"].shape[0]
-    blocks = a["lengths"].shape[0]
-    tiles = a["tile_block"].shape[0] - blocks if "tile_block" in a else a["tokens"].shape[0] // a["TILE"] - blocks
-    return round((tiles + 1) * a["TILE"] / (triton_gradients.CROSSOVER * blocks))
+    """Tokens of the range that a list covers."""
+    return BLOCK * a["running"].shape[0] if "running" in a else a["of_range"]
 
 
 def _routed_dhidden(a, shape, live):
@@ -299,10 +299,9 @@ def dhidden_through_cache(shape: Shape, live_hidden: Tensor, target) -> dict[str
         launches, _ = record(shape, frozen=True, backward="routed", tau=None, target=target, parts=("backward",))
         torch.use_deterministic_algorithms(before)
         moved[name] = 0.0
-        for kernel, grid, arguments, constants, *_ in launches:
-            if kernel.__name__ not in ("routed_dhidden_kernel", "ordered_dhidden_kernel"):
+        for kernel, a in _bound(launches):
+            if kernel not in ("routed_dhidden", "ordered_dhidden"):
                 continue
-            a = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
             lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live_hidden)
             if first:
                 parts, item, pairs = -(-a["H"] // a["BN"]), shape.dtype.itemsize, lengths.sum().item()
@@ -326,6 +325,12 @@ def _routed_dweight(a, shape, live):
     return Cost(2.0 * depth * BLOCK * columns, rows + item * (depth * BLOCK + written))
 
 
+def _fill(a, shape, live):
+    """The first round stands for all of them, as in the kernels that read its lists."""
+    read = a["capacity"] * a["stride"] + 4 * a["running"].numel()
+    return Cost(0.0, float(read)) if a["round"] == 0 else Cost()
+
+
 def _rows(bytes_per_row):
     def cost(a, shape, live):
         return Cost() if a.get("flag") is not None and live is not None else Cost(0.0, float(bytes_per_row(a, shape)))
@@ -345,12 +350,10 @@ _COSTS = {
     "compact": _rows(lambda a, s: 30 * s.num_tokens),
     "gather": _rows(lambda a, s: 2 * s.dtype.itemsize * a["capacity"] * a["pitch"]),
     "rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
-    "finish": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + a["bitmap_stride"] + 20)),
+    "finish": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + 20)),
+    "route": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + a["bitmap_stride"] + 8)),
     "count": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),
     "plan": _rows(lambda a, s: 4 * a["running"].numel()),
-    "fill": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["running"].numel()),
-    "list_count": _rows(lambda a, s: a["capacity"] * a["num_blocks"] // 8 + 4 * a["running"].numel()),
-    "list_plan": _rows(lambda a, s: 8 * a["running"].numel()),
-    "list_fill": _rows(lambda a, s: a["capacity"] * a["num_blocks"] // 8 + 4 * a["running"].numel()),
+    "fill": _fill,
     "spread": _rows(lambda a, s: a["capacity"] * a["H"] * (4 + s.dtype.itemsize)),
 }

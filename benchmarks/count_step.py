@@ -23,7 +23,7 @@ import torch
 from cost_model import GPUS, Gpu, Shape, StepCost, dhidden_through_cache, step_cost
 from torch import Tensor
 
-from fastdpo.routing import BLOCK, num_blocks, parse_tau
+from fastdpo.routing import BLOCK, ONE, keep, num_blocks, odds, parse_tau
 
 
 def live_pairs(head: inputs.HeadInputs, shape: Shape, tau: float, scaling: str, seed: int = 0) -> Tensor:
@@ -35,11 +35,10 @@ def live_pairs(head: inputs.HeadInputs, shape: Shape, tau: float, scaling: str, 
     g = torch.Generator().manual_seed(seed)
     counts = torch.zeros(int(block_of[-1]) + 1, dtype=torch.float64)
     for hidden, labels in zip(head.hidden.float().split(512), head.labels.split(512)):
-        p = (hidden @ weight.T).softmax(-1)
-        mass = torch.zeros(len(p), len(counts)).index_add_(1, block_of, p)
-        kept = mass >= tau * torch.rand(mass.shape, generator=g)
-        kept.scatter_(1, block_of[labels][:, None], True)
-        counts += kept.sum(0)
+        tail = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf).softmax(-1)
+        share = torch.zeros(len(tail), len(counts)).index_add_(1, block_of, tail)
+        own = torch.zeros_like(share, dtype=torch.bool).scatter_(1, block_of[labels][:, None], True)
+        counts += keep(odds(share, own, tau), torch.randint(ONE, (len(share),), generator=g)).sum(0)
     stretched = counts[(torch.arange(blocks) * len(counts) / blocks).long()]
     return stretched * (counts.sum() / stretched.sum()) * (shape.num_tokens / len(head.labels))
 
@@ -74,7 +73,7 @@ def main() -> None:
     results = {}
     for frozen in (False, True):
         for backward, scaling in (("routed", "same"), ("routed", "split"), ("exact", None)):
-            tau = parse_tau(None)
+            tau = parse_tau(None, not frozen)
             live = live_hidden = None
             title = f"{backward} backward, {'frozen' if frozen else 'trained'} head"
             if scaling is not None:
@@ -99,7 +98,7 @@ def main() -> None:
                 "floor over two products": step.floor(gpu) / products,
                 "kernels": {name: vars(cost) for name, cost in step.kernels.items()},
             }
-    moved = dhidden_through_cache(shape, live_pairs(head, shape, parse_tau(None)[0], "same"), target)
+    moved = dhidden_through_cache(shape, live_pairs(head, shape, parse_tau(None, False)[0], "same"), target)
     print(
         "\nrouted dhidden, added up: " + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in moved.items()),
         end=" ",

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastdpo.routing import BLOCK, own_block
+
 
 @dataclass
 class HeadInputs:
@@ -91,6 +93,14 @@ def repeated(inputs: HeadInputs, num_tokens: int) -> HeadInputs:
     """So many rows, again from the first where there are fewer; fp32."""
     rows = torch.arange(num_tokens) % len(inputs.labels)
     return HeadInputs(inputs.name, inputs.hidden[rows].float(), inputs.weight.float(), inputs.labels[rows])
+
+
+def shares(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each block in each token's tail, and whether the block holds the label: [N, K]."""
+    rest = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf)
+    rest = torch.nn.functional.pad(rest, (0, -rest.shape[1] % BLOCK), value=-torch.inf)
+    share = rest.softmax(1).view(len(rest), -1, BLOCK).sum(2)
+    return share, own_block(labels, share.shape[1])
 
 
 def environment() -> dict:

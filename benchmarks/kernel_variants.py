@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from fastdpo.ops import triton_engine
 from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton_launch import Recorder, Target
-from fastdpo.routing import DEFAULT_TAU, Routing
+from fastdpo.routing import Routing
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}
 
@@ -44,11 +44,12 @@ class Problem:
     frozen: bool = False  # no gradient of the head
     frozen_hidden: bool = False
     deterministic: bool = False
-    first_block: int = 0  # not 0: a shard of the vocabulary
+    shard: bool = False  # of the vocabulary
     forward_only: bool = False
 
 
 _OPTIONS = {"bias": True, "softcap": 30.0}
+ONE_TAU, TWO_TAUS = (2.0**-10, 2.0**-10), (2.0**-9, 2.0**-11)  # one set of pairs, and two
 PROBLEMS = [
     Problem("exact"),
     Problem("exact, few tokens", tokens=2048),
@@ -56,19 +57,19 @@ PROBLEMS = [
     Problem("exact, options, few tokens", tokens=2048, rank=64, **_OPTIONS),
     Problem("entropy", stats=("entropy",), entropy=True, frozen=True),
     Problem("entropy, options", stats=STATS, entropy=True, rank=16, **_OPTIONS),
-    Problem("routed", tau=DEFAULT_TAU),
-    Problem("routed, few tokens", tokens=2048, tau=DEFAULT_TAU),
-    Problem("routed, one tau", tokens=2048, tau=(1e-3, 1e-3)),
-    Problem("routed, frozen", tau=DEFAULT_TAU, frozen=True),
-    Problem("routed, frozen hidden", tau=DEFAULT_TAU, frozen_hidden=True),
-    Problem("routed, options", tokens=2048, tau=DEFAULT_TAU, rank=64, **_OPTIONS),
-    Problem("routed, options, one tau", tokens=2048, tau=(1e-3, 1e-3), rank=16, **_OPTIONS),
+    Problem("routed", tau=TWO_TAUS),
+    Problem("routed, few tokens", tokens=2048, tau=TWO_TAUS),
+    Problem("routed, one tau", tokens=2048, tau=ONE_TAU),
+    Problem("routed, frozen", tau=TWO_TAUS, frozen=True),
+    Problem("routed, frozen hidden", tau=TWO_TAUS, frozen_hidden=True),
+    Problem("routed, options", tokens=2048, tau=TWO_TAUS, rank=64, **_OPTIONS),
+    Problem("routed, options, one tau", tokens=2048, tau=ONE_TAU, rank=16, **_OPTIONS),
     Problem("routed, larger tau for dweight", tokens=2048, tau=(1e-3, 1e-2), **_OPTIONS),
-    Problem("routed, repeatable", tokens=2048, tau=DEFAULT_TAU, deterministic=True),
+    Problem("routed, repeatable", tokens=2048, tau=TWO_TAUS, deterministic=True),
     Problem("statistics", stats=STATS, forward_only=True),
-    Problem("rows not aligned", hidden_size=4097, tau=DEFAULT_TAU),
+    Problem("rows not aligned", hidden_size=4097, tau=TWO_TAUS),
     Problem("rows not aligned, options", hidden_size=4097, stats=STATS, entropy=True, rank=16, **_OPTIONS),
-    Problem("shard of the vocabulary", vocab_size=32064, stats=STATS, tau=DEFAULT_TAU, first_block=251),
+    Problem("shard of the vocabulary", vocab_size=32064, stats=STATS, tau=TWO_TAUS, shard=True),
 ]
 
 
@@ -137,7 +138,7 @@ class _OneShard:
     def label_logit(self, x: Tensor) -> Tensor:
         return x
 
-    sum = max = logsumexp = label_logit
+    sum = max = logsumexp = sum_before = label_logit
 
 
 def variant_of(capability: int, kernel, arguments: tuple, constants: dict, warps: int, stages: int) -> Variant:
@@ -169,11 +170,10 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         softcap=problem.softcap,
         temperature=1.0,
         compute_dtype=compute,
-        first_block=problem.first_block,
     )
-    rows = Rows(meta(n, dtype=torch.int64), -100, problem.first_block * 128, 128256)
+    rows = Rows(meta(n, dtype=torch.int64), -100, 251 * 128 if problem.shard else 0, 128256)
     routing = None if problem.tau is None else Routing(*problem.tau, meta(dtype=torch.int64))
-    shards = _OneShard() if problem.first_block else None
+    shards = _OneShard() if problem.shard else None
     trained = not problem.frozen
     needs = Needs(not problem.frozen_hidden, trained, trained and problem.bias, trained and r > 0, trained and r > 0)
     with Recorder(Target(capability, MULTIPROCESSORS[capability])) as launches, _deterministic(problem.deterministic):

@@ -10,7 +10,6 @@
 
 #include "cpu_folds.h"
 #include "logits.h"
-#include "pair_lists.h"
 #include "parallel.h"
 #include "preference_batch.h"
 
@@ -82,26 +81,6 @@ void def_logits_backward(py::module_& m, const char* name,
       py::call_guard<py::gil_scoped_release>());
 }
 
-template <class Result, class... Extra>
-void def_pair_lists(py::module_& m, const char* name, Result (*call)(const fastdpo::PairListArgs&, Extra...)) {
-  m.def(
-      name,
-      [call](Address bitmap, int64_t bitmap_stride, Address coef, Address rows, Address count, int64_t first_token,
-             int64_t capacity, int64_t first_block, int64_t num_blocks, int32_t tile, int32_t tiles_per_round,
-             int32_t rounds, double crossover, Address running, Address lengths, Address first_tile,
-             Address round_block, Address is_routed, Address tile_block, Address tokens, Address finished,
-             Extra... extra) {
-        return call(fastdpo::PairListArgs{ptr<const uint8_t>(bitmap), bitmap_stride, ptr<const float>(coef),
-                                          ptr<const int32_t>(rows), ptr<const int32_t>(count), first_token, capacity,
-                                          first_block, num_blocks, tile, tiles_per_round, rounds, crossover,
-                                          ptr<int32_t>(running), ptr<int32_t>(lengths), ptr<int32_t>(first_tile),
-                                          ptr<int32_t>(round_block), ptr<int32_t>(is_routed),
-                                          ptr<int32_t>(tile_block), ptr<int32_t>(tokens), ptr<int32_t>(finished)},
-                    extra...);
-      },
-      py::call_guard<py::gil_scoped_release>());
-}
-
 #ifdef FASTDPO_HAVE_CUDA
 // A stream comes as an integer too.
 int launch_logits_forward(const fastdpo::LogitsForwardArgs& a, DType dtype, int device, Address stream) {
@@ -109,9 +88,6 @@ int launch_logits_forward(const fastdpo::LogitsForwardArgs& a, DType dtype, int 
 }
 int launch_logits_backward(const fastdpo::LogitsBackwardArgs& a, DType dtype, int device, Address stream) {
   return fastdpo::launch_logits_backward(a, dtype, device, ptr<void>(stream));
-}
-int launch_pair_lists(const fastdpo::PairListArgs& a, int device, Address stream) {
-  return fastdpo::launch_pair_lists(a, device, ptr<void>(stream));
 }
 #endif
 
@@ -224,26 +200,45 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       "fold",
       [](const PyTile& tile, Address labels, Address block_lse, int64_t block_lse_stride, Address label_logit,
          Address stats, int num_threads) {
-        fastdpo::fold({tile.tile, ptr<const int64_t>(labels), ptr<float>(block_lse), block_lse_stride,
+        fastdpo::fold({tile.tile, ptr<const int64_t>(labels), ptr<double>(block_lse), block_lse_stride,
                        ptr<float>(label_logit), ptr<fastdpo::RowStats>(stats)},
                       num_threads);
       },
       nogil);
 
   m.def(
+      "sum_blocks",
+      [](Address block_lse, int64_t num_rows, int64_t num_blocks, Address rest_lse, int num_threads) {
+        fastdpo::sum_blocks(ptr<const double>(block_lse), num_rows, num_blocks, ptr<double>(rest_lse), num_threads);
+      },
+      nogil);
+
+  m.def(
       "finish",
-      [](int64_t num_rows, int64_t num_blocks, int64_t vocab_size, int64_t first_row, int64_t first_block,
-         Address block_lse, Address other_lse, Address label_logit, Address labels, Address stats, Address logps,
-         Address lse, Address entropy, Address mean_logit, Address is_top1, Address log_sum_sq_probs, Address bitmap,
-         int64_t bitmap_stride, float tau, uint64_t seed, int num_threads) {
-        fastdpo::finish({num_rows, num_blocks, vocab_size, first_row, first_block, ptr<const float>(block_lse),
-                         ptr<const float>(other_lse), ptr<const float>(label_logit), ptr<const int64_t>(labels),
+      [](int64_t num_rows, int64_t vocab_size, Address rest_lse, Address label_logit, Address stats, Address logps,
+         Address lse, Address entropy, Address mean_logit, Address is_top1, Address log_sum_sq_probs,
+         int num_threads) {
+        fastdpo::finish({num_rows, vocab_size, ptr<const double>(rest_lse), ptr<const float>(label_logit),
                          ptr<const fastdpo::RowStats>(stats), ptr<float>(logps), ptr<float>(lse), ptr<float>(entropy),
-                         ptr<float>(mean_logit), ptr<uint8_t>(is_top1), ptr<float>(log_sum_sq_probs),
-                         ptr<uint8_t>(bitmap), bitmap_stride, tau, seed},
+                         ptr<float>(mean_logit), ptr<uint8_t>(is_top1), ptr<float>(log_sum_sq_probs)},
                         num_threads);
       },
       nogil);
+
+  m.def(
+      "route",
+      [](int64_t num_rows, int64_t num_blocks, int64_t first_row, Address block_lse, Address rest_lse, Address labels,
+         float tau, float second_tau, uint64_t seed, Address before, Address sums, Address bitmap,
+         int64_t bitmap_stride, int64_t set_bytes, Address most_pairs, int num_threads) {
+        fastdpo::route({num_rows, num_blocks, first_row, ptr<const double>(block_lse), ptr<const double>(rest_lse),
+                        ptr<const int64_t>(labels), tau, second_tau, seed, ptr<const int64_t>(before),
+                        ptr<int64_t>(sums), ptr<uint8_t>(bitmap), bitmap_stride, set_bytes, ptr<int32_t>(most_pairs)},
+                       num_threads);
+      },
+      py::kw_only(), py::arg("num_rows"), py::arg("num_blocks"), py::arg("first_row"), py::arg("block_lse"),
+      py::arg("rest_lse"), py::arg("labels"), py::arg("tau"), py::arg("second_tau"), py::arg("seed"),
+      py::arg("before"), py::arg("sums"), py::arg("bitmap"), py::arg("bitmap_stride"), py::arg("set_bytes"),
+      py::arg("most_pairs"), py::arg("num_threads"), nogil);
 
   m.def(
       "grad",
@@ -255,15 +250,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def(
       "routed_grad",
-      [](const PyTile& tile, Address tokens, Address labels, Address lse, Address logps, Address coef, int64_t block,
-         uint64_t seed, float tau_hidden, float tau_weight, Address row_weight, Address dz_hidden,
-         Address hidden_tokens, int num_threads) {
-        return fastdpo::routed_grad({grad_args(tile, tokens, labels, lse, logps, coef, 0, 0), block, seed, tau_hidden,
-                                     tau_weight, ptr<float>(row_weight), ptr<float>(dz_hidden),
+      [](const PyTile& tile, Address tokens, Address labels, Address lse, Address logps, Address coef, float tau,
+         float second_tau, Address second_bits, int64_t bitmap_stride, int second_bit, int hidden_set, int weight_set,
+         Address row_weight, Address dz_hidden, Address hidden_tokens, int num_threads) {
+        return fastdpo::routed_grad({grad_args(tile, tokens, labels, lse, logps, coef, 0, 0), tau, second_tau,
+                                     ptr<const uint8_t>(second_bits), bitmap_stride, second_bit, hidden_set,
+                                     weight_set, ptr<float>(row_weight), ptr<float>(dz_hidden),
                                      ptr<int32_t>(hidden_tokens)},
                                     num_threads);
       },
-      nogil);
+      py::arg("tile"), py::kw_only(), py::arg("tokens"), py::arg("labels"), py::arg("lse"), py::arg("logps"),
+      py::arg("coef"), py::arg("tau"), py::arg("second_tau"), py::arg("second_bits"), py::arg("bitmap_stride"),
+      py::arg("second_bit"), py::arg("hidden_set"), py::arg("weight_set"), py::arg("row_weight"),
+      py::arg("dz_hidden"), py::arg("hidden_tokens"), py::arg("num_threads"), nogil);
 
   m.def(
       "count_pairs",
@@ -306,9 +305,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("PARTIAL_FLOATS") = fastdpo::kPartialFloats;
   def_logits_forward(m, "host_logits_forward", &fastdpo::host_logits_forward);
   def_logits_backward(m, "host_logits_backward", &fastdpo::host_logits_backward);
-  def_pair_lists(m, "host_pair_lists", &fastdpo::host_pair_lists);
 #ifdef FASTDPO_HAVE_CUDA
-  def_pair_lists(m, "cuda_pair_lists", &launch_pair_lists);
   def_logits_forward(m, "cuda_logits_forward", &launch_logits_forward);
   def_logits_backward(m, "cuda_logits_backward", &launch_logits_backward);
   m.def("cuda_error_text", &fastdpo::cuda_error_text);

@@ -91,42 +91,48 @@ int64_t routed_grad(const RoutedGradArgs& a, int num_threads) {
                [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
   int64_t num_hidden = 0;
   if (a.dz_hidden) {
+    const float* weight = a.row_weight + a.hidden_set * tile.num_rows;
     for (int64_t row = 0; row < tile.num_rows; ++row) {
-      if (a.row_weight[row] == 0.0f) continue;
-      const float weight = a.row_weight[row];
+      if (weight[row] == 0.0f) continue;
       const float* dz = tile.data + row * tile.stride;
       float* out = a.dz_hidden + num_hidden * tile.num_cols;
-      for (int64_t i = 0; i < tile.num_cols; ++i) out[i] = dz[i] * weight;
+      for (int64_t i = 0; i < tile.num_cols; ++i) out[i] = dz[i] * weight[row];
       a.hidden_tokens[num_hidden++] = a.grad.tokens[row];
     }
   }
-  const float* weight = a.row_weight + (a.tau_weight < 0.0f ? 0 : tile.num_rows);
+  const float* weight = a.row_weight + (a.weight_set >= 0 ? a.weight_set : a.hidden_set) * tile.num_rows;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
     if (weight[row] == 1.0f) continue;
     float* dz = tile.data + row * tile.stride;
-    for (int64_t i = 0; i < tile.num_cols; ++i) dz[i] *= weight[row];
+    for (int64_t i = 0; i < tile.num_cols; ++i) dz[i] = weight[row] == 0.0f ? 0.0f : dz[i] * weight[row];
   }
   return num_hidden;
 }
 
+void sum_blocks(const double* block_lse, int64_t num_rows, int64_t num_blocks, double* rest_lse, int num_threads) {
+  parallel_for(num_rows, grain_for(num_blocks * 8), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const double* values = block_lse + row * num_blocks;
+      double block_max = -INFINITY, total = 0.0;
+      for (int64_t i = 0; i < num_blocks; ++i) block_max = std::fmax(block_max, values[i]);
+      const double m = block_max == -INFINITY ? 0.0 : block_max;
+      for (int64_t i = 0; i < num_blocks; ++i) total += std::exp(values[i] - m);
+      rest_lse[row] = m + std::log(total);
+    }
+  });
+}
+
 void finish(const FinishArgs& a, int num_threads) {
-  const auto finish_row = [&](int64_t row) {
-    const float* block_lse = a.block_lse + row * a.num_blocks;
-    float block_max = -INFINITY;
-    const float other_lse = a.other_lse ? a.other_lse[row] : -INFINITY;
-    for (int64_t i = 0; i < a.num_blocks; ++i) block_max = std::fmax(block_max, block_lse[i]);
-    block_max = std::fmax(block_max, other_lse);
-    const double m = block_max == -INFINITY ? 0.0 : block_max;
-    double total = std::exp(other_lse - m);
-    for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(block_lse[i] - m);
-    const double label_logit = a.label_logit[row];
-    const LabelLogp label = label_logp(m, std::log(total), label_logit);
-    a.logps[row] = static_cast<float>(label.logp);
-    a.lse[row] = static_cast<float>(label.lse);
-    if (a.stats) {
+  parallel_for(a.num_rows, grain_for(64), num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const double label_logit = a.label_logit[row];
+      const LabelLogp label = label_logp(a.rest_lse[row], 0.0, label_logit);
+      a.logps[row] = static_cast<float>(label.logp);
+      a.lse[row] = static_cast<float>(label.lse);
+      if (!a.stats) continue;
       const RowStats& s = a.stats[row];
       const double log_sum = std::log(s.sum_exp);
-      const LabelLogp exact = label_logp(s.max, log_sum, label_logit);  // not from block_lse, which fp32 has rounded
+      const LabelLogp exact = label_logp(s.max, log_sum, label_logit);
       if (a.entropy) a.entropy[row] = static_cast<float>(row_entropy(exact, log_sum, s.sum_exp_z / s.sum_exp));
       if (a.log_sum_sq_probs) {
         const double p = std::exp(exact.logp);
@@ -137,10 +143,12 @@ void finish(const FinishArgs& a, int num_threads) {
       // argmax returns the first maximum: a tie counts only when the label comes first
       if (a.is_top1) a.is_top1[row] = label_logit > s.max_before && label_logit >= s.max_after;
     }
-    if (a.bitmap) cpu_kernels().route_row(a, row);
-  };
+  });
+}
+
+void route(const RouteArgs& a, int num_threads) {
   parallel_for(a.num_rows, grain_for(a.num_blocks * 8), num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) finish_row(row);
+    for (int64_t row = begin; row < end; ++row) cpu_kernels().route_row(a, row);
   });
 }
 

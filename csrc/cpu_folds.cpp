@@ -123,7 +123,7 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
       Vec s{};
       for (int64_t i = 0; i < kBlock; i += kLanes) s += exp(load(z + i) - splat(block_max));
       const float block_sum = sum(s);
-      a.block_lse[row * a.block_lse_stride + col / kBlock] = block_max + std::log(block_sum);
+      a.block_lse[row * a.block_lse_stride + col / kBlock] = static_cast<double>(block_max) + std::log(block_sum);
       if (kStats) merge_stats(a.stats[row], z, block_max, block_sum);
     }
   }
@@ -183,7 +183,7 @@ void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
   a.tile.transform.softcap != 0.0f ? grad_rows_as<true>(a, begin, end) : grad_rows_as<false>(a, begin, end);
 }
 
-// Leaves the unweighted dz in the tile and each row's two importance weights in row_weight.
+// Leaves the unweighted dz in the tile and each row's weight in either set in row_weight.
 void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.grad.tile;
   alignas(64) float dz[kBlock];
@@ -193,11 +193,15 @@ void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
                            ? grad_block<true>(a.grad, row, token, 0, tile.num_cols, dz)
                            : grad_block<false>(a.grad, row, token, 0, tile.num_cols, dz);
     const int64_t label = a.grad.labels[token] - tile.col_start;
-    const bool has_label = label >= 0 && label < tile.num_cols;
-    const float uniform = has_label ? 0.0f : pair_uniform(a.seed, token, a.block);
-    float* weight = a.row_weight + row;
-    weight[0] = a.tau_hidden < 0.0f ? 0.0f : has_label ? 1.0f : pair_weight(mass, a.tau_hidden, uniform);
-    weight[tile.num_rows] = a.tau_weight < 0.0f ? 0.0f : has_label ? 1.0f : pair_weight(mass, a.tau_weight, uniform);
+    float weight = 1.0f, second = 1.0f;
+    if (label < 0 || label >= tile.num_cols) {
+      const float share = mass / -std::expm1(a.grad.logps[token]);
+      weight = pair_weight(pair_odds(share, a.tau));
+      if (a.second_bits) second = weight * pair_weight(second_pair_odds(share, a.tau, a.second_tau));
+    }
+    if (a.second_bits && !(a.second_bits[token * a.bitmap_stride] >> a.second_bit & 1)) second = 0.0f;
+    a.row_weight[row] = weight;
+    a.row_weight[tile.num_rows + row] = second;
     std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
   }
 }
@@ -223,31 +227,41 @@ void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
   }
 }
 
-void route_row(const FinishArgs& a, int64_t row) {
-  const float* block_lse = a.block_lse + row * a.num_blocks;
+void route_row(const RouteArgs& a, int64_t row) {
+  const double* block_lse = a.block_lse + row * a.num_blocks;
+  const bool two_sets = a.second_tau >= 0.0f;
   uint8_t* bits = a.bitmap + row * a.bitmap_stride;
+  uint8_t* second_bits = bits + a.set_bytes;
   std::memset(bits, 0, a.bitmap_stride);
-  const float lse = a.lse[row];
+  const double rest_lse = a.rest_lse[row];
   const int64_t label_block = a.labels[row] >= 0 ? a.labels[row] / kBlock : -1;
-  alignas(64) float buffer[kBlock], mass[kBlock];
+  const Philox4 draw = philox(a.seed, a.first_row + row);
+  uint32_t start[2] = {draw.word[0], draw.word[1]};
+  if (a.before) {
+    for (int set = 0; set < 2; ++set) start[set] += static_cast<uint32_t>(a.before[set * a.num_rows + row]);
+  }
+  uint32_t sum[2] = {start[0], start[1]};
+  uint64_t total = 0;
+  alignas(64) float log_share[kBlock], share[kBlock];
   for (int64_t first = 0; first < a.num_blocks; first += kBlock) {
     const int64_t count = std::min(kBlock, a.num_blocks - first);
-    for (int64_t i = 0; i < kBlock; ++i) buffer[i] = i < count ? block_lse[first + i] - lse : -kInf;
-    for (int64_t i = 0; i < kBlock; i += kLanes) store(mass + i, exp(load(buffer + i)));
-    Philox4 draw{};
-    int64_t drawn = -1;  // one generator call serves four blocks
+    for (int64_t i = 0; i < kBlock; ++i)
+      log_share[i] = i < count ? static_cast<float>(block_lse[first + i] - rest_lse) : -kInf;
+    for (int64_t i = 0; i < kBlock; i += kLanes) store(share + i, exp(load(log_share + i)));
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t block = first + i, global_block = a.first_block + block;
-      bool keep = block == label_block || !(mass[i] < a.tau);
-      if (!keep) {
-        if (drawn != global_block >> 2) {
-          drawn = global_block >> 2;
-          draw = philox(a.seed, a.first_row + row, static_cast<uint32_t>(drawn));
-        }
-        keep = keep_pair(mass[i], a.tau, uniform_of(draw.word[global_block & 3]));
-      }
-      bits[block >> 3] |= static_cast<uint8_t>(keep) << (block & 7);
+      const int64_t block = first + i;
+      const uint64_t odds = block == label_block ? kOne : pair_odds(share[i], a.tau);
+      total += odds;
+      if (!take(sum[0], odds)) continue;
+      bits[block >> 3] |= static_cast<uint8_t>(1 << (block & 7));
+      if (!two_sets) continue;
+      if (take(sum[1], block == label_block ? kOne : second_pair_odds(share[i], a.tau, a.second_tau)))
+        second_bits[block >> 3] |= static_cast<uint8_t>(1 << (block & 7));
     }
+  }
+  a.most_pairs[row] = static_cast<int32_t>((total + kOne - 1) >> 32);
+  if (a.sums) {
+    for (int set = 0; set < 2; ++set) a.sums[set * a.num_rows + row] = static_cast<uint32_t>(sum[set] - start[set]);
   }
 }
 

@@ -16,8 +16,7 @@ struct CpuKernels {
   // dst[:num_cols] += src, and float copies of half types.
   void (*add_row)(float* dst, const float* src, int64_t num_cols);
   void (*load_row)(float* dst, const void* src, DType type, int64_t num_cols);
-  // Bits of `bitmap_row` for one token's masses exp(block_lse - lse).
-  void (*route_row)(const FinishArgs&, int64_t row);
+  void (*route_row)(const RouteArgs&, int64_t row);
 };
 
 const CpuKernels& cpu_kernels();
@@ -25,7 +24,10 @@ std::vector<const char*> supported_isas();
 bool use_isa(const char* name);  // for tests of every instruction set on one machine; not while a call runs
 
 void fold(const FoldArgs&, int num_threads);
+// [num_rows, num_blocks] -> [num_rows] log-sum-exp
+void sum_blocks(const double* block_lse, int64_t num_rows, int64_t num_blocks, double* rest_lse, int num_threads);
 void finish(const FinishArgs&, int num_threads);
+void route(const RouteArgs&, int num_threads);
 void grad(const GradArgs&, int num_threads);
 int64_t routed_grad(const RoutedGradArgs&, int num_threads);  // the number of rows of dz_hidden
 

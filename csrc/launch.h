@@ -6,7 +6,7 @@
 
 namespace fastdpo {
 
-constexpr int64_t kBlock = 128;  // vocabulary columns per block, as in DESIGN: the unit of routing
+constexpr int64_t kBlock = 128;  // vocabulary columns per block: the unit of routing
 
 // z = inv_temperature * softcap * tanh(scale * (product + bias) / softcap); softcap == 0 means none.
 struct LogitTransform {
@@ -41,34 +41,44 @@ struct RowStats {
 struct FoldArgs {
   Tile tile;
   const int64_t* labels;  // [num_rows] vocabulary index; outside the tile's columns: none
-  float* block_lse;       // [num_rows, blocks of the tile], the label's own logit left out
+  double* block_lse;      // [num_rows, blocks of the tile], the label's own logit left out; fp32 lacks digits at 1e4
   int64_t block_lse_stride;
   float* label_logit;  // [num_rows], written by the tile that holds the label
   RowStats* stats;     // [num_rows] or null
 };
 
-// Block sums -> lse, logps, statistics and the bitmap of kept pairs.
+// Block sums -> lse, logps and statistics.
 struct FinishArgs {
   int64_t num_rows;
-  int64_t num_blocks;
   int64_t vocab_size;
-  int64_t first_row;  // index of row 0 among all completion tokens: the generator's counter
-  int64_t first_block;
-  const float* block_lse;  // [num_rows, num_blocks]
-  const float* other_lse;  // [num_rows] log-sum-exp on other ranks' vocabulary shards, or null
-  const float* label_logit;
-  const int64_t* labels;  // [num_rows]
-  const RowStats* stats;  // or null
-  float* logps;           // [num_rows]
-  float* lse;             // [num_rows]
-  float* entropy;         // [num_rows] or null, as the three below; all need stats
+  const double* rest_lse;    // [num_rows] log-sum-exp of every logit but the label's
+  const float* label_logit;  // [num_rows]
+  const RowStats* stats;     // or null
+  float* logps;              // [num_rows]
+  float* lse;                // [num_rows]
+  float* entropy;            // [num_rows] or null, as the three below; all need stats
   float* mean_logit;
   uint8_t* is_top1;
   float* log_sum_sq_probs;
-  uint8_t* bitmap;  // [num_rows, bitmap_stride] one bit per block, or null
-  int64_t bitmap_stride;
-  float tau;  // keep when mass >= tau * uniform
+};
+
+// Block sums -> the pairs that the backward computes.
+struct RouteArgs {
+  int64_t num_rows;
+  int64_t num_blocks;
+  int64_t first_row;        // index of row 0 among all completion tokens: the generator's counter
+  const double* block_lse;  // [num_rows, num_blocks]
+  const double* rest_lse;   // [num_rows]
+  const int64_t* labels;    // [num_rows]
+  float tau;
+  float second_tau;       // negative: one set of pairs
   uint64_t seed;
+  const int64_t* before;  // [2, num_rows] odds of both sets on lower shards, or null
+  int64_t* sums;          // [2, num_rows] what this shard adds to them, or null
+  uint8_t* bitmap;        // [num_rows, bitmap_stride] one bit per block, then, set_bytes on, those of the smaller set
+  int64_t bitmap_stride;
+  int64_t set_bytes;
+  int32_t* most_pairs;  // [num_rows] most pairs of the first set, whatever the draw
 };
 
 // dlogp -> d(raw product), in place of the tile.
@@ -83,15 +93,18 @@ struct GradArgs {
   const float* coef_entropy;  // dL/dentropy
 };
 
-// The same for one block of kept pairs. `weights_*[i]` is row i's importance weight 1/q, 0 where the pair is
-// outside that gradient's set; rows of `dz_hidden` are those with weight, compacted.
+// The same for one block of kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one that was kept at `tau`,
+// 1, the smaller one inside it, or -1: not wanted. Rows of `dz_hidden` are those of its set, compacted.
 struct RoutedGradArgs {
   GradArgs grad;
-  int64_t block;
-  uint64_t seed;
-  float tau_hidden;  // negative: that gradient is not wanted
-  float tau_weight;
-  float* row_weight;       // scratch [2, num_rows]
+  float tau;
+  float second_tau;            // of set 1, if there is one
+  const uint8_t* second_bits;  // token 0's byte with this block's bit of set 1, or null
+  int64_t bitmap_stride;
+  int second_bit;
+  int hidden_set;
+  int weight_set;
+  float* row_weight;       // scratch [2, num_rows], of each set
   float* dz_hidden;        // [num_rows, num_cols] or null: then the tile serves both gradients
   int32_t* hidden_tokens;  // [num_rows] tokens of the rows of dz_hidden
 };

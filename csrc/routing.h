@@ -1,8 +1,9 @@
-// Which pairs the backward computes (DESIGN, section 3), shared by CPU and GPU code; the readable oracle is
-// fastdpo/routing.py. Uniforms come from Philox4x32-10 (Salmon et al., SC'11), counter = (token, block / 4),
-// key = seed, word block % 4: a pair's draw depends on nothing else, so it does not see tile shapes.
+// Which pairs the backward computes, shared by CPU and GPU code; the derivation and the readable oracle are
+// fastdpo/routing.py. q is an integer, a fraction of 2^32, so that its running sum does not see tiles, chunks or shards.
+// The draw comes from Philox4x32-10 (Salmon et al., SC'11), counter = token, key = seed.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "host_device.h"
@@ -13,8 +14,8 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-FASTDPO_HD static inline Philox4 philox(uint64_t seed, uint64_t token, uint32_t group) {
-  uint32_t c0 = static_cast<uint32_t>(token), c1 = static_cast<uint32_t>(token >> 32), c2 = group, c3 = 0;
+FASTDPO_HD static inline Philox4 philox(uint64_t seed, uint64_t token) {
+  uint32_t c0 = static_cast<uint32_t>(token), c1 = static_cast<uint32_t>(token >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = static_cast<uint64_t>(0xD2511F53u) * c0;
@@ -29,23 +30,31 @@ FASTDPO_HD static inline Philox4 philox(uint64_t seed, uint64_t token, uint32_t 
   return {{c0, c1, c2, c3}};
 }
 
-// Uniform in the open interval (0, 1), 24 bits.
-FASTDPO_HD static inline float uniform_of(uint32_t word) {
-  return (static_cast<float>(word >> 8) + 0.5f) * (1.0f / 16777216.0f);
+constexpr uint64_t kOne = uint64_t{1} << 32;  // probability 1: the pair is kept surely
+
+// q of a block that does not hold the label. Written so that a NaN share is kept: a poisoned row shows up in its
+// gradient instead of vanishing from it. At least 1 where there is anything to compute.
+FASTDPO_HD static inline uint64_t pair_odds(float share, float tau) {
+  if (!(share < tau)) return kOne;
+  if (share == 0.0f) return 0;
+  const float q = share / tau * 4294967296.0f;
+  return q < 1.0f ? 1 : static_cast<uint64_t>(q);
 }
 
-FASTDPO_HD static inline float pair_uniform(uint64_t seed, uint64_t token, uint64_t block) {
-  return uniform_of(philox(seed, token, static_cast<uint32_t>(block >> 2)).word[block & 3]);
+// The same for a pair of the larger set, given that it is in there: P(in the smaller set, of the larger `second_tau`).
+FASTDPO_HD static inline uint64_t second_pair_odds(float share, float tau, float second_tau) {
+  return pair_odds(share < tau ? tau : share, second_tau);
 }
 
-// Kept surely from tau on, with probability mass / tau below. Written so that a NaN mass is kept: a poisoned row
-// shows up in its gradient instead of vanishing from it.
-FASTDPO_HD static inline bool keep_pair(float mass, float tau, float uniform) { return !(mass < tau * uniform); }
-
-// 1 / P(kept), or 0 for a pair outside the set.
-FASTDPO_HD static inline float pair_weight(float mass, float tau, float uniform) {
-  if (!keep_pair(mass, tau, uniform)) return 0.0f;
-  return mass < tau ? tau / mass : 1.0f;
+// Whether the running sum, which stood at `sum`, takes a point in these odds: sure, or a carry of 32 bits.
+FASTDPO_HD static inline bool take(uint32_t& sum, uint64_t odds) {
+  if (odds == kOne) return true;
+  const uint32_t before = sum;
+  sum += static_cast<uint32_t>(odds);
+  return sum < before;
 }
+
+// 1 / q.
+FASTDPO_HD static inline float pair_weight(uint64_t odds) { return 4294967296.0f / static_cast<float>(odds); }
 
 }  // namespace fastdpo

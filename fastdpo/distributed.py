@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .ops.problem import Gradients
-from .routing import num_blocks
+from .routing import ONE
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,11 @@ class VocabShards:
     rank: int
     vocab_start: int  # first vocabulary id of this rank
     vocab_size: int  # of all ranks
-    first_block: int  # number of blocks on lower ranks: the generator's counter differs from rank to rank
 
     @staticmethod
     def of(group, weight: Tensor) -> VocabShards:
         if group is None:
-            return VocabShards(None, 1, 0, 0, weight.shape[0], 0)
+            return VocabShards(None, 1, 0, 0, weight.shape[0])
         import torch.distributed as dist
 
         size, rank = dist.get_world_size(group), dist.get_rank(group)
@@ -36,8 +35,7 @@ class VocabShards:
         counts = [torch.empty_like(mine) for _ in range(size)]
         dist.all_gather(counts, mine, group=group)
         counts = [int(count) for count in counts]
-        first_block = sum(num_blocks(count) for count in counts[:rank])
-        return VocabShards(group, size, rank, sum(counts[:rank]), sum(counts), first_block)
+        return VocabShards(group, size, rank, sum(counts[:rank]), sum(counts))
 
     def _gather(self, x: Tensor) -> Tensor:
         import torch.distributed as dist
@@ -65,10 +63,9 @@ class VocabShards:
         gathered = self._gather(x)
         return torch.where(gathered.isnan().any(0), torch.nan, gathered.amax(0))
 
-    def logsumexp_of_others(self, block_lse: Tensor) -> Tensor:
-        gathered = self._gather(block_lse.double().logsumexp(1))
-        gathered[self.rank] = -torch.inf
-        return gathered.logsumexp(0).float()
+    def sum_before(self, x: Tensor) -> Tensor:
+        """[...] int64, fixed-point odds: the sum over lower ranks, where a shard's running sum begins."""
+        return self._gather(x)[: self.rank].sum(0) % ONE
 
     def merge_stats(self, stats: Tensor | None) -> Tensor | None:
         """[n, 7] RowStats of csrc/launch.h (max, sum_exp, sum_exp_z, sum_exp_sq, sum_z, max_before, max_after)."""
@@ -96,4 +93,5 @@ class VocabShards:
         for name in ("hidden", "lora_a"):
             value = getattr(grads, name)
             if value is not None:
-                setattr(grads, name, self.sum(value.float()).to(value.dtype))
+                wide = torch.promote_types(value.dtype, torch.float32)
+                setattr(grads, name, self.sum(value.to(wide)).to(value.dtype))

@@ -67,10 +67,11 @@ def linear_logps(
         logit_scale: multiplies the logits (Cohere, Granite's 1 / logits_scaling, ...).
         softcap: ``c`` of ``c * tanh(z / c)``, applied after `logit_scale` (Gemma 2), or None.
         temperature: divides the logits last.
-        backward: ``"routed"`` recomputes only the blocks of 128 columns that carry probability, with importance
-            weights, so that the gradient is unbiased; ``"exact"`` recomputes all.
-        tau: mass below which a block is sampled instead of always computed, in [0, 1]: one number, or two as
-            ``(dhidden, dweight)``. None: the library's default.
+        backward: ``"routed"`` recomputes the blocks of 128 columns that carry a token's gradient and a weighted sample
+            of the others, so that the gradient is unbiased; ``"exact"`` recomputes all.
+        tau: the share of a token's tail (its distribution over all ids but the label) below which a block is sampled
+            instead of always computed, in [0, 1]: one number, or two as ``(dhidden, dweight)``. None: 2**-10, or 2**-9
+            where the head takes no gradient.
         seed: key of the routed backward's draws, in [0, 2**64); None draws one from torch's generator of the device,
             so ``torch.manual_seed`` and activation checkpointing repeat it.
         lora: ``(A [r, H], B [V, r], s)``: a low-rank update of the head, ``weight + s * B @ A``, never formed.
@@ -91,7 +92,7 @@ def linear_logps(
         tensors that require them. Without `check_labels` and `vocab_group` a call is one operator to torch.compile, and
         nothing waits for a GPU on the way to its engine.
 
-    Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; the routed backward is DESIGN's.
+    Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; routed: fastdpo/routing.py.
     """
     options = HeadOptions(
         ignore_index=ignore_index,
@@ -190,10 +191,10 @@ def _problem(
     hidden, weight, bias, lora_a, lora_b, labels, options: HeadOptions, needs: Needs, shards: VocabShards
 ) -> tuple[Head, Rows, Routing | None]:
     """What an engine takes; routed when a gradient is needed, unless the options say otherwise."""
-    routing = None
+    routing, seed = None, _seed(options, hidden.device)
     if needs and options.backward == "routed":
-        tau_hidden, tau_weight = parse_tau(options.tau)
-        seed = _seed(options.seed, hidden.device, shards)
+        tau_hidden, tau_weight = parse_tau(options.tau, needs.of_weight)
+        seed = shards.common_seed(seed)
         routing = Routing(tau_hidden if needs.of_hidden else -1.0, tau_weight if needs.of_weight else -1.0, seed)
     head = Head(
         hidden,
@@ -206,16 +207,24 @@ def _problem(
         options.softcap or 0.0,
         options.temperature,
         _compute_dtype(hidden, weight),
-        shards.first_block,
     )
     return head, Rows(labels, options.ignore_index, shards.vocab_start, shards.vocab_size), routing
 
 
-def _seed(seed: int | None, device: torch.device, shards: VocabShards) -> Tensor:
-    """The key's 64 bits as a 0-d int64 on the device."""
-    if seed is None:
-        return shards.common_seed(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device))
-    return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+def _seed(options: HeadOptions, device: torch.device) -> Tensor | None:
+    """The key's 64 bits as a 0-d int64 on the device.
+
+    A key is drawn without grad mode too: the first pass of reentrant checkpointing has none, and what it does not draw
+    never advances the generator, which the recomputation sets back; every step would repeat the first one's key.
+    """
+    if options.backward == "exact":
+        return None
+    if options.seed is not None:
+        seed = options.seed
+        return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
+    if torch.is_inference_mode_enabled():
+        return None
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def _outputs(result: Forward) -> tuple[Tensor | None, ...]:
@@ -235,7 +244,7 @@ class LinearLogpsFunction(torch.autograd.Function):
     """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [N],
     HeadOptions, stats, differentiable)`` returns the five tensors of TokenStats, flat, None where not asked for.
 
-    Saved besides the inputs: the routed backward's key and, per row, logp, lse and one bit per block.
+    Saved besides the inputs, per row: logp, lse and, routed, one bit per block.
     """
 
     @staticmethod
@@ -248,10 +257,9 @@ class LinearLogpsFunction(torch.autograd.Function):
         group = shards if shards.size > 1 else None
         result = library.forward(head, rows, stats=frozenset(stats), routing=routing, shards=group)
         if needs:
-            seed = None if routing is None else routing.seed
             # copies: the caller may change in place what is returned
             logps, entropy = (None if x is None else x.clone() for x in (result.logps, result.entropy))
-            ctx.save_for_backward(*inputs, labels, seed, logps, result.lse, entropy, result.bitmap)
+            ctx.save_for_backward(*inputs, labels, logps, result.lse, entropy, result.bitmap, result.most_pairs)
             ctx.needs, ctx.shards, ctx.weight_shape = needs, shards, weight.shape
             # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
             ctx.head = head.replace(hidden=None, weight=None, bias=None, lora_a=None, lora_b=None)
@@ -266,7 +274,7 @@ class LinearLogpsFunction(torch.autograd.Function):
     def backward(ctx, dlogps, dentropy, *_):
         if dlogps is None and dentropy is None:
             return (None,) * 9
-        hidden, weight, bias, lora_a, lora_b, labels, seed, logps, lse, entropy, bitmap = ctx.saved_tensors
+        hidden, weight, bias, lora_a, lora_b, labels, *saved = ctx.saved_tensors
         if weight.shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
             raise RuntimeError(
                 f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(weight.shape)} in the "
@@ -274,8 +282,8 @@ class LinearLogpsFunction(torch.autograd.Function):
             )
         head = ctx.head.replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
         rows = replace(ctx.rows, labels=labels)
-        routing = None if ctx.routing is None else replace(ctx.routing, seed=seed)
-        saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap)
-        grads = library.backward(head, rows, saved, dlogps, dentropy, routing, ctx.needs)
+        logps, lse, entropy, bitmap, most_pairs = saved
+        saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap, most_pairs=most_pairs)
+        grads = library.backward(head, rows, saved, dlogps, dentropy, ctx.routing, ctx.needs)
         ctx.shards.reduce(grads)
         return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None

@@ -1,10 +1,11 @@
 """Which (token, block) pairs the routed backward computes: the rule in readable torch, the kernels' oracle.
 
-    kept   when mass >= tau, or when the block holds the label      weight 1
-    kept   with probability q = mass / tau otherwise                weight 1 / q
-    E[weight * dz] = dz, and at most 1 / tau + 1 pairs per token are expected, whatever the distribution.
+    dz = coef * (1 - p[label]) * (e_label - tail)       tail = the distribution over all ids but the label
+    share[b] = the tail's mass in block b               a token's shares sum to 1
+    q[b] = min(1, share[b] / tau), 1 for the label's block: the probability to be kept; a kept dz is multiplied by 1 / q
 
-csrc/routing.h is the same rule for the kernels.
+Kept by systematic sampling: one uniform per token, carried through the running sum of q. E[dz] = dz, every draw's
+weights sum to within tau of 1, and at most 1 / tau + 2 pairs are kept. csrc/routing.h is the same rule for the kernels.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from dataclasses import dataclass
 import torch
 
 BLOCK = 128  # vocabulary columns per block
+ONE = 1 << 32  # probability 1 in fixed point: integer sums have the same bits in any order, so no tile or shard shows
 
-# Chosen so that on a trained head the gradient's error stays below that of bf16 logits, and so that training, where
-# Adam amplifies noise in rows of the head with tiny gradients, stays with the exact run: benchmarks/results/.
-DEFAULT_TAU = (2.0**-10, 2.0**-12)  # (dhidden, dweight)
-
-SECOND_SET_BYTES = 8 << 20
+# Chosen so that on a trained head every error (overall, of sure tokens, of the worst token, of dweight) stays below
+# that of bf16 logits, and that training, where Adam amplifies noise in rows of the head with tiny gradients, follows
+# the exact run. One set of pairs serves both gradients: benchmarks/results/.
+DEFAULT_TAU = 2.0**-10
+FROZEN_HEAD_TAU = 2.0**-9  # where dhidden alone is wanted
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,28 @@ class Routing:
 
     tau_hidden: float
     tau_weight: float
-    seed: torch.Tensor | int  # 0-d int64 on hidden's device, the key's 64 bits; for engines that take tokens their int
+    seed: torch.Tensor | int | None = None  # 0-d int64 on hidden's device, the key's 64 bits; None in the backward
 
     @property
     def tau(self) -> float:
-        """The smaller wanted `tau`: its kept set holds the other's, since both use one draw per pair."""
+        """The smaller wanted `tau`: its kept set holds the other's."""
         return min(tau for tau in (self.tau_hidden, self.tau_weight) if tau >= 0)
 
+    @property
+    def second_tau(self) -> float | None:
+        """The larger, where both gradients are wanted and they differ."""
+        two = min(self.tau_hidden, self.tau_weight) >= 0 and self.tau_hidden != self.tau_weight
+        return max(self.tau_hidden, self.tau_weight) if two else None
 
-def parse_tau(tau) -> tuple[float, float]:
-    """`tau` as the public functions take it -> (dhidden, dweight)."""
+    def bitmap_bytes(self, num_blocks: int) -> int:
+        """Of one row of a bitmap: one bit per pair, then one more for the second, smaller set."""
+        return set_bytes(num_blocks) * (1 if self.second_tau is None else 2)
+
+
+def parse_tau(tau, of_weight: bool = True) -> tuple[float, float]:
+    """`tau` as the public functions take it -> (dhidden, dweight); `of_weight`: the head takes a gradient."""
     if tau is None:
-        return DEFAULT_TAU
+        tau = DEFAULT_TAU if of_weight else FROZEN_HEAD_TAU
     values = tuple(tau) if isinstance(tau, (tuple, list)) else (tau, tau)
     if len(values) != 2:
         raise ValueError(f"tau must be one number or two, (dhidden, dweight); got {tau!r}")
@@ -56,17 +68,13 @@ def num_blocks(vocab_size: int) -> int:
     return -(-vocab_size // BLOCK)
 
 
-def bitmap_bytes(num_rows: int, num_blocks: int, routing: Routing) -> int:
-    """Of one row of a bitmap with room for the pairs kept at the smaller `tau` and, if it takes little memory, for
-    those kept at the larger too: dhidden and dweight, swept separately, then each visit only their own pairs.
-    """
-    one = -(-num_blocks // 8)
-    two = min(routing.tau_hidden, routing.tau_weight) >= 0 and routing.tau_hidden != routing.tau_weight
-    return 2 * one if two and num_rows * one <= SECOND_SET_BYTES else one
+def set_bytes(num_blocks: int) -> int:
+    """Of one token's set of pairs."""
+    return -(-num_blocks // 8)
 
 
-def philox(seed: int, token: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """Philox4x32-10 words of counter (token, group) under key `seed`, as int64 in [0, 2^32): shape [..., 4].
+def philox(seed: int, token: torch.Tensor) -> torch.Tensor:
+    """Philox4x32-10 words of counter `token` under key `seed`, as int64 in [0, 2^32): shape [..., 4].
 
     Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC'11.
     """
@@ -78,8 +86,8 @@ def philox(seed: int, token: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         total = high + (low >> 16)
         return total >> 16, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
 
-    token, group = torch.broadcast_tensors(token.long(), group.long())
-    c0, c1, c2, c3 = token & mask, (token >> 32) & mask, group & mask, torch.zeros_like(group)
+    token = token.long()
+    c0, c1, c2, c3 = token & mask, (token >> 32) & mask, torch.zeros_like(token), torch.zeros_like(token)
     k0, k1 = seed & mask, (seed >> 32) & mask
     for _ in range(10):
         high0, low0 = mulhilo(0xD2511F53, c0)
@@ -89,34 +97,69 @@ def philox(seed: int, token: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     return torch.stack((c0, c1, c2, c3), dim=-1)
 
 
-def pair_uniforms(seed: int, tokens: torch.Tensor, blocks: torch.Tensor) -> torch.Tensor:
-    """[N] tokens, [K] blocks -> [N, K] fp32 uniforms in (0, 1), one per pair, independent of any tiling."""
-    words = philox(seed, tokens[:, None], (blocks >> 2)[None, :])
-    word = words.gather(-1, (blocks & 3).expand(words.shape[:-1])[..., None])[..., 0]
-    return ((word >> 8).float() + 0.5) * 2.0**-24
-
-
-def kept_pairs(
-    mass: torch.Tensor,  # [N, K] probability of each block
-    labels: torch.Tensor,  # [N]
+def odds(
+    share: torch.Tensor,  # [N, K] fp32
+    own: torch.Tensor,  # [N, K] bool: the block holds the label
     tau: float,
-    uniforms: torch.Tensor,  # [N, K]
-    first_block: int = 0,
 ) -> torch.Tensor:
-    """[N, K] bool. Written so that a NaN mass is kept: a poisoned row shows in its gradient."""
-    blocks = torch.arange(first_block, first_block + mass.shape[1], device=mass.device)
-    holds_label = (labels[:, None] // BLOCK) == blocks
-    return holds_label | ~(mass < tau * uniforms)
+    """[N, K] int64: q as a fraction of ONE. A NaN share is kept, so that a poisoned row shows in its gradient."""
+    share = share.float()
+    # at least one unit where there is anything to compute; below 1 by rounding at most to ONE
+    q = (share / tau * ONE).clamp(1, ONE).long() if tau > 0 else torch.full_like(share, ONE, dtype=torch.int64)
+    q = torch.where(share == 0, 0, q)
+    return torch.where(own | ~(share < tau), ONE, q)
 
 
-def importance_weights(
-    mass: torch.Tensor, labels: torch.Tensor, tau: float, uniforms: torch.Tensor, first_block: int = 0
-) -> torch.Tensor:
-    """[N, K] fp32: 1 / P(kept) for kept pairs, 0 for the others."""
-    blocks = torch.arange(first_block, first_block + mass.shape[1], device=mass.device)
-    holds_label = (labels[:, None] // BLOCK) == blocks
-    weight = torch.where((mass < tau) & ~holds_label, tau / mass, torch.ones_like(mass))
-    return torch.where(kept_pairs(mass, labels, tau, uniforms, first_block), weight, torch.zeros_like(mass))
+def second_odds(share: torch.Tensor, own: torch.Tensor, tau: float, second_tau: float) -> torch.Tensor:
+    """[N, K] int64: P(in the set of the larger `second_tau`), given that the pair is in that of `tau`."""
+    return odds(share.clamp(min=tau), own, second_tau)
+
+
+def keep(odds: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
+    """[N, K] bool: systematic sampling, `start` [N] the draw plus the odds of blocks on lower shards.
+
+    The running sum takes every integer point that lies `start` past a whole number: where it carries.
+    """
+    after = (odds.cumsum(1) + start[:, None]) % ONE
+    before = (after - odds) % ONE
+    return (odds == ONE) | (after < before)
+
+
+def most_pairs(odds: torch.Tensor) -> torch.Tensor:
+    """[N] int32: the most pairs that any draw keeps, the expected number rounded up."""
+    return ((odds.sum(1) + ONE - 1) // ONE).int()
+
+
+def pair_weights(odds: torch.Tensor) -> torch.Tensor:
+    """[N, K] fp32: 1 / q."""
+    return ONE / odds.clamp(min=1).float()
+
+
+def own_block(labels: torch.Tensor, num_blocks: int) -> torch.Tensor:
+    """[N, num_blocks] bool: which block holds the label, a column of this shard or outside of it."""
+    return (labels[:, None].div(BLOCK, rounding_mode="floor")) == torch.arange(num_blocks, device=labels.device)
+
+
+def route(
+    share: torch.Tensor,  # [N, K] fp32
+    labels: torch.Tensor,  # [N] columns of this shard
+    routing: Routing,
+    tokens: torch.Tensor,  # [N] the generator's counters
+    shards=None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([N, routing.bitmap_bytes(K)] uint8 kept pairs, [N] int32 the most pairs that any draw keeps)."""
+    own, draws = own_block(labels, share.shape[1]), philox(int(routing.seed), tokens)
+
+    def sample(odds: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        return keep(odds, draw if shards is None else draw + shards.sum_before(odds.sum(1) % ONE))
+
+    first = odds(share, own, routing.tau)
+    kept = sample(first, draws[:, 0])
+    bitmap = pack_bits(kept)
+    if routing.second_tau is not None:
+        second = second_odds(share, own, routing.tau, routing.second_tau) * kept
+        bitmap = torch.cat((bitmap, pack_bits(sample(second, draws[:, 1]) & kept)), 1)
+    return bitmap, most_pairs(first)
 
 
 def pack_bits(kept: torch.Tensor) -> torch.Tensor:

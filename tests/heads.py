@@ -82,6 +82,15 @@ def peaked_head(N=512, V=8192, H=64) -> SmallHead:
     return SmallHead(hidden, weight, labels)
 
 
+def shares(head: SmallHead, **transform) -> tuple[Tensor, Tensor]:
+    """Of the blocks of 128 columns in each token's tail: ([N, K] fp64 shares, [N, K] bool: holds the label)."""
+    z = head.leaves(torch.float64, False).logits(**transform)
+    rest = z.scatter(1, head.labels[:, None], -torch.inf)
+    rest = torch.nn.functional.pad(rest, (0, -z.shape[1] % 128), value=-torch.inf)
+    share = rest.softmax(1).view(len(z), -1, 128).sum(2)
+    return share, (head.labels[:, None] // 128) == torch.arange(share.shape[1], device=z.device)
+
+
 def relative_error(value: Tensor, expected: Tensor) -> float:
     """||value - expected|| / ||expected|| in fp64; inf when anything is not finite."""
     difference = (value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)

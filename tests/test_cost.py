@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from heads import peaked_head
+from heads import peaked_head, shares
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
+from fastdpo import routing
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +48,8 @@ def test_routed_passes_follow_the_kept_pairs(frozen):
     from fastdpo.ops.gemm import ROW_MULTIPLE
 
     head = peaked_head(N=512, V=8192)
-    p = head.leaves(torch.float64, False).logits().softmax(-1)
     tau = 1e-2
-    share = (p.view(512, -1, 128).sum(-1) / tau).clamp(max=1).mean().item()
+    share = routing.odds(*shares(head), tau).double().mean().item() / routing.ONE
     padding = ROW_MULTIPLE / 512
     products = 2 if frozen else 3
     count = passes(head, frozen, tau=tau, seed=0)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..routing import BLOCK, Routing, num_blocks
+from ..routing import BLOCK, Routing, num_blocks, set_bytes
 from .cpu_operands import TILE_BYTES, Operands
 from .gemm import matmul, padded_rows
 from .native import address
@@ -42,7 +42,7 @@ def backward(
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
         routed = _Routed(ops, saved, upstream, routing)
-        if routed.live_share <= CROSSOVER:
+        if routed.most_live <= CROSSOVER:
             add_tiles = routed
 
     count = len(tokens)
@@ -194,32 +194,34 @@ class _Routed:
     def __init__(self, ops: Operands, saved: Forward, upstream: Upstream, routing: Routing):
         self.ops, self.saved, self.upstream, self.routing = ops, saved, upstream, routing
         self.num_blocks = num_blocks(ops.vocab_size)
-        self.counts = torch.empty(self.num_blocks, dtype=torch.int64)
-        ops.native.count_pairs(
-            saved.bitmap.data_ptr(),
-            saved.bitmap.stride(0),
-            upstream.coef.data_ptr(),
-            len(ops.tokens),
-            self.num_blocks,
-            self.counts.data_ptr(),
-            ops.threads,
-        )
+        # [N, bytes] of the larger set, kept at `tau`, and of the smaller one inside it, if there is one
+        self.sets = saved.bitmap.split(set_bytes(self.num_blocks), 1)
+        self.counts: dict[int, Tensor] = {}  # of each set that was listed: pairs per block
 
     @property
-    def live_share(self) -> float:
-        return self.counts.sum().item() / max(1, len(self.ops.tokens) * self.num_blocks)
+    def most_live(self) -> float:
+        """The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean."""
+        most = self.saved.most_pairs.masked_fill(self.upstream.coef == 0, 0).sum().item()
+        return most / max(1, len(self.ops.tokens) * self.num_blocks)
+
+    def _set_of(self, tau: float) -> int:
+        return 0 if tau == self.routing.tau else 1
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops = self.ops.serial()
         # Tokens a thread works on at once, so that all threads together stay within a few tiles and kernels are few.
         size = min(1024, max(64, ops.chunk_rows() // self.ops.threads))
+        hidden_set = -1 if sums is None else self._set_of(self.routing.tau_hidden)
+        weight_set = -1 if grads is None else self._set_of(self.routing.tau_weight)
+        listed = min(which for which in (hidden_set, weight_set) if which >= 0)
+        tile = partial(self._tile, ops, hidden_set, weight_set)
         pieces = (
             (block, part, sums, grads, token_list.shape[0] <= size)
-            for block, token_list in self._lists(start, stop)
+            for block, token_list in self._lists(start, stop, listed)
             for part in token_list.split(size)
         )
         several: _WeightProducts | None = None
-        for products, token_list, weight_products in in_order(partial(self._tile, ops), pieces, self.ops.threads):
+        for products, token_list, weight_products in in_order(tile, pieces, self.ops.threads):
             if sums is not None:
                 sums.add(products, token_list)
             if weight_products is None or several is None or weight_products.first != several.first:
@@ -231,14 +233,14 @@ class _Routed:
         if several is not None:
             several.add_to(grads)
 
-    def _tile(self, ops: Operands, block: int, token_list: Tensor, sums, grads, whole_block: bool):
+    def _tile(
+        self, ops: Operands, hidden_set: int, weight_set: int, block: int, token_list: Tensor, sums, grads, whole_block
+    ):
         """(products for `sums`, int32 tokens of their rows, products for `grads` or None when they are in there)."""
         saved, routing = self.saved, self.routing
         first = block * BLOCK
         weight = ops.weight(first, min(first + BLOCK, ops.vocab_size))
-        tau_hidden = routing.tau_hidden if sums is not None else -1.0
-        tau_weight = routing.tau_weight if grads is not None else -1.0
-        two_sets = sums is not None and grads is not None and tau_hidden != tau_weight
+        two_sets = min(hidden_set, weight_set) >= 0 and hidden_set != weight_set
         count = token_list.shape[0]
         padded = padded_rows(count)
         hidden = ops.hidden_of(token_list, padded)
@@ -248,21 +250,25 @@ class _Routed:
         dz_hidden, hidden_tokens = dz, token_list
         if two_sets:
             dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
+        second = self.sets[1] if max(hidden_set, weight_set) == 1 else None
         kept = ops.native.routed_grad(
             ops.tile(dz, count, first),
-            token_list.data_ptr(),
-            ops.tokens.labels.data_ptr(),
-            saved.lse.data_ptr(),
-            saved.logps.data_ptr(),
-            self.upstream.coef.data_ptr(),
-            block + ops.head.first_block,
-            routing.seed,
-            tau_hidden,
-            tau_weight,
-            weights.data_ptr(),
-            dz_hidden.data_ptr() if two_sets else 0,
-            hidden_tokens.data_ptr() if two_sets else 0,
-            ops.threads,
+            tokens=token_list.data_ptr(),
+            labels=ops.tokens.labels.data_ptr(),
+            lse=saved.lse.data_ptr(),
+            logps=saved.logps.data_ptr(),
+            coef=self.upstream.coef.data_ptr(),
+            tau=routing.tau,
+            second_tau=-1.0 if second is None else routing.second_tau,
+            second_bits=0 if second is None else second.data_ptr() + block // 8,
+            bitmap_stride=saved.bitmap.stride(0),
+            second_bit=block % 8,
+            hidden_set=hidden_set,
+            weight_set=weight_set,
+            row_weight=weights.data_ptr(),
+            dz_hidden=dz_hidden.data_ptr() if two_sets else 0,
+            hidden_tokens=hidden_tokens.data_ptr() if two_sets else 0,
+            num_threads=ops.threads,
         )
         dz[count:] = 0
         if two_sets:
@@ -279,9 +285,15 @@ class _Routed:
             return (None, None), hidden_tokens, weight_products
         return sums.products(dz_hidden, weight, first), hidden_tokens, weight_products
 
-    def _lists(self, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(block, int32 tokens) for every block with kept pairs among tokens [start, stop), lists in bounded pieces."""
-        counts = self.counts.tolist()
+    def _lists(self, start: int, stop: int, which: int) -> Iterator[tuple[int, Tensor]]:
+        """(block, int32 tokens) for every block with pairs of a set among tokens [start, stop), in bounded pieces."""
+        ops, coef, num_tokens = self.ops, self.upstream.coef, len(self.ops.tokens)
+        kept = (self.sets[which].data_ptr(), self.sets[which].stride(0), coef.data_ptr())
+        if which not in self.counts:
+            self.counts[which] = torch.empty(self.num_blocks, dtype=torch.int64)
+            found = self.counts[which].data_ptr()
+            ops.native.count_pairs(*kept, num_tokens, self.num_blocks, found, ops.threads)
+        counts = self.counts[which].tolist()
         limit = TILE_BYTES // 4
         first = 0
         while first < self.num_blocks:
@@ -291,24 +303,15 @@ class _Routed:
                 last += 1
             # Room for all tokens' pairs: those of [start, stop) are a part of each block's list.
             offsets = torch.zeros(last - first + 1, dtype=torch.int64)
-            torch.cumsum(self.counts[first:last], 0, out=offsets[1:])
+            torch.cumsum(self.counts[which][first:last], 0, out=offsets[1:])
             pairs = torch.empty(total, dtype=torch.int32)
-            self.ops.native.fill_pairs(
-                self.saved.bitmap.data_ptr(),
-                self.saved.bitmap.stride(0),
-                self.upstream.coef.data_ptr(),
-                0,
-                len(self.ops.tokens),
-                first,
-                last - first,
-                offsets.data_ptr(),
-                pairs.data_ptr(),
-                self.ops.threads,
+            ops.native.fill_pairs(
+                *kept, 0, num_tokens, first, last - first, offsets.data_ptr(), pairs.data_ptr(), ops.threads
             )
             ends = offsets.tolist()
             for block in range(first, last):
                 token_list = pairs[ends[block - first] : ends[block - first + 1]]
-                if start > 0 or stop < len(self.ops.tokens):
+                if start > 0 or stop < num_tokens:
                     bounds = torch.searchsorted(token_list, torch.tensor([start, stop], dtype=torch.int32))
                     token_list = token_list[bounds[0] : bounds[1]]
                 if token_list.shape[0]:

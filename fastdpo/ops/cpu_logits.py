@@ -38,7 +38,8 @@ def forward(
     for rows in _chunks(logits):
         data = logits[rows].float()
         n = data.shape[0]
-        block_lse, label_logit = torch.empty(n, blocks), torch.full((n,), -torch.inf)
+        block_lse = torch.empty(n, blocks, dtype=torch.float64)
+        rest_lse, label_logit = torch.empty(n, dtype=torch.float64), torch.full((n,), -torch.inf)
         stats = None
         if with_entropy:
             stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64)
@@ -46,9 +47,9 @@ def forward(
         label = labels[rows].contiguous()
         tile = _tile(data, temperature)
         native.fold(tile, *map(address, (label, block_lse)), blocks, address(label_logit), address(stats), threads)
-        addresses = (address(block_lse), 0, *map(address, (label_logit, label, stats)))
-        outputs = (*map(address, (logps[rows], lse[rows], entropy if entropy is None else entropy[rows])), 0, 0, 0)
-        native.finish(n, blocks, vocab_size, 0, 0, *addresses, *outputs, 0, 0, 0.0, 0, threads)
+        native.sum_blocks(address(block_lse), n, blocks, address(rest_lse), threads)
+        outputs = map(address, (logps[rows], lse[rows], entropy if entropy is None else entropy[rows]))
+        native.finish(n, vocab_size, *map(address, (rest_lse, label_logit, stats)), *outputs, 0, 0, 0, threads)
     return logps, lse, entropy
 
 

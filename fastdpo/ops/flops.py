@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..autograd import traced
-from ..routing import BLOCK, num_blocks
+from ..routing import BLOCK, num_blocks, unpack_bits
 
 
 def _scored(labels: Tensor, ignore_index: int) -> int:
@@ -23,15 +23,14 @@ def _forward_flops(hidden, weight, bias, lora_a, lora_b, labels, seed, *, ignore
     return 2 * _scored(labels, ignore_index) * weight.numel()
 
 
-def _backward_flops(hidden, weight, bias, lora_a, lora_b, labels, seed, *rest, ignore_index, needs, **_) -> int:
-    _, _, _, bitmap, _, dentropy = rest
+def _backward_flops(hidden, weight, bias, lora_a, lora_b, labels, *rest, ignore_index, needs, **_) -> int:
+    _, _, _, bitmap, _, _, dentropy = rest
     dhidden, dweight = needs[0] or needs[3], needs[1] or needs[2] or needs[4]
     products = 1 + dhidden + dweight  # one to recompute the logits
     if bitmap is None or dentropy is not None or traced(bitmap):
         return 2 * products * _scored(labels, ignore_index) * weight.numel()
-    bitmap = bitmap[:, : -(-num_blocks(weight.shape[0]) // 8)]
-    bits = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device, dtype=torch.uint8)) & 1
-    return 2 * products * int(bits.sum()) * BLOCK * weight.shape[1]
+    pairs = int(unpack_bits(bitmap, num_blocks(weight.shape[0])).sum())
+    return 2 * products * pairs * BLOCK * weight.shape[1]
 
 
 FORMULAS = {"linear_token_stats": _forward_flops, "linear_token_stats_backward": _backward_flops}

@@ -9,21 +9,20 @@ the operators, so that a dispatch mode such as torch's FlopCounterMode sees the 
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..autograd import NO_SECOND_DERIVATIVE, traced
-from ..routing import Routing, bitmap_bytes, num_blocks
+from ..routing import Routing, num_blocks
 from . import engine_for, engine_name, flops
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
 
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels, Tensor? seed"
-_SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap"
-# a negative tau: that gradient is not wanted; without a seed nothing is routed
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels"
+_SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap, Tensor? most_pairs"
+# a negative tau: that gradient is not wanted; without a seed, and then without a bitmap, nothing is routed
 _SCALARS = (
     "float lora_scale, float logit_scale, float softcap, float temperature, int ignore_index, "
     "ScalarType compute_dtype, float tau_hidden, float tau_weight"
@@ -52,7 +51,7 @@ def backward(
     if not _as_operator(head, rows):
         return _backward(head, rows, saved, dlogps, dentropy, routing, needs)
     inputs, scalars = _flatten(head, rows, routing)
-    saved = (saved.logps, saved.lse, saved.entropy, saved.bitmap)
+    saved = (saved.logps, saved.lse, saved.entropy, saved.bitmap, saved.most_pairs)
     flags = [getattr(needs, name) for name in _GRADIENTS]
     grads = token_stats_backward_op(*inputs, *saved, dlogps, dentropy, **scalars, needs=flags)
     return Gradients(*(grad if flag else None for grad, flag in zip(grads, flags)))
@@ -61,10 +60,8 @@ def backward(
 def token_stats(head: Head, rows: Rows, routing: Routing | None, stats: frozenset[str]) -> Forward:
     """The forward as one operator, with autograd; `logps` and `entropy` are differentiable."""
     inputs, scalars = _flatten(head, rows, routing)
-    # An argument, so that a graph which torch.compile has stored fits whichever engine and version meets it.
-    width = 0 if routing is None else bitmap_bytes(rows.labels.shape[0], num_blocks(head.weight.shape[0]), routing)
-    outputs = token_stats_op(*inputs, **scalars, stats=sorted(stats), bitmap_bytes=width)
-    present = {"logps", "lse", *stats} | ({"bitmap"} if routing is not None else set())
+    outputs = token_stats_op(*inputs, None if routing is None else routing.seed, **scalars, stats=sorted(stats))
+    present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if routing is not None else set())
     return Forward(*(x if name in present else None for name, x in zip(_RESULTS, outputs)))
 
 
@@ -89,7 +86,8 @@ def _backward(
     upstream = Upstream(torch.zeros_like(saved.logps) if dlogps is None else contiguous(dlogps), contiguous(dentropy))
     if dentropy is not None:  # blocks are kept by their mass, which says nothing about the entropy's gradient
         routing = None
-    saved = Forward(saved.logps, saved.lse, entropy=saved.entropy, bitmap=None if routing is None else saved.bitmap)
+    pairs = (None, None) if routing is None else (saved.bitmap, saved.most_pairs)
+    saved = Forward(saved.logps, saved.lse, entropy=saved.entropy, bitmap=pairs[0], most_pairs=pairs[1])
     engine = engine_for(head.hidden.device, head.hidden.dtype)
     with torch.autocast(head.hidden.device.type, enabled=False):
         grads = engine.backward(head, rows, saved, upstream, routing, needs)
@@ -113,9 +111,7 @@ def _as_operator(head: Head, rows: Rows) -> bool:
 
 def _flatten(head: Head, rows: Rows, routing: Routing | None) -> tuple[tuple, dict]:
     """The operators' first arguments: (tensors, scalars)."""
-    seed, tau_hidden, tau_weight = None, -1.0, -1.0
-    if routing is not None:
-        seed, tau_hidden, tau_weight = routing.seed, routing.tau_hidden, routing.tau_weight
+    tau_hidden, tau_weight = (-1.0, -1.0) if routing is None else (routing.tau_hidden, routing.tau_weight)
     scalars = {
         "lora_scale": float(head.lora_scale),
         "logit_scale": float(head.logit_scale),
@@ -126,34 +122,33 @@ def _flatten(head: Head, rows: Rows, routing: Routing | None) -> tuple[tuple, di
         "tau_hidden": tau_hidden,
         "tau_weight": tau_weight,
     }
-    return (head.hidden, head.weight, head.bias, head.lora_a, head.lora_b, rows.labels, seed), scalars
+    return (head.hidden, head.weight, head.bias, head.lora_a, head.lora_b, rows.labels), scalars
 
 
 def _unflatten(
-    hidden, weight, bias, lora_a, lora_b, labels, seed, *, ignore_index, tau_hidden, tau_weight, **scalars
-) -> tuple[Head, Rows, Routing | None]:
+    hidden, weight, bias, lora_a, lora_b, labels, *, ignore_index, tau_hidden, tau_weight, **scalars
+) -> tuple[Head, Rows, Routing]:
     head = Head(hidden, weight, bias, lora_a, lora_b, **scalars)
     rows = Rows(labels, ignore_index, 0, weight.shape[0])
-    return head, rows, None if seed is None else Routing(tau_hidden, tau_weight, seed)
+    return head, rows, Routing(tau_hidden, tau_weight)
 
 
 def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     """Of each field of Forward."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return dict.fromkeys(_RESULTS, dtype) | {"is_top1": torch.bool, "bitmap": torch.uint8}
+    return dict.fromkeys(_RESULTS, dtype) | {"is_top1": torch.bool, "bitmap": torch.uint8, "most_pairs": torch.int32}
 
 
 @torch.library.custom_op(
     "fastdpo::linear_token_stats",
     mutates_args=(),
-    schema=f"({_INPUTS}, *, {_SCALARS}, str[] stats, SymInt bitmap_bytes) -> ({', '.join(['Tensor'] * 7)})",
+    schema=f"({_INPUTS}, Tensor? seed, *, {_SCALARS}, str[] stats) -> ({', '.join(['Tensor'] * len(_RESULTS))})",
 )
-def token_stats_op(*inputs, stats, bitmap_bytes, **scalars):
+def token_stats_op(*inputs, stats, **scalars):
+    *inputs, seed = inputs
     head, rows, routing = _unflatten(*inputs, **scalars)
-    result = _forward(head, rows, routing, frozenset(stats))
+    result = _forward(head, rows, None if seed is None else replace(routing, seed=seed), frozenset(stats))
     outputs = {name: getattr(result, name) for name in _RESULTS}
-    if routing is not None and result.bitmap.shape[1] < bitmap_bytes:  # an engine that keeps one set of pairs
-        outputs["bitmap"] = pad(result.bitmap, (0, bitmap_bytes - result.bitmap.shape[1]))
     return tuple(
         head.hidden.new_empty(0, dtype=dtype) if outputs[name] is None else outputs[name]
         for name, dtype in _dtypes(head.hidden).items()
@@ -161,10 +156,11 @@ def token_stats_op(*inputs, stats, bitmap_bytes, **scalars):
 
 
 @token_stats_op.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, bitmap_bytes, **scalars):
+def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, tau_hidden, tau_weight, **scalars):
     shapes = dict.fromkeys(("logps", "lse", *stats), labels.shape)
     if seed is not None:
-        shapes["bitmap"] = (labels.shape[0], bitmap_bytes)
+        width = Routing(tau_hidden, tau_weight).bitmap_bytes(num_blocks(weight.shape[0]))
+        shapes |= {"bitmap": (labels.shape[0], width), "most_pairs": labels.shape}
     return tuple(hidden.new_empty(shapes.get(name, (0,)), dtype=dtype) for name, dtype in _dtypes(hidden).items())
 
 
@@ -175,9 +171,10 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, bitmap_bytes
     f" -> ({', '.join(['Tensor'] * 5)})",
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
-    inputs, (logps, lse, entropy, bitmap, dlogps, dentropy) = tensors[:7], tensors[7:]
+    inputs, (logps, lse, entropy, bitmap, most_pairs, dlogps, dentropy) = tensors[:6], tensors[6:]
     head, rows, routing = _unflatten(*inputs, **scalars)
-    saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap)
+    saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap, most_pairs=most_pairs)
+    routing = None if bitmap is None else routing
     grads = _backward(head, rows, saved, dlogps, dentropy, routing, Needs(*needs))
     return tuple(
         head.hidden.new_empty(0, dtype=_gradient_dtype(like, head.hidden)) if grad is None else grad
@@ -203,13 +200,13 @@ def _setup_context(ctx, inputs, keyword_only_inputs, output):
     routed, with_entropy = inputs[6] is not None, "entropy" in keyword_only_inputs["stats"]
     ctx.set_materialize_grads(False)  # entropy without an upstream gradient keeps the backward routed
     ctx.save_for_backward(
-        *inputs,
+        *inputs[:6],
         outputs["logps"],
         outputs["lse"],
         outputs["entropy"] if with_entropy else None,
-        outputs["bitmap"] if routed else None,
+        *(outputs[name] if routed else None for name in ("bitmap", "most_pairs")),
     )
-    ctx.scalars = {name: x for name, x in keyword_only_inputs.items() if name not in ("stats", "bitmap_bytes")}
+    ctx.scalars = {name: x for name, x in keyword_only_inputs.items() if name != "stats"}
     differentiable = ("logps", "entropy") if with_entropy else ("logps",)
     ctx.mark_non_differentiable(*(x for name, x in outputs.items() if name not in differentiable))
 

@@ -24,7 +24,6 @@ class Head:
     softcap: float  # 0: none
     temperature: float
     compute_dtype: torch.dtype  # both operands are rounded to this (autocast); products and sums are fp32
-    first_block: int = 0  # of this rank's vocabulary shard
 
     def replace(self, **changes) -> Head:
         return replace(self, **changes)
@@ -66,8 +65,8 @@ class Forward:
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None  # bool
     log_sum_sq_probs: Tensor | None = None
-    # [N, ceil(num_blocks / 8)] uint8, kept pairs at the smaller wanted tau; an engine may append those at the larger
-    bitmap: Tensor | None = None
+    bitmap: Tensor | None = None  # [N, Routing.bitmap_bytes] uint8, kept pairs at the smaller wanted tau, at the larger
+    most_pairs: Tensor | None = None  # [N] int32, kept at the smaller tau by any draw: what routed or exact hangs on
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..routing import BLOCK, Routing, importance_weights, kept_pairs, num_blocks, pack_bits, pair_uniforms
+from ..routing import (
+    BLOCK,
+    Routing,
+    num_blocks,
+    odds,
+    own_block,
+    pair_weights,
+    route,
+    second_odds,
+    set_bytes,
+    unpack_bits,
+)
 from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 
 LOGITS_BYTES = 32 << 20  # of one chunk's logits; a handful of such temporaries live at a time
@@ -105,26 +116,43 @@ def forward(
                 emit("is_top1", (label_logit > side[0]) & (label_logit >= side[1]))
         if routing is not None:
             token_ids = torch.arange(chunk.start, chunk.stop, device=device)
-            uniforms = _uniforms(routing, head, token_ids)
-            emit("bitmap", pack_bits(kept_pairs(_block_mass(z, lse), labels, routing.tau, uniforms)))
+            bitmap, most = route(_block_share(rest, rest_lse), labels, routing, token_ids, shards)
+            emit("bitmap", bitmap)
+            emit("most_pairs", most)
     if not columns:  # no completion tokens
         columns = {name: [torch.empty(0, dtype=dtype, device=device)] for name in ("logps", "lse", *stats)}
         if "is_top1" in stats:
             columns["is_top1"] = [torch.empty(0, dtype=torch.bool, device=device)]
         if routing is not None:
-            num_bytes = -(-num_blocks(head.weight.shape[0]) // 8)
-            emit("bitmap", torch.empty(0, num_bytes, dtype=torch.uint8, device=device))
+            width = routing.bitmap_bytes(num_blocks(head.weight.shape[0]))
+            emit("bitmap", torch.empty(0, width, dtype=torch.uint8, device=device))
+            emit("most_pairs", torch.empty(0, dtype=torch.int32, device=device))
     return Forward(**{name: torch.cat(values) for name, values in columns.items()})
 
 
-def _block_mass(z: Tensor, lse: Tensor) -> Tensor:
-    blocks = pad(z, (0, -z.shape[1] % BLOCK), value=-torch.inf).view(z.shape[0], -1, BLOCK)
-    return (blocks.logsumexp(2) - lse[:, None]).exp().float()
+def _block_share(rest: Tensor, rest_lse: Tensor) -> Tensor:
+    """[n, blocks] fp32, from logits without the label's."""
+    blocks = pad(rest, (0, -rest.shape[1] % BLOCK), value=-torch.inf).view(rest.shape[0], -1, BLOCK)
+    return (blocks.logsumexp(2) - rest_lse[:, None]).exp().float()
 
 
-def _uniforms(routing: Routing, head: Head, token_ids: Tensor) -> Tensor:
-    blocks = torch.arange(num_blocks(head.weight.shape[0]), device=token_ids.device) + head.first_block
-    return pair_uniforms(routing.seed, token_ids, blocks)
+def _routed(dz: Tensor, z: Tensor, saved: Forward, chunk: slice, labels: Tensor, routing: Routing) -> list[Tensor]:
+    """dz weighted for dhidden and for dweight: 1 / q where the pair was kept, 0 elsewhere."""
+    rest, _ = _without_label(z, labels)
+    rest_lse = saved.lse[chunk] + (-torch.expm1(saved.logps[chunk])).log()
+    share, bits = _block_share(rest, rest_lse), saved.bitmap[chunk]
+    own, one_set = own_block(labels, share.shape[1]), set_bytes(share.shape[1])
+
+    def weighted(tau: float) -> Tensor:
+        weights, which = pair_weights(odds(share, own, routing.tau)), bits[:, :one_set]
+        if tau != routing.tau:
+            weights = weights * pair_weights(second_odds(share, own, routing.tau, routing.second_tau))
+            which = bits[:, one_set:]
+        kept = unpack_bits(which, share.shape[1])
+        weights = torch.where(kept, weights, 0).to(dz.dtype).repeat_interleave(BLOCK, 1)[:, : dz.shape[1]]
+        return torch.where(weights == 0, 0, dz * weights)
+
+    return [weighted(tau) if tau >= 0 else dz for tau in (routing.tau_hidden, routing.tau_weight)]
 
 
 def backward(
@@ -164,16 +192,7 @@ def backward(
         dz = torch.where(coef[:, None] == 0, torch.zeros_like(dz), dz) if upstream.coef_entropy is None else dz
         dz_hidden = dz_weight = dz
         if routing is not None:
-            token_ids = torch.arange(chunk.start, chunk.stop, device=device)
-            mass, uniforms = _block_mass(z, lse), _uniforms(routing, head, token_ids)
-
-            def routed(tau: float, dz=dz, mass=mass, labels=labels, uniforms=uniforms) -> Tensor:
-                weights = importance_weights(mass, labels, tau, uniforms).to(dtype)
-                weights = weights.repeat_interleave(BLOCK, 1)[:, : dz.shape[1]]
-                return torch.where(weights == 0, torch.zeros_like(dz), dz * weights)
-
-            dz_hidden = routed(routing.tau_hidden) if routing.tau_hidden >= 0 else dz
-            dz_weight = routed(routing.tau_weight) if routing.tau_weight >= 0 else dz
+            dz_hidden, dz_weight = _routed(dz, z, saved, chunk, labels, routing)
         if needs.of_hidden:
             dproduct = dz_hidden @ weight
             if head.lora_a is not None:

@@ -41,7 +41,7 @@ class RowEngine:
             saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
         if routing is None:
             tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
-        grads = self.engine.backward(head, tokens, saved, upstream, _with_int_seed(routing), needs)
+        grads = self.engine.backward(head, tokens, saved, upstream, routing, needs)
         if invalid is not None and grads.hidden is not None:
             grads.hidden[invalid] = torch.nan
         return grads

@@ -6,7 +6,6 @@ import os
 
 import triton
 import triton.language as tl
-from triton.language.random import philox
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 BLOCK = tl.constexpr(128)  # routing.BLOCK
@@ -14,7 +13,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
 VARYING = (
-    "capacity", "first_block", "first_column", "first_token", "generator_block", "group_tiles", "ignore_index",
+    "all_blocks", "capacity", "first_block", "first_column", "first_token", "group_tiles", "ignore_index",
     "last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns",
     "tiles_per_round", "token_tiles", "vocab_size", "vocab_start",
 )  # fmt: skip
@@ -84,23 +83,6 @@ def label_logp(rest_lse, label_logit):
     """log p(label) = -log(1 + exp(rest - label)), which keeps its relative precision near 0."""
     d = rest_lse - label_logit
     return tl.where(d > 20.0, -d - tl.exp(-d), -log1p(tl.exp(tl.where(d > 20.0, 0.0, d))))
-
-
-@triton.jit
-def pair_uniform(seed, token, block):
-    """One uniform of (0, 1) per (token, block): routing.pair_uniforms."""
-    counter = block.to(tl.uint32)
-    low = token.to(tl.uint32)
-    w0, w1, w2, w3 = philox(seed, low, low * 0, counter >> 2, low * 0)
-    word = counter & 3
-    chosen = tl.where(word < 2, tl.where(word == 0, w0, w1), tl.where(word == 2, w2, w3))
-    return ((chosen >> 8).to(tl.float32) + 0.5) * (2.0**-24)
-
-
-@triton.jit
-def pair_weight(mass, tau, uniform):
-    """1 / P(kept) of a kept pair, 0 of another: routing.importance_weights without the label's block."""
-    return tl.where(mass < tau * uniform, 0.0, tl.where(mass < tau, tau / mass, 1.0))
 
 
 @triton.jit

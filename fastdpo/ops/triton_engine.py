@@ -1,7 +1,7 @@
 """The Triton engine: one tile of logits at a time in registers, fp32; nothing waits for the device.
 
-triton_forward.py, triton_lists.py, triton_routed.py and triton_backward.py hold the kernels; this file and
-triton_gradients.py launch them.
+triton_forward.py, triton_route.py, triton_lists.py, triton_routed.py and triton_backward.py hold the kernels; this
+file and triton_gradients.py launch them.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import torch
 import triton
 from torch import Tensor
 
-from ..routing import bitmap_bytes
+from ..routing import set_bytes
 from . import triton_memory as memory
 from .problem import Forward, Head, Rows
 from .triton_forward import finish_kernel, fold_kernel
 from .triton_gradients import backward
 from .triton_launch import launch, on_device
 from .triton_operands import Operands, Tokens, operands
+from .triton_route import route_kernel
 
 __all__ = ["backward", "forward"]
 
@@ -38,7 +39,8 @@ def forward(head: Head, rows: Rows, *, stats: frozenset[str] = frozenset(), rout
         # zeros where no token is, so that the same call gives the same bits
         bitmap=None
         if routing is None
-        else torch.zeros(m, bitmap_bytes(m, ops.num_blocks, routing), dtype=torch.uint8, device=device),
+        else torch.zeros(m, routing.bitmap_bytes(ops.num_blocks), dtype=torch.uint8, device=device),
+        most_pairs=None if routing is None else torch.zeros(m, dtype=torch.int32, device=device),
     )
     if m == 0:
         return result
@@ -66,7 +68,8 @@ class _Chunk:
             shape = (capacity, ops.num_blocks)
             return torch.empty(shape, dtype=torch.float32, device=ops.device) if wanted else None
 
-        self.label_logit = torch.full((capacity,), -torch.inf, device=ops.device)
+        self.label_logit = torch.full((capacity,), -torch.inf, dtype=torch.float32, device=ops.device)
+        self.rest_lse = torch.empty(capacity, dtype=torch.float32, device=ops.device)
         self.partials = (
             per_block(),
             per_block("entropy" in stats),
@@ -79,12 +82,14 @@ class _Chunk:
     def run(self, result: Forward, routing, shards) -> None:
         self._fold()
         if shards is None:
-            self._finish(result, routing, self.ops.vocab_size, None, reduce=True, emit=True)
-            return
-        sums = torch.empty(6, self.capacity, dtype=torch.float32, device=self.ops.device)
-        self._finish(result, None, shards.vocab_size, sums, reduce=True, emit=False)
-        self.label_logit = shards.label_logit(self.label_logit)
-        self._finish(result, routing, shards.vocab_size, _merge(shards, sums), reduce=False, emit=True)
+            self._finish(result, self.ops.vocab_size, None, reduce=True, emit=True)
+        else:
+            sums = torch.empty(6, self.capacity, dtype=torch.float32, device=self.ops.device)
+            self._finish(result, shards.vocab_size, sums, reduce=True, emit=False)
+            self.label_logit = shards.label_logit(self.label_logit)
+            self._finish(result, shards.vocab_size, _merge(shards, sums), reduce=False, emit=True)
+        if routing is not None:
+            self._route(result, routing, shards)
 
     def _fold(self) -> None:
         ops = self.ops
@@ -103,23 +108,41 @@ class _Chunk:
             warps=shape.warps, stages=shape.stages,
         )  # fmt: skip
 
-    def _finish(self, result: Forward, routing, vocab_size: int, sums, *, reduce: bool, emit: bool) -> None:
-        ops, bitmap = self.ops, None if routing is None else result.bitmap
-        first_block = ops.head.first_block
-        shape = ops.tile("finish")
-        one_set = triton.cdiv(ops.num_blocks, 8)
-        bits = (0 if bitmap is None else bitmap.stride(0), one_set)
-        taus = (0.0, 0.0) if routing is None else (routing.tau, max(routing.tau_hidden, routing.tau_weight))
-        two_sets = bitmap is not None and bitmap.shape[1] > one_set
+    def _finish(self, result: Forward, vocab_size: int, sums, *, reduce: bool, emit: bool) -> None:
+        ops, tokens = self.ops, self.tokens
+        shape, programs = self._rows()
         launch(
-            finish_kernel, (triton.cdiv(min(self.capacity, ops.num_rows - self.first), shape.m),),
-            *self.partials, self.label_logit, sums, self.tokens.labels, self.tokens.rows, self.tokens.count,
-            None if routing is None else routing.seed, bitmap,
+            finish_kernel, (programs,),
+            *self.partials, self.label_logit, sums, tokens.rows, tokens.count, self.rest_lse,
             result.logps, result.lse, result.entropy, result.mean_logit, result.is_top1, result.log_sum_sq_probs,
-            self.first, self.capacity, ops.num_blocks, first_block, vocab_size,
-            *bits, *taus, TWO_SETS=two_sets, REDUCE=reduce, EMIT=emit, ALIGNED=first_block % 4 == 0,
-            T=shape.m, K=min(shape.n, max(8, triton.next_power_of_2(ops.num_blocks))), warps=shape.warps,
+            self.first, self.capacity, ops.num_blocks, vocab_size, REDUCE=reduce, EMIT=emit, **shape,
         )  # fmt: skip
+
+    def _route(self, result: Forward, routing, shards) -> None:
+        """A shard goes through its blocks once more for each set of pairs, after the ranks have exchanged the odds that
+        come before theirs."""
+        ops, tokens, second = self.ops, self.tokens, routing.second_tau
+        shape, programs = self._rows()
+        before = sums = None
+        if shards is not None:
+            before, sums = (torch.zeros(2, self.capacity, dtype=torch.int64, device=ops.device) for _ in range(2))
+        for known in range(1 if shards is None else 2 if second is None else 3):
+            if known:
+                before[known - 1] = shards.sum_before(sums[known - 1])
+            launch(
+                route_kernel, (programs,),
+                self.partials[0], self.rest_lse, tokens.labels, tokens.rows, tokens.count, routing.seed, before, sums,
+                result.bitmap, result.most_pairs, self.first, self.capacity, ops.num_blocks, result.bitmap.stride(0),
+                set_bytes(ops.num_blocks), routing.tau, 0.0 if second is None else second,
+                TWO_SETS=second is not None, **shape,
+            )  # fmt: skip
+
+    def _rows(self) -> tuple[dict, int]:
+        """(shape of the kernels that go along rows of `partials`, programs)."""
+        ops, tile = self.ops, self.ops.tile("finish")
+        columns = min(tile.n, max(8, triton.next_power_of_2(ops.num_blocks)))
+        rows = min(self.capacity, ops.num_rows - self.first)
+        return {"T": tile.m, "K": columns, "warps": tile.warps}, triton.cdiv(rows, tile.m)
 
 
 def _merge(shards, sums: Tensor) -> Tensor:

@@ -4,14 +4,13 @@ compact   labels -> the completion tokens' rows, counted on the device; what ign
 gather    hidden rows of a chunk of tokens -> contiguous, in the type to multiply in
 rank      hidden @ lora_a.T of a low-rank head
 fold      tiles of logits -> per block of 128 columns what the sums over the vocabulary need
-finish    blocks -> logps, lse, statistics and the bitmap of kept pairs
+finish    blocks -> logps, lse and statistics
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.random import philox
 
 from .triton_common import (
     BLOCK,
@@ -25,7 +24,6 @@ from .triton_common import (
     logit,
     num_tokens,
     operand,
-    pair_uniform,
     rounded,
     row_offset,
     start_products,
@@ -227,43 +225,17 @@ def _add_exp(m, s, x):
     return top, s * exp(m - shift) + tl.sum(exp(x - shift[:, None]), 1)
 
 
-@triton.jit
-def _uniforms(key, token, first_block, start, ALIGNED: tl.constexpr, T: tl.constexpr, K: tl.constexpr):
-    """[T, K] uniforms of blocks from `start`; four neighbours that share one call of the generator, if ALIGNED."""
-    if ALIGNED:
-        group = ((first_block + start) // 4 + tl.arange(0, K // 4))[None, :] + tl.zeros((T, 1), tl.int32)
-        zero = (group * 0).to(tl.uint32)
-        w0, w1, w2, w3 = philox(key, zero + token[:, None].to(tl.uint32), zero, group.to(tl.uint32), zero)
-        words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (T, K))
-        return ((words >> 8).to(tl.float32) + 0.5) * (2.0**-24)
-    else:
-        block = (first_block + start + tl.arange(0, K))[None, :] + tl.zeros((T, 1), tl.int32)
-        return pair_uniform(key, token[:, None] + block * 0, block)
-
-
-@triton.jit
-def _store_bits(place, kept, exists, num_bytes, T: tl.constexpr, K: tl.constexpr):
-    """[T, K] bool to bytes at `place` [T, 1], bit k in bit k % 8 of byte k // 8."""
-    bits = tl.reshape(kept.to(tl.int32), (T, K // 8, 8))
-    byte = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
-    at = tl.arange(0, K // 8)
-    tl.store(place + at[None, :], byte.to(tl.uint8), mask=exists[:, None] & (at < num_bytes)[None, :])
-
-
 @triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
     block_lse, block_mean, block_lse2, block_sum, block_before, block_after,  # [capacity, num_blocks] or None
     label_logit,  # [capacity]
     shard,  # [6, capacity] fp32 or None: what a token's blocks sum up to, to be merged with other ranks' shards
-    token_labels, rows, count,
-    seed,  # 0-d int64
-    bitmap,  # [M, bitmap_stride] or None: set_bytes of pairs kept at tau, then as many of those kept at other_tau
+    rows, count,
+    rest_lse,  # [capacity] or None: log-sum-exp of every logit but the label's
     logps, lse, entropy, mean_logit, is_top1, log_sum_sq_probs,  # [M] or None
-    first_token, capacity, num_blocks, first_block, vocab_size, bitmap_stride, set_bytes, tau, other_tau,
-    TWO_SETS: tl.constexpr,
+    first_token, capacity, num_blocks, vocab_size,
     REDUCE: tl.constexpr,  # sum the blocks up (False: `shard` holds the merged sums)
     EMIT: tl.constexpr,  # write results (False: write `shard`)
-    ALIGNED: tl.constexpr,  # first_block % 4 == 0
     T: tl.constexpr,  # tokens of a program
     K: tl.constexpr,  # blocks at a time
 ):  # fmt: skip
@@ -274,7 +246,6 @@ def finish_kernel(
         return
     exists = i < n
     base = i.to(tl.int64)[:, None] * num_blocks
-    label = tl.load(token_labels + token, mask=exists, other=-1)
     if REDUCE:
         m, s = tl.full((T,), float("-inf"), tl.float32), tl.zeros((T,), tl.float32)
         m2, s2 = tl.full((T,), float("-inf"), tl.float32), tl.zeros((T,), tl.float32)
@@ -323,6 +294,8 @@ def finish_kernel(
         row_lse = tl.maximum(rest, z) + log1p(tl.exp(-tl.abs(rest - z)))
         tl.store(logps + row, logp, mask=exists)
         tl.store(lse + row, row_lse, mask=exists)
+        if rest_lse is not None:
+            tl.store(rest_lse + i, rest, mask=exists)
         p = tl.exp(logp)
         if entropy is not None:
             others = tl.exp(rest - row_lse)
@@ -337,18 +310,3 @@ def finish_kernel(
             tl.store(mean_logit + row, total / vocab_size, mask=exists)
         if is_top1 is not None:
             tl.store(is_top1 + row, (z > left) & (z >= right), mask=exists)
-        if bitmap is not None:
-            key = tl.load(seed)
-            own_block = tl.where(label < 0, -1, label // BLOCK)
-            for start in range(0, num_blocks, K):
-                b = start + tl.arange(0, K)
-                inside = exists[:, None] & (b < num_blocks)[None, :]
-                x = tl.load(block_lse + base + b[None, :], mask=inside, other=float("-inf"))
-                u = _uniforms(key, token, first_block, start, ALIGNED, T, K)
-                own = b[None, :] == own_block[:, None]
-                mass = tl.exp(x - row_lse[:, None])
-                place = bitmap + row[:, None] * bitmap_stride + start // 8
-                _store_bits(place, (~(mass < tau * u) | own) & inside, exists, set_bytes - start // 8, T, K)
-                if TWO_SETS:
-                    kept = (~(mass < other_tau * u) | own) & inside
-                    _store_bits(place + set_bytes, kept, exists, set_bytes - start // 8, T, K)

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ..routing import BLOCK, Routing
+from ..routing import BLOCK, Routing, set_bytes
 from . import triton_lists
 from . import triton_memory as memory
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
@@ -62,9 +62,10 @@ class _Unit:
     rank: Tensor | None  # [capacity, R] fp32
     slab: tuple[int, int]  # of the exact path: (tokens of a chunk, blocks)
     routed_pairs: int  # of the routed path, in memory at once
-    tau: float | None  # the smaller wanted tau, which dz is weighted for; None: exact
-    tau_hidden: float | None  # of dhidden where it is another
-    tau_weight: float | None
+    routed: bool
+    second: bool  # the smaller set of pairs is all that is wanted
+    ratio_hidden: bool  # the larger set is listed, and dhidden takes the smaller one inside it
+    ratio_weight: bool
 
 
 class _Sweep:
@@ -97,11 +98,11 @@ class _Sweep:
         def sums(columns: int, wanted: bool) -> Tensor | None:
             return torch.zeros(capacity, columns, dtype=torch.float32, device=ops.device) if wanted else None
 
-        tau = tau_hidden = tau_weight = None
-        if routing is not None:
-            tau = min([routing.tau_hidden] * hidden + [routing.tau_weight] * weight)
-            tau_hidden = routing.tau_hidden if hidden and routing.tau_hidden != tau else None
-            tau_weight = routing.tau_weight if weight and routing.tau_weight != tau else None
+        smaller_hidden = smaller_weight = False  # which gradient takes the smaller set
+        if routing is not None and routing.second_tau is not None:
+            smaller_hidden = hidden and routing.tau_hidden != routing.tau
+            smaller_weight = weight and routing.tau_weight != routing.tau
+        both = hidden and weight
         low_rank = ops.lora_a is not None
         held = 4 * (ops.hidden_size + ops.rank_pitch) * hidden  # per token
         if hidden:
@@ -112,7 +113,9 @@ class _Sweep:
             first, capacity,
             sums(ops.hidden_size, hidden and needs.hidden), sums(ops.rank_pitch, hidden and low_rank), weight,
             self._rank(first, capacity) if low_rank else None,
-            slab, memory.routed_pairs(capacity * held, ops.item_size), tau, tau_hidden, tau_weight,
+            slab, memory.routed_pairs(capacity * held, ops.item_size), routing is not None,
+            second=(smaller_hidden or smaller_weight) and not both,
+            ratio_hidden=smaller_hidden and both, ratio_weight=smaller_weight and both,
         )  # fmt: skip
 
     def _rank(self, first: int, capacity: int) -> Tensor:
@@ -150,27 +153,28 @@ class _Sweep:
 
     def _blocks(self, unit: _Unit) -> None:
         ops = self.ops
-        if unit.tau is None:
+        if not unit.routed:
             self._exact(unit, 0, ops.num_blocks, None)
             return
-        pair_tile = ops.tile("routed_dz").m
-        size = memory.list_blocks(int(CROSSOVER * unit.capacity) + pair_tile)
+        pairs = triton_lists.Pairs(
+            self._set(second=unit.second), self.saved.most_pairs, self.upstream.coef, self.tokens.rows,
+            self.tokens.count, unit.first, unit.capacity, ops.num_blocks,
+        )  # fmt: skip
+        size = memory.list_blocks(triton.cdiv(unit.capacity, triton_lists.TOKENS))
         for first_block in range(0, ops.num_blocks, size):
             count = min(size, ops.num_blocks - first_block)
             lists = triton_lists.build(
-                self._bitmap(unit), self.upstream.coef, self.tokens.rows, self.tokens.count,
-                unit.first, unit.capacity, first_block, count,
-                tile=pair_tile, max_pairs_in_memory=unit.routed_pairs, crossover=CROSSOVER,
+                pairs, first_block, count,
+                tile=ops.tile("routed_dz").m, max_pairs_in_memory=unit.routed_pairs, crossover=CROSSOVER,
             )  # fmt: skip
             self._routed(unit, first_block, count, lists)
             if CROSSOVER < 1:
                 self._exact(unit, first_block, first_block + count, lists.is_routed)
 
-    def _bitmap(self, unit: _Unit) -> Tensor:
-        """[M, bytes]: the pairs kept at the unit's tau, or a superset of them."""
-        one = triton.cdiv(self.ops.num_blocks, 8)
-        two_sets = self.saved.bitmap.shape[1] > one
-        return self.saved.bitmap[:, one:] if two_sets and unit.tau != self.routing.tau else self.saved.bitmap[:, :one]
+    def _set(self, *, second: bool) -> Tensor:
+        """[M, bytes]: the pairs kept at the smaller tau, or the second, smaller set inside them."""
+        one = set_bytes(self.ops.num_blocks)
+        return self.saved.bitmap[:, one:] if second else self.saved.bitmap[:, :one]
 
     # The routed path
 
@@ -179,34 +183,36 @@ class _Sweep:
         shape = ops.tile("routed_dz")
         pairs = lists.tiles_in_memory * shape.m
         dz = torch.empty(pairs, BLOCK, dtype=ops.head.compute_dtype, device=ops.device)
-        two = unit.tau_hidden is not None or unit.tau_weight is not None
+        two = unit.ratio_hidden or unit.ratio_weight
         ratio = torch.empty(pairs, dtype=torch.float32, device=ops.device) if two else None
         bias = unit.weight and grads.bias is not None
         column_sums = (
             torch.empty(lists.tiles_in_memory, BLOCK, dtype=torch.float32, device=ops.device) if bias else None
         )
-        other_tau = unit.tau_hidden if unit.tau_hidden is not None else unit.tau_weight
+        second_tau = self.routing.second_tau
         tma = ops.tma(ops.weight)
         (weight,) = operands(tma, (ops.weight, BLOCK, shape.k))
         listed = (lists.tile_block, lists.tokens, lists.lengths, lists.first_tile, lists.round_block, lists.is_routed)
         programs = ops.target.programs * shape.per_sm
         for round in range(lists.rounds):
+            lists.fill(round)
             launch(
                 routed_dz_kernel, (programs,),
                 ops.hidden, weight, ops.bias, unit.rank, ops.lora_b, tokens.rows, tokens.labels,
-                saved.logps, saved.lse, self.upstream.coef, self.routing.seed, self.scale, *listed,
-                dz, ratio, column_sums,
-                round, unit.first, first_block, ops.head.first_block, ops.vocab_size, ops.hidden_size, *ops.strides,
-                ops.weight.stride(0), ops.rank_size, *ops.transform, unit.tau, 0.0 if other_tau is None else other_tau,
-                **ops.variant, TMA=tma, RATIO_WEIGHT=unit.tau_weight is not None,
+                saved.logps, saved.lse, self.upstream.coef, self.scale,
+                self._set(second=True) if two else None, *listed, dz, ratio, column_sums,
+                round, unit.first, first_block, ops.vocab_size, ops.hidden_size, *ops.strides,
+                ops.weight.stride(0), ops.rank_size, saved.bitmap.stride(0), *ops.transform,
+                self.routing.tau, 0.0 if second_tau is None else second_tau,
+                **ops.variant, TMA=tma, SECOND=unit.second, RATIO_WEIGHT=unit.ratio_weight,
                 TILE=shape.m, BK=shape.k, PROGRAMS=programs,
                 warps=shape.warps, stages=shape.stages,
             )  # fmt: skip
-            ratio_hidden = ratio if unit.tau_hidden is not None else None
+            ratio_hidden = ratio if unit.ratio_hidden else None
             for out, operand in ((unit.dhidden, ops.weight), (unit.drank, ops.lora_b)):
                 if out is not None:
                     self._routed_dhidden(dz, ratio_hidden, operand, lists, out, round, first_block, shape.m)
-            ratio_weight = ratio if unit.tau_weight is not None else None
+            ratio_weight = ratio if unit.ratio_weight else None
             if unit.weight and (grads.weight is not None or grads.bias is not None):
                 self._routed_dweight(
                     dz, ratio_weight, column_sums, ops.hidden, tokens.rows, listed[1:], grads.weight, grads.bias,

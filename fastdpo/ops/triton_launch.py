@@ -65,14 +65,13 @@ class Recorder:
     """Inside `with Recorder(target) as launches`, kernels are listed with their arguments instead of run.
 
     The tools that compile kernels ahead of time and count what a step costs see through it exactly what the engine
-    launches. `native`: as where csrc's CUDA kernels can run; they are listed as a `NativeKernel`.
+    launches.
     """
 
     active: Recorder | None = None
 
-    def __init__(self, target: Target, native: bool = False):
+    def __init__(self, target: Target):
         self.target = target
-        self.native = native
         self.launches: list[tuple] = []
 
     def __enter__(self) -> list[tuple]:
@@ -81,14 +80,6 @@ class Recorder:
 
     def __exit__(self, *_):
         Recorder.active = None
-
-
-class NativeKernel:
-    """What stands for a kernel of csrc in the list of launches."""
-
-    def __init__(self, name: str, *arg_names: str):
-        self.__name__ = name
-        self.arg_names = arg_names
 
 
 def target_of(device: torch.device) -> Target:

@@ -13,7 +13,7 @@ from ..routing import BLOCK
 FORWARD_HIDDEN = 48 << 20  # gathered rows of the tokens that go through the vocabulary together
 FORWARD_PARTIAL = 48 << 20  # their sums per block
 
-# Backward: lists of the kept pairs, and the rest
+# Backward: numbers of the kept pairs, and the rest
 LISTS = 12 << 20
 WORKSPACE = 104 << 20
 SUMS = 64 << 20  # fp32 dhidden of a range of tokens: the head is read once per range
@@ -65,6 +65,6 @@ def routed_pairs(held: int, item: int) -> int:
     return (WORKSPACE - held) // (item * BLOCK)
 
 
-def list_blocks(max_pairs_per_block: int) -> int:
-    """Blocks whose lists of pairs fit."""
-    return max(1, LISTS // 4 // max_pairs_per_block)
+def list_blocks(token_tiles: int) -> int:
+    """Blocks whose pairs are counted together, one number for each tile of tokens."""
+    return max(1, LISTS // (4 * token_tiles))

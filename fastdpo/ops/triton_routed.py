@@ -14,31 +14,33 @@ from .triton_common import (
     BLOCK,
     VARYING,
     add_low_rank,
+    expm1,
     load_rows,
     load_tile,
     logit,
     logit_slope,
     operand,
-    pair_uniform,
-    pair_weight,
     rounded,
     row_offset,
     start_products,
 )
+from .triton_route import pair_weight, second_pair_weight
 
 
 @triton.jit(do_not_specialize=VARYING)
 def routed_dz_kernel(
     hidden,  # [outer, inner, H], the caller's strides
     weight, bias, rank, lora_b,  # rank [capacity, R], of tokens from first_token
-    rows, token_labels, logps, lse, coef, seed, dz_scale,
+    rows, token_labels, logps, lse, coef, dz_scale,
+    second_bits,  # [M, bitmap_stride] of the smaller set or None
     tile_block, tokens, lengths, first_tile, round_block, flag,  # of Lists
-    dz,  # [tiles in memory * TILE, 128], weighted for the smaller tau
-    ratio,  # [tiles in memory * TILE] fp32 or None: what turns that into the larger tau's
+    dz,  # [tiles in memory * TILE, 128], weighted for the listed set
+    ratio,  # [tiles in memory * TILE] fp32 or None: what turns that into the smaller set's
     column_sums,  # [tiles in memory, 128] fp32 or None: dz summed over a tile's tokens before it is rounded
-    round, first_token, first_block, generator_block, V, H, inner, outer_stride, inner_stride, weight_stride, rank_size,
-    logit_scale, softcap, inv_temperature, tau, other_tau,
+    round, first_token, first_block, V, H, inner, outer_stride, inner_stride, weight_stride, rank_size, bitmap_stride,
+    logit_scale, softcap, inv_temperature, tau, second_tau,
     COMPUTE: tl.constexpr, SOFTCAP: tl.constexpr, R: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    SECOND: tl.constexpr,  # the smaller set is listed
     RATIO_WEIGHT: tl.constexpr,  # `ratio` is dweight's and dbias's, not dhidden's
     TILE: tl.constexpr, BK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
@@ -46,12 +48,12 @@ def routed_dz_kernel(
         return
     begin = tl.load(first_tile + tl.load(round_block + round))
     end = tl.load(first_tile + tl.load(round_block + round + 1))
-    key = tl.load(seed)
     for index in tl.range(begin + tl.program_id(0), end, PROGRAMS):
-        local = tl.load(tile_block + index)
+        local = tl.load(tile_block + index - begin)
         place = (index - tl.load(first_tile + local)) * TILE + tl.arange(0, TILE)
         exists = place < tl.load(lengths + local)
-        t = tl.load(tokens + index * TILE + tl.arange(0, TILE), mask=exists, other=0)
+        at = (index - begin) * TILE + tl.arange(0, TILE)
+        t = tl.load(tokens + at, mask=exists, other=0)
         token = first_token + t
         row = tl.load(rows + token, mask=exists, other=0).to(tl.int64)
         label = tl.load(token_labels + token, mask=exists, other=-1)
@@ -69,24 +71,26 @@ def routed_dz_kernel(
         slope = logit_slope(z, logit_scale, softcap, inv_temperature, SOFTCAP)
         terms = row_terms(row, exists, logps, lse, None, coef, None)
         tile_dz, p = dz_of(z, slope, terms, label, column, V, False)
-        mass = tl.sum(p, 1)
-        uniform = pair_uniform(key, token, generator_block + block)
+        # 1 - p[label] from log p, before any rounding; where it is 0 so is dz
+        share = tl.sum(p, 1) / -expm1(tl.load(logps + row, mask=exists, other=-1.0))
         own = (label >= block * BLOCK) & (label < (block + 1) * BLOCK)
-        w = tl.where(own, 1.0, pair_weight(mass, tau, uniform))
+        w = pair_weight(share, own, tau)
+        if SECOND:
+            w *= second_pair_weight(share, own, tau, second_tau)
         if dz_scale is not None:
             w *= tl.load(dz_scale)
-        tile_dz = tl.where((w == 0)[:, None], 0.0, tile_dz * w[:, None])
-        at = ((index - begin) * TILE + tl.arange(0, TILE)).to(tl.int64)
+        tile_dz *= w[:, None]
+        at = at.to(tl.int64)
         target = dz + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(target, rounded(tile_dz, dz.dtype.element_ty))  # padding rows are zero
         if ratio is not None:
-            smaller = pair_weight(mass, tau, uniform)
-            larger = pair_weight(mass, other_tau, uniform)
-            larger = tl.where(own, 1.0, tl.where(smaller == 0, 0.0, larger / smaller))
-            tl.store(ratio + at, larger)
+            byte = tl.load(second_bits + row * bitmap_stride + block // 8, mask=exists, other=0).to(tl.int32)
+            listed = (byte >> (block % 8)) & 1
+            second = tl.where(listed != 0, second_pair_weight(share, own, tau, second_tau), 0.0)
+            tl.store(ratio + at, second)
         if column_sums is not None:
             if RATIO_WEIGHT:
-                tile_dz = tl.where((larger == 0)[:, None], 0.0, tile_dz * larger[:, None])
+                tile_dz = tl.where((second == 0)[:, None], 0.0, tile_dz * second[:, None])
             place = column_sums + (index - begin) * BLOCK + tl.arange(0, BLOCK)
             tl.store(place, tl.sum(tile_dz, 0))
 
@@ -123,11 +127,12 @@ def routed_dhidden_kernel(
     tiles_n = tl.cdiv(H, BN)
     for work in tl.range(begin * tiles_n + tl.program_id(0), end * tiles_n, PROGRAMS):
         index, part = work // tiles_n, work % tiles_n
-        local = tl.load(tile_block + index)
+        local = tl.load(tile_block + index - begin)
         rank = (index - tl.load(first_tile + local)) * TILE + tl.arange(0, TILE)
         exists = rank < tl.load(lengths + local)
-        t = tl.load(tokens + index * TILE + tl.arange(0, TILE), mask=exists, other=0)
-        place = ((index - begin) * TILE + tl.arange(0, TILE)).to(tl.int64)
+        place = (index - begin) * TILE + tl.arange(0, TILE)
+        t = tl.load(tokens + place, mask=exists, other=0)
+        place = place.to(tl.int64)
         c = part * BN + tl.arange(0, BN)
         product = tl.zeros((TILE, BN), tl.float32)
         for k in range(0, BLOCK, BK):
@@ -166,7 +171,7 @@ def ordered_dhidden_kernel(
             for at in range(begin, end, ROWS):
                 rank = at + tl.arange(0, ROWS)
                 exists = rank < end
-                t = tl.load(tokens + start * TILE + rank, mask=exists, other=0)
+                t = tl.load(tokens + (start - base) * TILE + rank, mask=exists, other=0)
                 place = ((start - base) * TILE + rank).to(tl.int64)
                 a = tl.load(dz + place[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], mask=exists[:, None], other=0.0)
                 product = tl.dot(operand(a, COMPUTE), b, input_precision=PRECISION)
@@ -202,7 +207,7 @@ def routed_dweight_kernel(
     for k in range(0, length, BK):
         place = k + tl.arange(0, BK)
         exists = place < length
-        t = tl.load(tokens + start * TILE + place, mask=exists, other=0)
+        t = tl.load(tokens + (start - base) * TILE + place, mask=exists, other=0)
         at = ((start - base) * TILE + place).to(tl.int64)
         a = tl.load(dz + at[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :], mask=exists[:, None], other=0.0)
         if ratio is not None:

@@ -44,7 +44,7 @@ def operator_inputs(case: str, seed: int | None, requires_grad=True) -> list[tor
 @pytest.mark.parametrize("seed", [None, -5], ids=["exact", "routed"])
 @pytest.mark.parametrize("case", OPERANDS)
 def test_opcheck_of_the_forward(engine, case, seed, stats):
-    opcheck(library.token_stats_op, operator_inputs(case, seed), {**SCALARS, "stats": stats, "bitmap_bytes": 2})
+    opcheck(library.token_stats_op, operator_inputs(case, seed), {**SCALARS, "stats": stats})
 
 
 @pytest.mark.parametrize("upstream", ["logps", "entropy", "both"])
@@ -52,11 +52,12 @@ def test_opcheck_of_the_forward(engine, case, seed, stats):
 @pytest.mark.parametrize("seed", [None, -5], ids=["exact", "routed"])
 def test_opcheck_of_the_backward(engine, seed, needs, upstream):
     inputs = operator_inputs("bias, lora, masked", seed, False)
-    logps, lse, entropy, *_, bitmap = library.token_stats_op(*inputs, **SCALARS, stats=["entropy"], bitmap_bytes=2)
+    logps, lse, entropy, *_, bitmap, most_pairs = library.token_stats_op(*inputs, **SCALARS, stats=["entropy"])
     dlogps = None if upstream == "entropy" else torch.randn(12)
     dentropy = None if upstream == "logps" else torch.randn(12)
-    saved = (logps, lse, entropy, None if seed is None else bitmap, dlogps, dentropy)
-    opcheck(library.token_stats_backward_op, (*inputs, *saved), {**SCALARS, "needs": [bool(x) for x in needs]})
+    pairs = (None, None) if seed is None else (bitmap, most_pairs)
+    saved = (logps, lse, entropy, *pairs, dlogps, dentropy)
+    opcheck(library.token_stats_backward_op, (*inputs[:6], *saved), {**SCALARS, "needs": [bool(x) for x in needs]})
 
 
 @pytest.mark.parametrize("with_entropy", [False, True])
@@ -219,7 +220,7 @@ def test_autocast_and_no_grad_compile():
 @pytest.mark.parametrize("power", [1, 2])
 def test_the_operator_is_once_differentiable(engine, power):
     inputs = operator_inputs("plain", -5)
-    logps, *_ = library.token_stats_op(*inputs, **SCALARS, stats=[], bitmap_bytes=2)
+    logps, *_ = library.token_stats_op(*inputs, **SCALARS, stats=[])
     (grad,) = torch.autograd.grad((logps**power).sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once differentiable"):
         grad.sum().backward()

@@ -40,7 +40,7 @@ def small_workspaces(monkeypatch):
 class Case:
     """One problem for both engines: the Triton engine by row, the reference in fp64 by token."""
 
-    def __init__(self, head, dtype=torch.float32, routed=None, weight_dtype=None, first_block=0, **transform):
+    def __init__(self, head, dtype=torch.float32, routed=None, weight_dtype=None, **transform):
         transform = {"logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0, **transform}
         self.labels, self.vocab_size = head.labels, head.weight.shape[0]
         leaves = head.leaves(dtype, False)
@@ -51,8 +51,7 @@ class Case:
         def build(x, compute):
             lora = x.lora or (None, None, 1.0)
             tensors = [None if t is None else t.to(DEVICE) for t in (x.hidden, x.weight, x.bias, *lora[:2])]
-            head = Head(*tensors, lora[2], *transform.values(), compute)
-            return head.replace(first_block=first_block)
+            return Head(*tensors, lora[2], *transform.values(), compute)
 
         self.head = build(leaves, dtype)
         exact = head.rounded(dtype)
@@ -211,12 +210,6 @@ def test_entropy_gradient_of_rows_without_a_logp_gradient():
     coef = torch.randn(40)
     coef[::3] = 0
     Case(head, softcap=5.0).check(coef, torch.randn(40))
-
-
-@pytest.mark.parametrize("first_block", [4, 3])
-def test_draws_follow_the_block_of_the_whole_vocabulary(monkeypatch, first_block):
-    monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
-    Case(peaked_head(N=60, V=1500), routed=(0.2, 0.1), first_block=first_block).check(torch.randn(60))
 
 
 def test_weight_of_another_type():
