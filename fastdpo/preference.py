@@ -85,8 +85,7 @@ def preference_loss(
             ``apo_zero``, ``apo_down``, ``discopop``, ``sigmoid_norm``, ``sft``, ``simpo``, ``cpo``, ``orpo``,
             ``kto``, ``dpop``, ``slic``. The first fifteen are those of TRL's DPOTrainer. ``cpo`` and ``orpo``
             are the preference terms alone: ``["sft", "orpo"]`` adds the likelihood of the chosen completions.
-                ``kto`` is the
-            mean over the two sequences of a row, so `loss` is KTO's mean over all 2B.
+            ``kto`` is the mean over the two sequences of a row, so `loss` is KTO's mean over all 2B.
         loss_weights: one number per loss; ones by default.
         label_smoothing: probability that a label is flipped: in [0, 0.5] for ``sigmoid`` (conservative DPO),
             ``aot``, ``aot_unpaired``, ``simpo`` and ``cpo``; in [0, 0.5) for ``robust``; in (0, 0.5] for
@@ -117,7 +116,9 @@ def preference_loss(
     Guarantees:
         Computed in fp64, rounded once; a finite loss or derivative beyond fp32's range becomes its largest
         number. Bitwise repeatable. Exponents of f-divergences and ``discopop`` are clamped to 80, as TRL
-        clamps alpha's, so no margin gives NaN. Gradients flow from `loss`, `losses` or both, to any of the
+        clamps alpha's, so no margin gives NaN; beyond that they are constants, without gradient. A mean log-prob
+        of 0 (above -2^-126), where ``orpo``'s log-odds have a pole, counts there as -2^-24, in value and slope:
+        the largest probability below 1 that fp32 holds. Gradients flow from `loss`, `losses` or both, to any of the
         four log-probs. NaN in a row stays in that row of `losses` (``sft``, a mean over the batch, spreads
         it). B = 0 gives a loss of 0 with a working backward. No wait for the device.
 
