@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import refuse_transforms
 from .logps import TokenStats, linear_token_stats
 from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
@@ -149,6 +150,7 @@ def _linear_dpo_loss(
     reference: _Reference,
     options: _DPOOptions,
 ) -> DPOOutput:
+    refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias, *([] if lora is None else lora))
     check_layout(hidden, labels, cu_seqlens, options.head.get("check_labels", False))
     _check_reference(reference, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
     stats = linear_token_stats(

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import apply, once_differentiable
+from .autograd import Function, apply, once_differentiable, refuse_transforms
 from .distributed import VocabShards
 from .ops import library
 from .ops.problem import STATS, Forward, Head, Needs, Rows
@@ -172,6 +172,7 @@ def linear_token_stats(
 
 def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats: tuple[str, ...]) -> TokenStats:
     lora_a, lora_b = (None, None) if lora is None else lora[:2]
+    refuse_transforms("fastdpo.linear_logps", hidden, weight, bias, lora_a, lora_b)
     check_head(hidden, weight, labels, bias, lora_a, lora_b, options)
     inputs = (hidden, weight, bias, lora_a, lora_b)
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
@@ -231,12 +232,14 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-class LinearLogpsFunction(torch.autograd.Function):
+class LinearLogpsFunction(Function):
     """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [N],
     HeadOptions, stats, differentiable)`` returns the five tensors of TokenStats, flat, None where not asked for.
 
     Saved besides the inputs: the routed backward's key and, per row, logp, lse and one bit per block.
     """
+
+    of = "fastdpo.linear_logps"
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable):

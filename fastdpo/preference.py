@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import traced
+from .autograd import refuse_transforms, traced
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
@@ -124,6 +124,7 @@ def preference_loss(
 
     Source: TRL 1.16's DPOTrainer; the papers of the single losses are listed in fastdpo/losses.py.
     """
+    refuse_transforms("fastdpo.preference_loss", chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     options = check_options(
         beta=beta,
         loss_type=loss_type,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import apply, once_differentiable, traced
+from .autograd import Function, apply, once_differentiable, refuse_transforms, traced
 from .ops.logits import backward as logits_backward
 from .ops.logits import forward as logits_forward
 from .ops.logits import selective_op
@@ -58,6 +58,7 @@ def selective_log_softmax(
 
     Source: TRL's function of the same name, whose call this accepts.
     """
+    refuse_transforms("fastdpo.selective_log_softmax", logits)
     for name, x in (("logits", logits), ("index", index)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
@@ -99,8 +100,10 @@ def selective_log_softmax(
     return (logps, entropy.view(index.shape)) if return_entropy else logps
 
 
-class _SelectiveLogSoftmax(torch.autograd.Function):
+class _SelectiveLogSoftmax(Function):
     """[N, V] logits and [N] or [N, K] int64 columns."""
+
+    of = "fastdpo.selective_log_softmax"
 
     @staticmethod
     def forward(ctx, logits, index, temperature, return_entropy, inplace_backward):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..autograd import NO_SECOND_DERIVATIVE, traced
+from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms, traced
 from ..routing import Routing, bitmap_bytes, num_blocks
 from . import engine_for, engine_name, flops
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
@@ -149,6 +149,7 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     schema=f"({_INPUTS}, *, {_SCALARS}, str[] stats, SymInt bitmap_bytes) -> ({', '.join(['Tensor'] * 7)})",
 )
 def token_stats_op(*inputs, stats, bitmap_bytes, **scalars):
+    refuse_transforms("fastdpo.linear_logps", *inputs)
     head, rows, routing = _unflatten(*inputs, **scalars)
     result = _forward(head, rows, routing, frozenset(stats))
     outputs = {name: getattr(result, name) for name in _RESULTS}
@@ -175,6 +176,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, bitmap_bytes
     f" -> ({', '.join(['Tensor'] * 5)})",
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
+    refuse_transforms("fastdpo.linear_logps", *tensors)
     inputs, (logps, lse, entropy, bitmap, dlogps, dentropy) = tensors[:7], tensors[7:]
     head, rows, routing = _unflatten(*inputs, **scalars)
     saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..autograd import refuse_transforms
 from ..losses import PreferenceOptions
 from . import native
 
@@ -160,6 +161,7 @@ def preference_forward_op(
     sft_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [5, B]; sums of a pair)."""
+    refuse_transforms("fastdpo.preference_loss", logps, rejected, ref, ref_rejected)
     spec = (
         loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
     )  # fmt: skip
@@ -222,6 +224,7 @@ def preference_backward_op(
     sft_weight: float,
 ) -> list[Tensor]:
     """Of logps, rejected, ref and ref_rejected, the gradients that are wanted."""
+    refuse_transforms("fastdpo.preference_loss", dloss, dlosses, dchosen, drejected)
     labels, (cu_seqlens,) = _rows(labels), _contiguous(cu_seqlens)
     dloss, dlosses, dchosen, drejected = _contiguous(dloss, dlosses, dchosen, drejected)
     layout = _Layout(logps, rejected, cu_seqlens)

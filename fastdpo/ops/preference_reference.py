@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..autograd import Function
 from ..losses import PreferenceOptions
 
 MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float
@@ -34,7 +35,9 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
 
 
-class _Cast(torch.autograd.Function):
+class _Cast(Function):
+    of = "fastdpo.preference_loss"
+
     @staticmethod
     def forward(ctx, x, dtype):
         ctx.dtype = x.dtype
