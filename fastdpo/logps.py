@@ -19,7 +19,7 @@ from .distributed import VocabShards
 from .ops import library
 from .ops.problem import STATS, Forward, Head, Needs, Rows
 from .routing import Routing, parse_tau
-from .validation import HeadOptions, check_head, lora_scale
+from .validation import HeadOptions, check_head, check_names, lora_scale
 
 
 class TokenStats(NamedTuple):
@@ -153,8 +153,7 @@ def linear_token_stats(
 
     Source: mean of log sum p^2 is WPO's weight, Zhou et al., arXiv 2406.11827, eq. 2.
     """
-    if isinstance(stats, str) or not all(name in STATS for name in stats):
-        raise ValueError(f"stats must be a collection of names among {STATS}; got {stats!r}")
+    stats = check_names("stats", stats, STATS)
     options = HeadOptions(
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -167,7 +166,7 @@ def linear_token_stats(
         vocab_group=vocab_group,
         check_labels=check_labels,
     )
-    return _token_stats(hidden, weight, labels, bias, lora, options, tuple(stats))
+    return _token_stats(hidden, weight, labels, bias, lora, options, stats)
 
 
 def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats: tuple[str, ...]) -> TokenStats:

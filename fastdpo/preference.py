@@ -180,10 +180,10 @@ def _check_logps(**logps: Tensor | None) -> list[Tensor | None]:
 
 
 def _check_rows(name: str, x: Tensor, like: Tensor) -> None:
-    if x.ndim != 1 or x.shape != like.shape:
-        raise ValueError(
-            f"{name} must be 1-D like chosen_logps, whose shape is {tuple(like.shape)}; got {tuple(x.shape)}"
-        )
+    if like.ndim != 1:
+        raise ValueError(f"chosen_logps must be 1-D, one log-prob per sequence; got shape {tuple(like.shape)}")
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must be shaped like chosen_logps, {tuple(like.shape)}; got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device} but chosen_logps is on {like.device}")
 

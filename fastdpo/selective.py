@@ -13,7 +13,7 @@ from .autograd import Function, apply, once_differentiable, refuse_transforms, t
 from .ops.logits import backward as logits_backward
 from .ops.logits import forward as logits_forward
 from .ops.logits import selective_op
-from .validation import FLOATS, check_number
+from .validation import FLOATS, check_flag, check_number
 
 
 def selective_log_softmax(
@@ -65,7 +65,7 @@ def selective_log_softmax(
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be fp32, bf16, fp16 or fp64; got {logits.dtype}")
     if index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"index must be int64; got {index.dtype}")
+        raise TypeError(f"index must be int64 or int32; got {index.dtype}")
     if index.device != logits.device:
         raise ValueError(f"index is on {index.device} but logits are on {logits.device}")
     if logits.ndim < 1 or logits.shape[-1] == 0:
@@ -78,7 +78,9 @@ def selective_log_softmax(
             f"index must be shaped {tuple(logits.shape[:-1])}, or that with one more dimension; "
             f"got {tuple(index.shape)}"
         )
-    check_number("temperature", temperature, 0, above=True)
+    temperature = check_number("temperature", temperature, 0, above=True)
+    inplace_backward = check_flag("inplace_backward", inplace_backward)
+    return_entropy = check_flag("return_entropy", return_entropy)
     flat_index = index.reshape(-1, index.shape[-1]) if index.ndim == logits.ndim else index.reshape(-1)
     if flat_index.ndim == 2 and flat_index.shape[1] == 1:
         flat_index = flat_index[:, 0]
@@ -91,7 +93,7 @@ def selective_log_softmax(
             raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments = (flat, flat_index.long(), float(temperature), bool(return_entropy))
+    arguments = (flat, flat_index.long(), temperature, return_entropy)
     if traced(logits, index) and not (inplace_backward and torch.compiler.is_compiling()):
         logps, entropy = selective_op(*arguments)[:2]
     else:

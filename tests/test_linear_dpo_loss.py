@@ -173,6 +173,36 @@ def test_every_form_of_reference():
     assert_same(free, linear_dpo_loss(*arguments, ref_logps=torch.zeros(2 * B)))
 
 
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("module", [False, True])
+def test_reference_head_without_a_bias(own_head, module):
+    """Beside a policy's that has one; before, zeros had to be given."""
+    batch = Batch(seed=5)
+    reference = {"ref_hidden": batch.ref_hidden}
+    if own_head:
+        reference["ref_weight"] = batch.ref_weight
+    score = LinearDPOLoss() if module else linear_dpo_loss
+
+    def loss(ref_bias):
+        return score(batch.hidden, batch.weight, batch.labels, bias=batch.bias, ref_bias=ref_bias, **reference)
+
+    out = loss(False)
+    assert_same(out, loss(torch.zeros(V, dtype=torch.float64)), rtol=0, atol=0)
+    logps = eager_logps(batch.labels, *batch.leaves).sum(1)
+    head = (batch.ref_weight if own_head else batch.weight, None)
+    refs = eager_logps(batch.labels, batch.ref_hidden, *head).sum(1).detach()
+    expected = preference_loss(logps[:B], logps[B:], refs[:B], refs[B:])
+    assert_same([out.loss], [expected.loss])
+    assert_same(grads(out.loss, [batch.bias]), grads(expected.loss, [batch.bias]))
+    if own_head:
+        with pytest.raises(ValueError, match="ref_bias=False where it has none"):
+            loss(None)
+    else:  # None is the policy's
+        assert_same(loss(None), loss(batch.bias.detach()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="ref_bias=False was given without ref_hidden"):
+        score(batch.hidden, batch.weight, batch.labels, ref_bias=False)
+
+
 @pytest.fixture(params=["native", "reference"])
 def loss_engine(request, monkeypatch):
     if request.param == "reference":
