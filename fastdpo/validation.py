@@ -185,7 +185,7 @@ def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOption
     doubles = [x.dtype == torch.float64 for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
     if any(doubles) and not all(doubles):
         kinds = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items() if x is not None and name != "labels")
-        raise TypeError(f"fp64 is for checking: all of hidden, weight, bias and lora must be fp64, or none; got {kinds}")
+        raise TypeError(f"fp64 is for checking: all of the head and hidden must be fp64 or none; got {kinds}")
     if options.check_labels:
         _check_labels(labels, options, VocabShards.of(options.vocab_group, weight).vocab_size)
 

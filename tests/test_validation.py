@@ -135,7 +135,7 @@ def test_integers_are_no_floats_and_fit(name, option):
 @pytest.mark.parametrize("name,option", [case for case in CASES if case[1] not in INTEGERS])
 def test_numbers_are_finite(name, option):
     for value in (math.nan, math.inf, np.float32("nan"), 10**400):
-        with pytest.raises(ValueError, match="must be a finite number|must lie in"):
+        with pytest.raises(ValueError, match=r"must be a finite number|must lie in"):
             call(name, option, value)
 
 
@@ -161,7 +161,8 @@ def test_flags(flag):
 
 def test_options_are_kept_as_pythons():
     """A graph, an operator's schema and a repr see no numpy."""
-    head = HeadOptions(np.int32(7), np.float32(2), np.int64(3), np.float16(1), tau=[np.float32(0.5), 1], seed=np.int8(3))
+    tau = [np.float32(0.5), 1]
+    head = HeadOptions(np.int32(7), np.float32(2), np.int64(3), np.float16(1), tau=tau, seed=np.int8(3))
     assert repr(head) == repr(HeadOptions(7, 2.0, 3.0, 1.0, tau=(0.5, 1.0), seed=3))
     checked = fastdpo.losses.check_options(**dict.fromkeys(("beta", "f_alpha_divergence_coef"), np.float32(0.5)))
     assert {type(x) for x in checked if not isinstance(x, (str, tuple))} == {float}
@@ -186,7 +187,7 @@ MESSAGES = [
     (lambda: fastdpo.selective_log_softmax(HIDDEN, LABELS.short()), "index must be int64 or int32; got torch.int16"),
     (
         lambda: fastdpo.linear_logps(HIDDEN.double(), WEIGHT, LABELS),
-        "must be fp64, or none; got hidden torch.float64, weight torch.float32$",
+        "must be fp64 or none; got hidden torch.float64, weight torch.float32$",
     ),
     (lambda: fastdpo.linear_logps(HIDDEN, WEIGHT, LABELS, lora=(None, WEIGHT, 1)), "^lora's A must be a torch.Tensor"),
     (lambda: fastdpo.linear_logps(HIDDEN, WEIGHT, LABELS, lora=(WEIGHT, None, 1)), "^lora's B must be a torch.Tensor"),
