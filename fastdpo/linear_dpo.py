@@ -283,6 +283,12 @@ def _check_reference(
             f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
         )
     ref_weight = weight if reference.weight is None else reference.weight
+    if isinstance(ref_weight, Tensor) and torch.float64 in (kinds := {reference.hidden.dtype, ref_weight.dtype}):
+        if len(kinds) > 1:
+            raise TypeError(
+                "fp64 is for checking: all of the reference's head and ref_hidden must be fp64 or none; got ref_hidden "
+                f"{reference.hidden.dtype}, its weight {ref_weight.dtype}"
+            )
     if reference.bias is not None and isinstance(ref_weight, Tensor) and reference.bias.shape != ref_weight.shape[:1]:
         raise ValueError(
             f"ref_bias must have shape ({ref_weight.shape[0]},), the rows of the reference's head; "

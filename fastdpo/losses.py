@@ -179,6 +179,7 @@ class PreferenceOptions(NamedTuple):
 
 
 DEFAULTS = PreferenceOptions()
+MAX_TERMS = 24  # of csrc/preference_batch.h
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -187,6 +188,8 @@ def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float
         raise TypeError(f"loss_type must be a name or a list of names; got {loss_type!r}")
     if not names:
         raise ValueError("loss_type must name at least one loss; got an empty list")
+    if len(names) > MAX_TERMS:
+        raise ValueError(f"loss_type must name at most {MAX_TERMS} losses; got {len(names)}")
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"loss_type {name!r} is unknown; the losses are {', '.join(LOSSES)}")

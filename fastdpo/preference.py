@@ -98,7 +98,7 @@ def preference_loss(
         dpop_lambda: penalty of ``dpop`` for a chosen log-prob below the reference's; >= 0.
         slic_delta: margin of ``slic``; >= 0.
         kto_kl: ``kto``'s estimate of KL(policy || reference), nats, >= 0; a tensor of one element is clamped
-            to that.
+            to that, and gets no gradient, as in KTO.
         desirable_weight, undesirable_weight: ``kto``'s weights of chosen and rejected; >= 0.
         chosen_lengths, rejected_lengths: ``[B]`` integers, completion tokens; below 1 counts as 1 where a
             loss divides by it. Needed by ``ipo``, ``sigmoid_norm``, ``simpo`` and ``orpo``; ``sft`` needs the

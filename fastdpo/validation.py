@@ -79,6 +79,10 @@ def _power(x: int) -> str:
     return {-(2**63): "-2**63", 2**63: "2**63", 2**64: "2**64"}.get(x, str(x))
 
 
+def _is_group(group) -> bool:
+    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+
+
 def _check_tau(tau) -> float | tuple[float, ...] | None:
     """numpy's numbers as Python's; what they may be is `parse_tau`'s to say."""
     if tau is None:
@@ -124,6 +128,8 @@ class HeadOptions:
         keep("tau", _check_tau(self.tau))
         if self.seed is not None:
             keep("seed", check_integer("seed", self.seed, 0, 2**64))
+        if self.vocab_group is not None and not _is_group(self.vocab_group):
+            raise TypeError(f"vocab_group must be a process group of torch.distributed; got {self.vocab_group!r}")
 
 
 def lora_scale(lora) -> float:

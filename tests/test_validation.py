@@ -212,6 +212,18 @@ MESSAGES = [
         r"^loss_weights\[1\] must be a number; got 'a'$",
     ),
     (
+        lambda: fastdpo.linear_dpo_loss(HIDDEN, WEIGHT, LABELS, ref_hidden=HIDDEN.double()),
+        "got ref_hidden torch.float64, its weight torch.float32$",
+    ),
+    (
+        lambda: fastdpo.preference_loss(ROW, ROW, loss_type=["sigmoid"] * 25),
+        "^loss_type must name at most 24 losses; got 25$",
+    ),
+    (
+        lambda: fastdpo.linear_logps(HIDDEN, WEIGHT, LABELS, vocab_group="tp"),
+        "^vocab_group must be a process group of torch.distributed; got 'tp'$",
+    ),
+    (
         lambda: fastdpo.preference_loss(ROW, ROW, loss_type="kto", kto_kl=torch.tensor(True)),
         "^kto_kl must be a number or a tensor of one; got torch.bool$",
     ),
