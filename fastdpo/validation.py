@@ -62,9 +62,9 @@ def _numpys_bool(value, name: str) -> bool:
 
 
 def check_names(name: str, value, known: tuple[str, ...]) -> tuple[str, ...]:
-    if isinstance(value, str) or not isinstance(value, Collection):
+    if not isinstance(value, Collection):
         raise TypeError(f"{name} must be a collection of names among {known}; got {_shown(value)}")
-    if not all(x in known for x in value):
+    if isinstance(value, str) or not all(x in known for x in value):
         raise ValueError(f"{name} must be a collection of names among {known}; got {value!r}")
     return tuple(value)
 
