@@ -18,8 +18,8 @@ def _inside() -> tuple[bool, bool]:
     return torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
 
 
-# torch.compiler.assume_constant_result's mark: torch.compile cannot look into it, and guards on both by itself. Calling
-# it would import torch._dynamo whenever fastdpo is imported.
+# torch.compiler.assume_constant_result's mark: torch.compile cannot look into it. It guards on transforms by itself, not
+# on levels, for which the operators ask again. Calling it would import torch._dynamo whenever fastdpo is imported.
 _inside._dynamo_marked_constant = True
 
 
@@ -27,23 +27,22 @@ def refuse_transforms(name: str, *tensors) -> None:
     """Raises inside a transform of torch.func and for tensors with a tangent: nothing here can be followed there, and
     torch.library's operators would answer with a tangent of zero."""
     transform, forward_mode = _inside()
-    compiling = torch.compiler.is_compiling()  # which cannot tell what sort of tensor it is given
-    if transform or (not compiling and any(_batched(x) for x in tensors)):
-        raise RuntimeError(
-            f"{name} does not run inside torch.func's transforms (vmap, grad, vjp, jvp, jacrev, hessian, ...) or a "
-            "batched backward (is_grads_batched=True, vectorize=True): take its gradient with backward() or "
-            "torch.autograd.grad, one upstream gradient at a time; a batch goes into the arguments' own dimensions"
-        )
-    if forward_mode and (compiling or any(_has_tangent(x) for x in tensors)):
+    if transform:
+        raise _inside_a_transform(name)
+    if forward_mode and (torch.compiler.is_compiling() or any(_has_tangent(x) for x in tensors)):
+        # torch.compile cannot tell which tensors have one
         raise RuntimeError(
             f"{name} has no forward-mode derivative (torch.autograd.forward_ad.dual_level): take its gradient with "
             "backward() or torch.autograd.grad"
         )
 
 
-@torch._disable_dynamo
-def _batched(x) -> bool:
-    return isinstance(x, torch.Tensor) and torch._C._functorch.is_legacy_batchedtensor(x)
+def _inside_a_transform(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name} does not run inside torch.func's transforms (vmap, grad, vjp, jvp, jacrev, hessian, ...) or a "
+        "batched backward (is_grads_batched=True, vectorize=True): take its gradient with backward() or "
+        "torch.autograd.grad, one upstream gradient at a time; a batch goes into the arguments' own dimensions"
+    )
 
 
 @torch._disable_dynamo  # which would answer for a fake tensor in the frames it still compiles
@@ -84,6 +83,8 @@ def once_differentiable(backward):
     @functools.wraps(backward)
     def wrapper(ctx, *upstream):
         if not torch.compiler.is_compiling():
+            if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in upstream):
+                raise _inside_a_transform(ctx._forward_cls.of)
             refuse_transforms(ctx._forward_cls.of, *upstream)
         with torch.no_grad():
             gradients = backward(ctx, *upstream)
