@@ -18,8 +18,8 @@ def _inside() -> tuple[bool, bool]:
     return torch._C._are_functorch_transforms_active(), forward_ad._current_level >= 0
 
 
-# torch.compiler.assume_constant_result's mark: torch.compile cannot look into it. It guards on transforms by itself, not
-# on levels, for which the operators ask again. Calling it would import torch._dynamo whenever fastdpo is imported.
+# torch.compiler.assume_constant_result's mark: torch.compile cannot look into it. It guards on transforms by itself,
+# not on levels, for which the operators ask again. Calling it would import torch._dynamo whenever fastdpo is imported.
 _inside._dynamo_marked_constant = True
 
 
