@@ -109,8 +109,10 @@ constexpr OptionField kPreferenceOptionFields[] = {
 
 // Exponents stop here, as TRL's do: e^80 is still a finite float, and so is its product with a coefficient.
 constexpr double kMaxExponent = 80.0;
-// Log-odds stop at the largest probability below 1 that fp32 can hold, 1 - 2^-24.
-constexpr double kMaxMeanLogp = -5.9604644775390625e-08;
+// A mean log-prob of 0 says only that p rounds to 1, where the log-odds have a pole: it counts as that of the largest
+// probability below 1 that fp32 holds, 1 - 2^-24. So does all above -2^-126, where their slope would leave fp32.
+constexpr double kCertainLogp = -5.9604644775390625e-08;
+constexpr double kMaxMeanLogp = -1.1754943508222875e-38;
 
 template <class T>
 struct PreferenceInputs {
@@ -132,7 +134,7 @@ FASTDPO_HD Dual<T, 4> divergence_score(const Dual<T, 4>& logratio, const Prefere
       return T(0.6931471805599453) + log_sigmoid(logratio);
     case Divergence::kAlpha: {  // (t^(alpha - 1) - 1) / (alpha - 1), which tends to log t at alpha = 1
       const T power = T(options.f_alpha_divergence_coef - 1.0);
-      if (::fabs(power) < T(1e-6)) return logratio;
+      if (power == T(0)) return logratio;
       return expm1(clamp_max(power * logratio, T(kMaxExponent))) / power;
     }
     case Divergence::kReverseKl:
@@ -151,7 +153,8 @@ FASTDPO_HD Dual<T, 4> smoothed_log_loss(const Dual<T, 4>& x, T smoothing) {
 
 template <class T>
 FASTDPO_HD Dual<T, 4> log_odds(const Dual<T, 4>& mean_logp) {
-  const Dual<T, 4> x = clamp_max(mean_logp, T(kMaxMeanLogp));
+  const bool certain = mean_logp.value > T(kMaxMeanLogp);
+  const Dual<T, 4> x = chain(mean_logp, certain ? T(kCertainLogp) : mean_logp.value, T(1));
   return x - log1mexp(x);
 }
 

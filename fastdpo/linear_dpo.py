@@ -14,12 +14,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .autograd import refuse_transforms
 from .logps import TokenStats, linear_token_stats
 from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
 from .sequences import Sequences, check_layout, num_sequences
-from .validation import FLOATS, HeadOptions, check_number
+from .validation import FLOATS, HeadOptions, check_flag, check_number
 
 
 class DPOOutput(NamedTuple):
@@ -52,13 +53,15 @@ def _check_dpo_options(
         known = ("ld_alpha", "use_weighting", "average_log_prob", *_HEAD_OPTIONS, *PreferenceOptions._fields)
         raise TypeError(f"unexpected option {unknown[0]!r}; the options are {', '.join(known)}")
     head = {name: value for name, value in options.items() if name in _HEAD_OPTIONS}
-    HeadOptions(**head)  # raises what linear_logps would, before any work is done
+    checked = HeadOptions(**head)  # raises what linear_logps would, before any work is done
+    head = {name: getattr(checked, name) for name in head}
     preference = check_options(**{name: value for name, value in options.items() if name not in head})
-    for name, value in (("use_weighting", use_weighting), ("average_log_prob", average_log_prob)):
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} must be True or False; got {value!r}")
-    if ld_alpha is not None and check_number("ld_alpha", ld_alpha, 0) > 1:
-        raise ValueError(f"ld_alpha must lie in [0, 1]; got {ld_alpha!r}")
+    use_weighting = check_flag("use_weighting", use_weighting)
+    average_log_prob = check_flag("average_log_prob", average_log_prob)
+    if ld_alpha is not None:
+        ld_alpha = check_number("ld_alpha", ld_alpha)
+        if not 0 <= ld_alpha <= 1:
+            raise ValueError(f"ld_alpha must lie in [0, 1]; got {ld_alpha!r}")
     for name in preference.loss_type:
         if use_weighting and name in RANKED:
             raise ValueError(f"use_weighting=True weighs rows, but loss_type {name!r} matches them by rank")
@@ -77,7 +80,7 @@ def linear_dpo_loss(
     bias: Tensor | None = None,  # [V]
     ref_hidden: Tensor | None = None,
     ref_weight: Tensor | None = None,
-    ref_bias: Tensor | None = None,
+    ref_bias: Tensor | bool | None = None,  # False: none
     ref_logps: Tensor | None = None,  # [2B], or shaped like labels
     cu_seqlens: Tensor | None = None,  # [2B + 1]
     lora=None,
@@ -96,11 +99,11 @@ def linear_dpo_loss(
             aligned with `labels` (the caller shifts); or packed, ``[N, H]`` with `cu_seqlens`, in the same
             order.
         weight, bias, lora: the lm_head, as in `linear_logps`.
-        labels: ``[2B, T]`` or ``[N]`` int64; `ignore_index` marks prompt and padding.
+        labels: ``[2B, T]`` or ``[N]`` int64 (or int32); `ignore_index` marks prompt and padding.
         ref_hidden: the reference model's hidden states, laid out like `hidden`; scored without gradient.
         ref_weight, ref_bias: the reference's head. Both default to the policy's, `lora` left out: the
             reference of an adapter on the head is the head without it. With `bias` and `ref_weight`,
-            `ref_bias` is needed.
+            `ref_bias` is needed: a tensor, or False for a reference head without one.
         ref_logps: instead of `ref_hidden`, the reference's log-probs: ``[2B]``, per sequence, taken as they
             are whatever `ld_alpha` and `average_log_prob` say; or per token, shaped like `labels`. (``[N]``
             with N = 2B is read as per sequence.) Without any reference the loss is reference-free.
@@ -128,8 +131,9 @@ def linear_dpo_loss(
 
     Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
     """
-    reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
-    return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, _check_dpo_options(**options))
+    reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
+    given = _check_dpo_options(**options)
+    return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, ref_bias is False, given)
 
 
 class _Reference(NamedTuple):
@@ -147,10 +151,12 @@ def _linear_dpo_loss(
     lora,
     cu_seqlens: Tensor | None,
     reference: _Reference,
+    ref_without_bias: bool,  # whatever the policy has
     options: _DPOOptions,
 ) -> DPOOutput:
+    refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias)
     check_layout(hidden, labels, cu_seqlens, options.head.get("check_labels", False))
-    _check_reference(reference, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
+    _check_reference(reference, ref_without_bias, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
     stats = linear_token_stats(
         hidden,
         weight,
@@ -163,7 +169,7 @@ def _linear_dpo_loss(
     ref_logps = reference.logps
     if reference.hidden is not None:
         ref_weight = weight if reference.weight is None else reference.weight
-        ref_bias = bias if reference.bias is None else reference.bias
+        ref_bias = bias if reference.bias is None and not ref_without_bias else reference.bias
         head = {**options.head, "check_labels": False}
         with torch.no_grad():
             ref_logps = linear_token_stats(reference.hidden, ref_weight, labels, ref_bias, stats=(), **head).logps
@@ -226,15 +232,20 @@ def _sequence_logps(options: _DPOOptions, sequences: Sequences, logps: Tensor, s
 
 
 def _check_reference(
-    reference: _Reference, weight, bias, labels: Tensor, num_sequences: int, options: _DPOOptions
+    reference: _Reference, without_bias: bool, weight, bias, labels: Tensor, num_sequences: int, options: _DPOOptions
 ) -> None:
+    if without_bias:
+        check_reference_use(options.preference, True, "ref_bias")
+        if reference.hidden is None:
+            raise ValueError("ref_bias=False was given without ref_hidden")
     for field, x in reference._asdict().items():
         if x is None:
             continue
         name = f"ref_{field}"
         check_reference_use(options.preference, True, name)
         if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+            kind = "a torch.Tensor, or False" if field == "bias" else "a torch.Tensor"
+            raise TypeError(f"{name} must be {kind}; got {type(x).__name__}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         if x.device != labels.device:
@@ -253,7 +264,7 @@ def _check_reference(
         return
     if reference.hidden.shape[:-1] != labels.shape:
         raise ValueError(
-            f"ref_hidden must be laid out like hidden, {(*labels.shape, 'H')}; "
+            f"ref_hidden must be laid out like hidden, [{', '.join(map(str, labels.shape))}, H]; "
             f"got shape {tuple(reference.hidden.shape)}"
         )
     if reference.weight is not None:
@@ -262,11 +273,26 @@ def _check_reference(
                 f"ref_weight must be [V, H] with H = {reference.hidden.shape[-1]} of ref_hidden; "
                 f"got shape {tuple(reference.weight.shape)}"
             )
-        if bias is not None and reference.bias is None:
-            raise ValueError("ref_weight was given without ref_bias, but the policy's head has a bias")
+        if bias is not None and reference.bias is None and not without_bias:
+            raise ValueError(
+                "ref_weight was given without ref_bias, but the policy's head has a bias: give the reference's, or "
+                "ref_bias=False where it has none"
+            )
     elif isinstance(weight, Tensor) and reference.hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
+        )
+    ref_weight = weight if reference.weight is None else reference.weight
+    if isinstance(ref_weight, Tensor) and torch.float64 in (kinds := {reference.hidden.dtype, ref_weight.dtype}):
+        if len(kinds) > 1:
+            raise TypeError(
+                "fp64 is for checking: all of the reference's head and ref_hidden must be fp64 or none; got ref_hidden "
+                f"{reference.hidden.dtype}, its weight {ref_weight.dtype}"
+            )
+    if reference.bias is not None and isinstance(ref_weight, Tensor) and reference.bias.shape != ref_weight.shape[:1]:
+        raise ValueError(
+            f"ref_bias must have shape ({ref_weight.shape[0]},), the rows of the reference's head; "
+            f"got {tuple(reference.bias.shape)}"
         )
 
 
@@ -293,14 +319,15 @@ class LinearDPOLoss(torch.nn.Module):
         bias: Tensor | None = None,  # [V]
         ref_hidden: Tensor | None = None,
         ref_weight: Tensor | None = None,
-        ref_bias: Tensor | None = None,
+        ref_bias: Tensor | bool | None = None,  # False: none
         ref_logps: Tensor | None = None,  # [2B], or shaped like labels
         cu_seqlens: Tensor | None = None,  # [2B + 1]
         lora=None,
     ) -> DPOOutput:
         """Arguments and result are those of `linear_dpo_loss`."""
-        reference = _Reference(ref_hidden, ref_weight, ref_bias, ref_logps)
-        return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, self.options)
+        reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
+        without = ref_bias is False
+        return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, without, self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.given.items())

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import apply, once_differentiable
+from .autograd import Function, apply, once_differentiable, refuse_transforms
 from .distributed import VocabShards
 from .ops import library
 from .ops.problem import STATS, Forward, Head, Needs, Rows
 from .routing import Routing, parse_tau
-from .validation import HeadOptions, check_head, lora_scale
+from .validation import HeadOptions, check_head, check_names, lora_scale
 
 
 class TokenStats(NamedTuple):
@@ -154,8 +154,7 @@ def linear_token_stats(
 
     Source: mean of log sum p^2 is WPO's weight, Zhou et al., arXiv 2406.11827, eq. 2.
     """
-    if isinstance(stats, str) or not all(name in STATS for name in stats):
-        raise ValueError(f"stats must be a collection of names among {STATS}; got {stats!r}")
+    stats = check_names("stats", stats, STATS)
     options = HeadOptions(
         ignore_index=ignore_index,
         logit_scale=logit_scale,
@@ -168,11 +167,12 @@ def linear_token_stats(
         vocab_group=vocab_group,
         check_labels=check_labels,
     )
-    return _token_stats(hidden, weight, labels, bias, lora, options, tuple(stats))
+    return _token_stats(hidden, weight, labels, bias, lora, options, stats)
 
 
 def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats: tuple[str, ...]) -> TokenStats:
     lora_a, lora_b = (None, None) if lora is None else lora[:2]
+    refuse_transforms("fastdpo.linear_logps", hidden, weight, bias, lora_a, lora_b)
     check_head(hidden, weight, labels, bias, lora_a, lora_b, options)
     inputs = (hidden, weight, bias, lora_a, lora_b)
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
@@ -240,12 +240,14 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-class LinearLogpsFunction(torch.autograd.Function):
+class LinearLogpsFunction(Function):
     """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [N],
     HeadOptions, stats, differentiable)`` returns the five tensors of TokenStats, flat, None where not asked for.
 
     Saved besides the inputs, per row: logp, lse and, routed, one bit per block.
     """
+
+    of = "fastdpo.linear_logps"
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable):

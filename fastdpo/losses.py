@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .validation import check_number
@@ -178,6 +179,7 @@ class PreferenceOptions(NamedTuple):
 
 
 DEFAULTS = PreferenceOptions()
+MAX_TERMS = 24  # of csrc/preference_batch.h
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -186,6 +188,8 @@ def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float
         raise TypeError(f"loss_type must be a name or a list of names; got {loss_type!r}")
     if not names:
         raise ValueError("loss_type must name at least one loss; got an empty list")
+    if len(names) > MAX_TERMS:
+        raise ValueError(f"loss_type must name at most {MAX_TERMS} losses; got {len(names)}")
     for name in names:
         if name not in LOSSES:
             raise ValueError(f"loss_type {name!r} is unknown; the losses are {', '.join(LOSSES)}")
@@ -198,13 +202,15 @@ def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float
             f"loss_weights must have one number per loss, {len(names)} for loss_type {list(names)}; got "
             f"{len(loss_weights)}"
         )
-    return tuple(names), tuple(check_number("loss_weights", weight) for weight in loss_weights)
+    return tuple(names), tuple(check_number(f"loss_weights[{i}]", x) for i, x in enumerate(loss_weights))
 
 
 def _check_kl(value) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"kto_kl must be one number; got a tensor of shape {tuple(value.shape)}")
+        if value.dtype == torch.bool or value.is_complex():
+            raise TypeError(f"kto_kl must be a number or a tensor of one; got {value.dtype}")
         return value.detach().reshape(()).clamp(min=0)
     return check_number("kto_kl", value, 0)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import traced
+from .autograd import refuse_transforms, traced
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
@@ -85,8 +85,7 @@ def preference_loss(
             ``apo_zero``, ``apo_down``, ``discopop``, ``sigmoid_norm``, ``sft``, ``simpo``, ``cpo``, ``orpo``,
             ``kto``, ``dpop``, ``slic``. The first fifteen are those of TRL's DPOTrainer. ``cpo`` and ``orpo``
             are the preference terms alone: ``["sft", "orpo"]`` adds the likelihood of the chosen completions.
-                ``kto`` is the
-            mean over the two sequences of a row, so `loss` is KTO's mean over all 2B.
+            ``kto`` is the mean over the two sequences of a row, so `loss` is KTO's mean over all 2B.
         loss_weights: one number per loss; ones by default.
         label_smoothing: probability that a label is flipped: in [0, 0.5] for ``sigmoid`` (conservative DPO),
             ``aot``, ``aot_unpaired``, ``simpo`` and ``cpo``; in [0, 0.5) for ``robust``; in (0, 0.5] for
@@ -99,7 +98,7 @@ def preference_loss(
         dpop_lambda: penalty of ``dpop`` for a chosen log-prob below the reference's; >= 0.
         slic_delta: margin of ``slic``; >= 0.
         kto_kl: ``kto``'s estimate of KL(policy || reference), nats, >= 0; a tensor of one element is clamped
-            to that.
+            to that, and gets no gradient, as in KTO.
         desirable_weight, undesirable_weight: ``kto``'s weights of chosen and rejected; >= 0.
         chosen_lengths, rejected_lengths: ``[B]`` integers, completion tokens; below 1 counts as 1 where a
             loss divides by it. Needed by ``ipo``, ``sigmoid_norm``, ``simpo`` and ``orpo``; ``sft`` needs the
@@ -117,12 +116,15 @@ def preference_loss(
     Guarantees:
         Computed in fp64, rounded once; a finite loss or derivative beyond fp32's range becomes its largest
         number. Bitwise repeatable. Exponents of f-divergences and ``discopop`` are clamped to 80, as TRL
-        clamps alpha's, so no margin gives NaN. Gradients flow from `loss`, `losses` or both, to any of the
+        clamps alpha's, so no margin gives NaN; beyond that they are constants, without gradient. A mean log-prob
+        of 0 (above -2^-126), where ``orpo``'s log-odds have a pole, counts there as -2^-24, in value and slope:
+        the largest probability below 1 that fp32 holds. Gradients flow from `loss`, `losses` or both, to any of the
         four log-probs. NaN in a row stays in that row of `losses` (``sft``, a mean over the batch, spreads
         it). B = 0 gives a loss of 0 with a working backward. No wait for the device.
 
     Source: TRL 1.16's DPOTrainer; the papers of the single losses are listed in fastdpo/losses.py.
     """
+    refuse_transforms("fastdpo.preference_loss", chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     options = check_options(
         beta=beta,
         loss_type=loss_type,
@@ -178,10 +180,10 @@ def _check_logps(**logps: Tensor | None) -> list[Tensor | None]:
 
 
 def _check_rows(name: str, x: Tensor, like: Tensor) -> None:
-    if x.ndim != 1 or x.shape != like.shape:
-        raise ValueError(
-            f"{name} must be 1-D like chosen_logps, whose shape is {tuple(like.shape)}; got {tuple(x.shape)}"
-        )
+    if like.ndim != 1:
+        raise ValueError(f"chosen_logps must be 1-D, one log-prob per sequence; got shape {tuple(like.shape)}")
+    if x.shape != like.shape:
+        raise ValueError(f"{name} must be shaped like chosen_logps, {tuple(like.shape)}; got {tuple(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{name} is on {x.device} but chosen_logps is on {like.device}")
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import apply, once_differentiable, traced
+from .autograd import Function, apply, once_differentiable, refuse_transforms, traced
 from .ops.logits import backward as logits_backward
 from .ops.logits import forward as logits_forward
 from .ops.logits import selective_op
-from .validation import FLOATS, check_number
+from .validation import FLOATS, check_flag, check_number
 
 
 def selective_log_softmax(
@@ -58,13 +58,14 @@ def selective_log_softmax(
 
     Source: TRL's function of the same name, whose call this accepts.
     """
+    refuse_transforms("fastdpo.selective_log_softmax", logits)
     for name, x in (("logits", logits), ("index", index)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be fp32, bf16, fp16 or fp64; got {logits.dtype}")
     if index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"index must be int64; got {index.dtype}")
+        raise TypeError(f"index must be int64 or int32; got {index.dtype}")
     if index.device != logits.device:
         raise ValueError(f"index is on {index.device} but logits are on {logits.device}")
     if logits.ndim < 1 or logits.shape[-1] == 0:
@@ -77,7 +78,9 @@ def selective_log_softmax(
             f"index must be shaped {tuple(logits.shape[:-1])}, or that with one more dimension; "
             f"got {tuple(index.shape)}"
         )
-    check_number("temperature", temperature, 0, above=True)
+    temperature = check_number("temperature", temperature, 0, above=True)
+    inplace_backward = check_flag("inplace_backward", inplace_backward)
+    return_entropy = check_flag("return_entropy", return_entropy)
     flat_index = index.reshape(-1, index.shape[-1]) if index.ndim == logits.ndim else index.reshape(-1)
     if flat_index.ndim == 2 and flat_index.shape[1] == 1:
         flat_index = flat_index[:, 0]
@@ -90,7 +93,7 @@ def selective_log_softmax(
             raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments = (flat, flat_index.long(), float(temperature), bool(return_entropy))
+    arguments = (flat, flat_index.long(), temperature, return_entropy)
     if traced(logits, index) and not (inplace_backward and torch.compiler.is_compiling()):
         logps, entropy = selective_op(*arguments)[:2]
     else:
@@ -99,8 +102,10 @@ def selective_log_softmax(
     return (logps, entropy.view(index.shape)) if return_entropy else logps
 
 
-class _SelectiveLogSoftmax(torch.autograd.Function):
+class _SelectiveLogSoftmax(Function):
     """[N, V] logits and [N] or [N, K] int64 columns."""
+
+    of = "fastdpo.selective_log_softmax"
 
     @staticmethod
     def forward(ctx, logits, index, temperature, return_entropy, inplace_backward):

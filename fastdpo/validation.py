@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -16,14 +18,81 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_number(name: str, value, low: float = -math.inf, *, above: bool = False) -> float:
-    """`value` as a finite float of at least `low` (more than `low` with `above`)."""
+    """`value`, Python's number or numpy's, as a finite float of at least `low` (more than `low` with `above`)."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number; got {value!r}")
-    value = float(value)
-    if not math.isfinite(value) or value < low or (above and value == low):
+        value = _of_numpy(value, numbers.Real, f"{name} must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < low or (above and number == low):
         bound = "" if low == -math.inf else f" {'>' if above else '>='} {low:g}"
-        raise ValueError(f"{name} must be a finite number{bound}; got {value!r}")
+        raise ValueError(f"{name} must be a finite number{bound}; got {_shown(value)}")
+    return number
+
+
+def check_integer(name: str, value, low: int = -(2**63), high: int = 2**63) -> int:
+    """`value`, Python's integer or numpy's, as an int in [low, high)."""
+    if type(value) is not int:
+        value = operator.index(_of_numpy(value, numbers.Integral, f"{name} must be an int"))
+    if not low <= value < high:
+        raise ValueError(f"{name} must lie in [{_power(low)}, {_power(high)}); got {value}")
     return value
+
+
+def check_flag(name: str, value) -> bool:
+    """`value`, Python's bool or numpy's."""
+    return value if isinstance(value, bool) else _numpys_bool(value, name)
+
+
+@torch._disable_dynamo  # which makes arrays and tensors of numpy's scalars
+def _of_numpy(value, kind: type, problem: str):
+    if type(value).__module__ == "numpy" and value.shape == ():
+        value = value[()]
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{problem}; got {_shown(value)}")
+    return value
+
+
+@torch._disable_dynamo
+def _numpys_bool(value, name: str) -> bool:
+    if getattr(getattr(value, "dtype", None), "kind", None) != "b" or value.ndim:
+        raise TypeError(f"{name} must be True or False; got {_shown(value)}")
+    return bool(value)
+
+
+def check_names(name: str, value, known: tuple[str, ...]) -> tuple[str, ...]:
+    if not isinstance(value, Collection):
+        raise TypeError(f"{name} must be a collection of names among {known}; got {_shown(value)}")
+    if isinstance(value, str) or not all(x in known for x in value):
+        raise ValueError(f"{name} must be a collection of names among {known}; got {value!r}")
+    return tuple(value)
+
+
+def _shown(value) -> str:
+    if isinstance(value, Tensor):  # its value may be on a device, and its gradient would be lost
+        return f"a tensor of shape {tuple(value.shape)}: pass its item()"
+    return f"{value!r}"
+
+
+def _power(x: int) -> str:
+    return {-(2**63): "-2**63", 2**63: "2**63", 2**64: "2**64"}.get(x, str(x))
+
+
+def _is_group(group) -> bool:
+    return torch.distributed.is_available() and isinstance(group, torch.distributed.ProcessGroup)
+
+
+def _check_tau(tau) -> float | tuple[float, ...] | None:
+    """numpy's numbers as Python's; what they may be is `parse_tau`'s to say."""
+    if tau is None:
+        return None
+    if isinstance(tau, (tuple, list)):
+        tau = tuple(check_number("tau", value) for value in tau)
+    else:
+        tau = check_number("tau", tau)
+    parse_tau(tau)
+    return tau
 
 
 @dataclass(frozen=True)
@@ -42,32 +111,37 @@ class HeadOptions:
     check_labels: bool = False
 
     def __post_init__(self):
-        check_number("logit_scale", self.logit_scale)
-        check_number("temperature", self.temperature, 0, above=True)
+        def keep(name: str, value) -> None:
+            object.__setattr__(self, name, value)
+
+        keep("logit_scale", check_number("logit_scale", self.logit_scale))
+        keep("temperature", check_number("temperature", self.temperature, 0, above=True))
         if self.softcap is not None:
-            check_number("softcap", self.softcap, 0, above=True)
-        if isinstance(self.ignore_index, bool) or not isinstance(self.ignore_index, int):
-            raise TypeError(f"ignore_index must be an int; got {self.ignore_index!r}")
+            keep("softcap", check_number("softcap", self.softcap, 0, above=True))
+        keep("ignore_index", check_integer("ignore_index", self.ignore_index))
+        keep("check_labels", check_flag("check_labels", self.check_labels))
         if self.backward not in ("routed", "exact"):
             raise ValueError(f"backward must be 'routed' or 'exact'; got {self.backward!r}")
         if self.backward == "exact" and (self.tau is not None or self.seed is not None):
             given = "tau" if self.tau is not None else "seed"
             raise ValueError(f"{given} belongs to backward='routed'; got {getattr(self, given)!r} with 'exact'")
-        parse_tau(self.tau)
+        keep("tau", _check_tau(self.tau))
         if self.seed is not None:
-            if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-                raise TypeError(f"seed must be an int or None; got {self.seed!r}")
-            if not 0 <= self.seed < 2**64:
-                raise ValueError(f"seed must lie in [0, 2**64); got {self.seed}")
+            keep("seed", check_integer("seed", self.seed, 0, 2**64))
+        if self.vocab_group is not None and not _is_group(self.vocab_group):
+            raise TypeError(f"vocab_group must be a process group of torch.distributed; got {self.vocab_group!r}")
 
 
 def lora_scale(lora) -> float:
     if lora is None:
         return 1.0
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
-        raise ValueError(f"lora must be (A [r, H], B [V, r], scale); got {type(lora).__name__}: {lora!r}"[:200])
-    check_number("lora's scale", lora[2])
-    return float(lora[2])
+        given = f"{len(lora)} of them" if isinstance(lora, (tuple, list)) else type(lora).__name__
+        raise ValueError(f"lora must be (A [r, H], B [V, r], scale); got {given}")
+    for name, x in zip("AB", lora):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"lora's {name} must be a torch.Tensor; got {type(x).__name__}")
+    return check_number("lora's scale", lora[2])
 
 
 def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOptions) -> None:
@@ -86,7 +160,7 @@ def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOption
             raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
         if name == "labels":
             if x.dtype not in (torch.int64, torch.int32):
-                raise TypeError(f"labels must be int64 token ids; got {x.dtype}")
+                raise TypeError(f"labels must be int64 or int32 token ids; got {x.dtype}")
         elif x.dtype not in FLOATS:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         if x.device != hidden.device:
@@ -116,7 +190,8 @@ def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOption
             )
     doubles = [x.dtype == torch.float64 for x in (hidden, weight, bias, lora_a, lora_b) if x is not None]
     if any(doubles) and not all(doubles):
-        raise TypeError("fp64 is for checking: all of hidden, weight, bias and lora must be fp64, or none")
+        kinds = ", ".join(f"{name} {x.dtype}" for name, x in tensors.items() if x is not None and name != "labels")
+        raise TypeError(f"fp64 is for checking: all of the head and hidden must be fp64 or none; got {kinds}")
     if options.check_labels:
         _check_labels(labels, options, VocabShards.of(options.vocab_group, weight).vocab_size)
 

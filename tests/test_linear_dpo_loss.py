@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdpo.linear_dpo import LinearDPOLoss, linear_dpo_loss
+from fastdpo.ops import preference_native
 from fastdpo.preference import preference_loss
 from fastdpo.sequences import Sequences
 
@@ -170,6 +171,81 @@ def test_every_form_of_reference():
     assert_same(own_head, linear_dpo_loss(*arguments, bias=batch.bias, ref_hidden=batch.ref_hidden, **same))
     free = linear_dpo_loss(*arguments)
     assert_same(free, linear_dpo_loss(*arguments, ref_logps=torch.zeros(2 * B)))
+
+
+@pytest.mark.parametrize("own_head", [True, False])
+@pytest.mark.parametrize("module", [False, True])
+def test_reference_head_without_a_bias(own_head, module):
+    """Beside a policy's that has one; before, zeros had to be given."""
+    batch = Batch(seed=5)
+    reference = {"ref_hidden": batch.ref_hidden}
+    if own_head:
+        reference["ref_weight"] = batch.ref_weight
+    score = LinearDPOLoss() if module else linear_dpo_loss
+
+    def loss(ref_bias):
+        return score(batch.hidden, batch.weight, batch.labels, bias=batch.bias, ref_bias=ref_bias, **reference)
+
+    out = loss(False)
+    assert_same(out, loss(torch.zeros(V, dtype=torch.float64)), rtol=0, atol=0)
+    logps = eager_logps(batch.labels, *batch.leaves).sum(1)
+    head = (batch.ref_weight if own_head else batch.weight, None)
+    refs = eager_logps(batch.labels, batch.ref_hidden, *head).sum(1).detach()
+    expected = preference_loss(logps[:B], logps[B:], refs[:B], refs[B:])
+    assert_same([out.loss], [expected.loss])
+    assert_same(grads(out.loss, [batch.bias]), grads(expected.loss, [batch.bias]))
+    if own_head:
+        with pytest.raises(ValueError, match="ref_bias=False where it has none"):
+            loss(None)
+    else:  # None is the policy's
+        assert_same(loss(None), loss(batch.bias.detach()), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="ref_bias=False was given without ref_hidden"):
+        score(batch.hidden, batch.weight, batch.labels, ref_bias=False)
+
+
+@pytest.fixture(params=["native", "reference"])
+def loss_engine(request, monkeypatch):
+    if request.param == "reference":
+        monkeypatch.setattr(preference_native, "problem", lambda device, dtype: "asked for")
+    elif not preference_native.AVAILABLE:
+        pytest.skip("this installation has no native extension")
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("options", [{"loss_type": ["sigmoid", "sft"], "ld_alpha": 0.4}, {"loss_type": "ipo"}], ids=str)
+def test_integers_of_either_width(options, dtype, layout, loss_engine):
+    """Labels of int32, read as int64, gave another loss."""
+    batch = Batch(seed=4)
+    hidden, labels, cu_seqlens, offsets = batch.hidden, batch.labels, None, None
+    if layout == "packed":
+        hidden, labels, cu_seqlens, _ = batch.packed()
+        offsets = cu_seqlens.to(dtype)
+    arguments = (hidden, batch.weight)
+    out = linear_dpo_loss(*arguments, labels.to(dtype), cu_seqlens=offsets, backward="exact", **options)
+    logps = eager_logps(batch.labels, batch.hidden, batch.weight, None)
+    n = batch.mask.sum(1)
+    place = batch.mask.cumsum(1)
+    shared = torch.minimum(n[:B], n[B:]).repeat(2)
+    alpha = options.get("ld_alpha", 1.0)
+    sums = torch.where(place <= shared[:, None], logps, alpha * logps).sum(1)
+    expected = preference_loss(sums[:B], sums[B:], loss_type=options["loss_type"][0] if alpha != 1 else "ipo",
+                               chosen_lengths=n[:B], rejected_lengths=n[B:]).loss  # fmt: skip
+    if alpha != 1:
+        expected = expected - logps[:B].sum() / n[:B].sum()
+    assert_same([out.loss], [expected])
+    assert_same(grads(out.loss, batch.leaves[:2]), grads(expected, batch.leaves[:2]))
+
+
+def test_as_many_packed_tokens_as_sequences(loss_engine):
+    """`ref_logps` of [N] with N = 2B is per sequence, whatever the offsets."""
+    hidden, weight = torch.randn(4, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
+    labels, ref_logps = torch.randint(0, V, (4,)), torch.tensor([-1.0, -2.0, -3.0, -4.0], dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 2, 2, 3, 4])
+    out = linear_dpo_loss(hidden, weight, labels, cu_seqlens=cu_seqlens, ref_logps=ref_logps)
+    logps = eager_logps(labels, hidden, weight, None)
+    sums = torch.stack([logps[:2].sum(), logps[2:2].sum(), logps[2], logps[3]])
+    assert_same([out.losses], [preference_loss(sums[:2], sums[2:], ref_logps[:2], ref_logps[2:]).losses])
 
 
 def test_reference_is_never_differentiated():

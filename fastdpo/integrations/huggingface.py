@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..logps import TokenStats, linear_token_stats
 from ..ops.problem import STATS
-from ..validation import HeadOptions
+from ..validation import HeadOptions, check_names
 from .lm_head import applied_head
 
 OPTIONS = ("backward", "tau", "seed", "temperature", "ignore_index", "check_labels", "stats")
@@ -125,11 +125,9 @@ class _Settings(NamedTuple):
         for name in options:
             if name not in OPTIONS:
                 raise TypeError(f"patch_model takes {', '.join(OPTIONS)}; got {name}={options[name]!r}")
-        stats = options.get("stats", ())
-        if isinstance(stats, str) or not all(name in STATS for name in stats):
-            raise ValueError(f"stats must be a collection of names among {STATS}; got {stats!r}")
+        stats = check_names("stats", options.get("stats", ()), STATS)
         head = HeadOptions(**{name: value for name, value in options.items() if name != "stats"})
-        return _Settings(head, tuple(stats))
+        return _Settings(head, stats)
 
 
 class _Tap:

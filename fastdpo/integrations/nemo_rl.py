@@ -13,6 +13,7 @@ import inspect
 import torch
 import torch.distributed as dist
 
+from ..autograd import Function
 from ..logps import linear_logps
 from .lazy import IGNORED
 from .seams import ORIGINAL, Adapter
@@ -31,8 +32,10 @@ PARAMETERS = (
 )
 
 
-class _Gathered(torch.autograd.Function):
+class _Gathered(Function):
     """Hidden states of all ranks, whose gradient is already the same and complete on each."""
+
+    of = "fastdpo's log-probs for NeMo-RL"
 
     @staticmethod
     def forward(ctx, hidden, group):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..autograd import NO_SECOND_DERIVATIVE, traced
+from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms, traced
 from ..routing import Routing, num_blocks
 from . import engine_for, engine_name, flops
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
@@ -145,6 +145,7 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     schema=f"({_INPUTS}, Tensor? seed, *, {_SCALARS}, str[] stats) -> ({', '.join(['Tensor'] * len(_RESULTS))})",
 )
 def token_stats_op(*inputs, stats, **scalars):
+    refuse_transforms("fastdpo.linear_logps", *inputs)
     *inputs, seed = inputs
     head, rows, routing = _unflatten(*inputs, **scalars)
     result = _forward(head, rows, None if seed is None else replace(routing, seed=seed), frozenset(stats))
@@ -171,6 +172,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, tau_hidden, 
     f" -> ({', '.join(['Tensor'] * 5)})",
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
+    refuse_transforms("fastdpo.linear_logps", *tensors)
     inputs, (logps, lse, entropy, bitmap, most_pairs, dlogps, dentropy) = tensors[:6], tensors[6:]
     head, rows, routing = _unflatten(*inputs, **scalars)
     saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap, most_pairs=most_pairs)

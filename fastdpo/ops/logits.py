@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import NO_SECOND_DERIVATIVE
+from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms
 from . import logits_engine
 
 IGNORE_INDEX = -100
@@ -101,6 +101,7 @@ def backward(
 def selective_op(
     logits: Tensor, index: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    refuse_transforms("fastdpo.selective_log_softmax", logits)
     outputs = forward(logits, index, temperature, with_entropy)
     return tuple(outputs[2].new_empty(0) if x is None else x for x in outputs)
 
@@ -124,6 +125,7 @@ def selective_backward_op(
     dentropy: Tensor | None,
     temperature: float,
 ) -> Tensor:
+    refuse_transforms("fastdpo.selective_log_softmax", logits, logps, lse, entropy, dlogps, dentropy)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     backward(logits, index, logps, lse, entropy, dlogps, dentropy, temperature, out)
     return out

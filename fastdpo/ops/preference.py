@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..autograd import once_differentiable
+from ..autograd import Function, once_differentiable
 from ..losses import RANKED, PreferenceOptions
 from . import preference_native
 from .preference_native import Spec
@@ -36,7 +36,7 @@ def _backward(ctx, needs, *upstream: Tensor | None) -> list[Tensor | None]:
     return [next(made) if need else None for need in needs]
 
 
-class PreferenceLossFunction(torch.autograd.Function):
+class PreferenceLossFunction(Function):
     """Autograd for the losses of one row: ``apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths,
     rejected_lengths, options) -> losses [B]``, without validation; refs and lengths may be None.
 
@@ -45,6 +45,8 @@ class PreferenceLossFunction(torch.autograd.Function):
     (`fastdpo.backends()`), for CUDA tensors with CUDA kernels. Saved: five derivatives of every row. Double backward
     raises RuntimeError.
     """
+
+    of = "fastdpo.preference_loss"
 
     @staticmethod
     def forward(ctx, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options):
@@ -59,11 +61,13 @@ class PreferenceLossFunction(torch.autograd.Function):
         return (*_backward(ctx, ctx.needs_input_grad[:4], None, dlosses, None, None), None, None, None)
 
 
-class BatchLossFunction(torch.autograd.Function):
+class BatchLossFunction(Function):
     """``apply(spec, logps, rejected, ref, ref_rejected, labels, cu_seqlens, chosen_lengths, rejected_lengths,
     log_sum_sq_probs, kto_kl) -> (loss, losses, rewards of chosen and of rejected, their log-probs)``: the arguments
     of `preference_native.preference_forward_op`. Double backward raises RuntimeError.
     """
+
+    of = "fastdpo.preference_loss"
 
     @staticmethod
     def forward(ctx, spec, *tensors):

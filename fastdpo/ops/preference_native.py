@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms
 from ..losses import PreferenceOptions
 from . import native
 
@@ -98,6 +99,10 @@ class _Layout:
         self.by_sequence, self.packed = rejected is not None, cu_seqlens is not None
         self.num_tokens = 1 if self.by_sequence else logps.shape[0] if self.packed else logps.shape[1]
 
+    def is_per_token(self, ref: Tensor | None, logps: Tensor) -> bool:
+        # As many packed tokens as sequences: one number per sequence, as `linear_dpo_loss` says.
+        return ref is not None and not self.by_sequence and ref.shape == logps.shape != (2 * self.num_pairs,)
+
     def sides(self, x: Tensor | None, other: Tensor | None = None, per_token: bool = True) -> tuple[int, int]:
         if x is None:
             return 0, 0
@@ -129,8 +134,51 @@ def _batch(
     )  # fmt: skip
 
 
+def _check(layout: _Layout, logps: Tensor, **others: Tensor | None) -> None:
+    """What native code trusts: it reads addresses, whatever lies there."""
+    pairs, sequences, tokens = (layout.num_pairs,), (2 * layout.num_pairs,), tuple(logps.shape)
+    per_sequence = (pairs,) if layout.by_sequence else (sequences, tokens)
+    allowed = {
+        "rejected": (logps.dtype, (tokens,)),
+        "ref": (logps.dtype, per_sequence),
+        "ref_rejected": (logps.dtype, (pairs,)),
+        "labels": (torch.int64, (tokens,)),
+        "chosen_lengths": (torch.int64, (pairs,)),
+        "rejected_lengths": (torch.int64, (pairs,)),
+        "log_sum_sq_probs": (logps.dtype, (tokens,)),
+        "kto_kl": (torch.float64, ((),)),
+        "partials": (torch.float64, ((5, layout.num_pairs),)),
+        "sums": (torch.uint8, ((layout.num_pairs, SUMS_BYTES),)),
+        "dloss": (logps.dtype, ((),)),
+        "dlosses": (logps.dtype, (pairs,)),
+        "dchosen": (logps.dtype, (pairs,)),
+        "drejected": (logps.dtype, (pairs,)),
+    }
+    dims = 1 if layout.by_sequence or layout.packed else 2
+    if logps.dtype not in (torch.float32, torch.float64) or logps.ndim != dims or (dims == 2 and len(logps) % 2):
+        raise ValueError(f"logps must be fp32 or fp64 with {dims} dimensions; got {logps.dtype}, {tuple(logps.shape)}")
+    for name, x in others.items():
+        dtype, shapes = allowed[name]
+        if x is not None and (x.dtype != dtype or tuple(x.shape) not in shapes or x.device != logps.device):
+            raise ValueError(
+                f"{name} must be {dtype} of shape {' or '.join(map(str, shapes))} on {logps.device}; got {x.dtype}, "
+                f"{tuple(x.shape)} on {x.device}"
+            )
+
+
 def _rows(labels: Tensor | None) -> Tensor | None:
-    return labels if labels is None or labels.stride(-1) == 1 else labels.contiguous()
+    if labels is None:
+        return None
+    labels = labels.to(torch.int64)
+    return labels if labels.stride(-1) == 1 else labels.contiguous()
+
+
+def _offsets(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
+    if cu_seqlens is None:
+        return None
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(f"cu_seqlens must be 2B + 1 offsets; got {cu_seqlens.dtype}, {tuple(cu_seqlens.shape)}")
+    return cu_seqlens.to(device).contiguous()
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -160,16 +208,22 @@ def preference_forward_op(
     sft_weight: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [5, B]; sums of a pair)."""
+    refuse_transforms("fastdpo.preference_loss", logps, rejected, ref, ref_rejected)
     spec = (
         loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
     )  # fmt: skip
-    logps, rejected, ref, ref_rejected, cu_seqlens, log_sum_sq_probs = _contiguous(
-        logps, rejected, ref, ref_rejected, cu_seqlens, log_sum_sq_probs
+    logps, rejected, ref, ref_rejected, log_sum_sq_probs = _contiguous(
+        logps, rejected, ref, ref_rejected, log_sum_sq_probs
     )
     chosen_lengths, rejected_lengths = _contiguous(chosen_lengths, rejected_lengths)
-    labels = _rows(labels)
+    labels, cu_seqlens = _rows(labels), _offsets(cu_seqlens, logps.device)
     layout = _Layout(logps, rejected, cu_seqlens)
-    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
+    _check(
+        layout, logps, rejected=rejected, ref=ref, ref_rejected=ref_rejected, labels=labels,
+        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, log_sum_sq_probs=log_sum_sq_probs,
+        kto_kl=kto_kl,
+    )  # fmt: skip
+    ref_per_token = layout.is_per_token(ref, logps)
     lengths = tuple(0 if x is None else x.data_ptr() for x in (chosen_lengths, rejected_lengths))
     batch = _batch(
         layout, logps.dtype == torch.float64, layout.sides(logps, rejected),
@@ -178,6 +232,9 @@ def preference_forward_op(
     )  # fmt: skip
     out = _results(logps, layout.num_pairs)
     loss, losses, *sides, partials, sums = out
+    if not layout.num_pairs:
+        loss.zero_()
+        return out
     finished = torch.empty(1, dtype=torch.int32, device=logps.device)
     addresses = [x.data_ptr() for x in sides]
     _run(
@@ -222,18 +279,26 @@ def preference_backward_op(
     sft_weight: float,
 ) -> list[Tensor]:
     """Of logps, rejected, ref and ref_rejected, the gradients that are wanted."""
-    labels, (cu_seqlens,) = _rows(labels), _contiguous(cu_seqlens)
-    dloss, dlosses, dchosen, drejected = _contiguous(dloss, dlosses, dchosen, drejected)
+    refuse_transforms("fastdpo.preference_loss", dloss, dlosses, dchosen, drejected)
+    labels, cu_seqlens = _rows(labels), _offsets(cu_seqlens, logps.device)
+    partials, sums, dloss, dlosses, dchosen, drejected = _contiguous(partials, sums, dloss, dlosses, dchosen, drejected)
     layout = _Layout(logps, rejected, cu_seqlens)
-    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
+    _check(
+        layout, logps, rejected=rejected, ref=ref, ref_rejected=ref_rejected, labels=labels, partials=partials,
+        sums=sums, dloss=dloss, dlosses=dlosses, dchosen=dchosen, drejected=drejected,
+    )  # fmt: skip
+    ref_per_token = layout.is_per_token(ref, logps)
     batch = _batch(
         layout, logps.dtype == torch.float64, (0, 0), (0, 0), (0, 0), labels, (0, 0), cu_seqlens, None,
         ref_per_token, [], [], 0, [0.0] * len(OPTION_ORDER), ignore_index, average, False, ld_alpha, sft_weight,
     )  # fmt: skip
+    make = torch.empty if layout.num_pairs else torch.zeros
     out = [
-        None if not want else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        None if not want else make(x.shape, dtype=x.dtype, device=x.device)
         for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
     ]
+    if not layout.num_pairs:
+        return [x for x in out if x is not None]
     of_logps, of_rejected, of_ref, of_ref_rejected = out
     address = [0 if x is None else x.data_ptr() for x in (dloss, dlosses, dchosen, drejected)]
     _run(
@@ -257,3 +322,31 @@ def _(partials, sums, logps, rejected, ref, ref_rejected, labels, cu_seqlens, dl
         for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
         if want
     ]
+
+
+_SPEC = ("ignore_index", "average", "ld_alpha", "sft_weight")  # what the backward reads of `Spec`
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, spec = inputs[:10], Spec(*inputs[10:])
+    *results, partials, sums = output
+    ctx.spec = [getattr(spec, name) for name in _SPEC]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(partials, sums, *tensors[:6])
+    ctx.mark_non_differentiable(*results[2:4], partials, sums)
+
+
+def _backward(ctx, dloss, dlosses, _, __, dchosen, drejected, *___):
+    upstream, wanted = (dloss, dlosses, dchosen, drejected), list(ctx.needs_input_grad[:4])
+    gradients = iter(())
+    if any(x is not None for x in upstream):
+        gradients = iter(preference_backward_op(*ctx.saved_tensors, *upstream, wanted, *ctx.spec))
+    return (*(next(gradients, None) if want else None for want in wanted), *[None] * 15)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError(NO_SECOND_DERIVATIVE)
+
+
+preference_forward_op.register_autograd(_backward, setup_context=_setup_context)
+preference_backward_op.register_autograd(_no_second_derivative)

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..autograd import Function
 from ..losses import PreferenceOptions
 
 MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float
-MAX_MEAN_LOGP = -(2.0**-24)  # of the largest probability below 1 that fp32 holds
+# A mean log-prob of 0 says only that p rounds to 1, where the log-odds have a pole: it counts as that of the largest
+# probability below 1 that fp32 holds. So does all above -2^-126, where their slope would leave fp32.
+CERTAIN_LOGP = -(2.0**-24)
+MAX_MEAN_LOGP = -(2.0**-126)
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -31,7 +35,9 @@ def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
 
 
-class _Cast(torch.autograd.Function):
+class _Cast(Function):
+    of = "fastdpo.preference_loss"
+
     @staticmethod
     def forward(ctx, x, dtype):
         ctx.dtype = x.dtype
@@ -83,16 +89,24 @@ class Inputs:
         return self.options.beta * (self.s_w - self.s_l)
 
 
+def sigmoid(x: Tensor) -> Tensor:
+    return logsigmoid(x).exp()  # torch.sigmoid's backward takes 1 - y, which is 0 from x = 37 on
+
+
+def expm1(x: Tensor) -> Tensor:
+    return torch.where(x < -0.5, x.exp() - 1, torch.expm1(x))  # torch.expm1's backward takes y + 1, 0 below x = -37
+
+
 def score(logratio: Tensor, options: PreferenceOptions) -> Tensor:
     """f'(t) at log t; f-DPO, arXiv 2309.16240."""
     kind = options.f_divergence_type
     if kind == "forward_kl":
-        return 1 - (-logratio).clamp(max=MAX_EXPONENT).exp()
+        return -expm1((-logratio).clamp(max=MAX_EXPONENT))
     if kind == "js_divergence":
         return math.log(2) + logsigmoid(logratio)
     power = options.f_alpha_divergence_coef - 1
-    if kind == "alpha_divergence" and abs(power) >= 1e-6:
-        return ((power * logratio).clamp(max=MAX_EXPONENT).exp() - 1) / power
+    if kind == "alpha_divergence" and power != 0:
+        return expm1((power * logratio).clamp(max=MAX_EXPONENT)) / power
     return logratio
 
 
@@ -112,7 +126,7 @@ def robust(q: Inputs) -> Tensor:
 
 def exo_pair(q: Inputs) -> Tensor:
     e = q.options.label_smoothing
-    return q.x.sigmoid() * (logsigmoid(q.x) - math.log1p(-e)) + (-q.x).sigmoid() * (logsigmoid(-q.x) - math.log(e))
+    return sigmoid(q.x) * (logsigmoid(q.x) - math.log1p(-e)) + sigmoid(-q.x) * (logsigmoid(-q.x) - math.log(e))
 
 
 def sppo_hard(q: Inputs) -> Tensor:
@@ -141,7 +155,7 @@ def discopop(q: Inputs) -> Tensor:
     z = q.x / q.options.discopop_tau
     # e^-x and S(z) overflow and vanish together: their exponents are added before either exists.
     exponential = (logsigmoid(z) - q.x).clamp(max=MAX_EXPONENT).exp()
-    return -logsigmoid(q.x) * (-z).sigmoid() + exponential
+    return -logsigmoid(q.x) * sigmoid(-z) + exponential
 
 
 def sft(logps: Tensor, tokens: Tensor) -> Tensor:
@@ -150,15 +164,15 @@ def sft(logps: Tensor, tokens: Tensor) -> Tensor:
 
 
 def log_odds(mean_logp: Tensor) -> Tensor:
-    p = mean_logp.clamp(max=MAX_MEAN_LOGP)
-    log1mexp = torch.where(p > -math.log(2), (-torch.expm1(p)).log(), torch.log1p(-p.exp()))
-    return p - log1mexp
+    certain = mean_logp > MAX_MEAN_LOGP
+    x = torch.where(certain, mean_logp - mean_logp.detach() + CERTAIN_LOGP, mean_logp)
+    return x - (-torch.expm1(x)).log()
 
 
 def kto(q: Inputs) -> Tensor:
     o = q.options
-    desirable = (-o.beta * (q.a - o.kto_kl)).sigmoid()
-    undesirable = (o.beta * (q.b - o.kto_kl)).sigmoid()
+    desirable = sigmoid(-o.beta * (q.a - o.kto_kl))
+    undesirable = sigmoid(o.beta * (q.b - o.kto_kl))
     return 0.5 * (o.desirable_weight * desirable + o.undesirable_weight * undesirable)
 
 
@@ -181,8 +195,8 @@ REFERENCE = {
     "sppo_hard": sppo_hard,
     "aot": aot,
     "aot_unpaired": aot_unpaired,
-    "apo_zero": lambda q: (-q.options.beta * q.a).sigmoid() + (q.options.beta * q.b).sigmoid(),
-    "apo_down": lambda q: (q.options.beta * q.a).sigmoid() + (-q.options.beta * (q.a - q.b)).sigmoid(),
+    "apo_zero": lambda q: sigmoid(-q.options.beta * q.a) + sigmoid(q.options.beta * q.b),
+    "apo_down": lambda q: sigmoid(q.options.beta * q.a) + sigmoid(-q.options.beta * (q.a - q.b)),
     "discopop": discopop,
     "sigmoid_norm": lambda q: -logsigmoid(q.options.beta * (q.s_w / q.n_w - q.s_l / q.n_l)),
     "sft": lambda q: sft(q.sft_logps, q.sft_tokens),

@@ -178,23 +178,82 @@ def test_nan_stays_in_its_pair():
     assert losses[2].isnan() and losses[[0, 1, 3]].isfinite().all()
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_operators_keep_torchs_rules(packed):
-    options, batch = _check_dpo_options(ld_alpha=0.5, loss_type=["sigmoid", "sft"]), Batch(packed, "tokens")
-    spec = preference_native.Spec.of(options.preference, ld_alpha=0.5)
-    tensors = (
-        batch.logps.detach(), None, batch.ref.detach(), None, batch.labels, batch.cu_seqlens, None, None, None, None,
-    )  # fmt: skip
+def spread(x):
+    """The same numbers in a layout of their own: rows last, and every other element."""
+    if x is None:
+        return None
+    wide = x.new_zeros(*x.shape[::-1], 2)[..., 1].permute(tuple(range(x.ndim))[::-1])
+    return wide.copy_(x.detach()).detach().requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("layout", ["plain", "strided", "empty"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("form", ["padded", "packed", "per sequence"])
+def test_operators_keep_torchs_rules(form, dtype, layout):
+    """With inputs that require grad, and of integers of either width."""
+    options, batch = _check_dpo_options(ld_alpha=0.5, loss_type=["sigmoid", "sft"]), Batch(form == "packed", "tokens")
+    tensors = [batch.logps, None, batch.ref, None, batch.labels.int(), batch.cu_seqlens, None, None, None, None]
+    if form == "per sequence":
+        options = _check_dpo_options(loss_type=["ipo", "kto", "sft"])
+        logps = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+        lengths = [torch.tensor([3, 0, 1, 7]), torch.tensor([2, 2, 9, 1])]
+        tensors = [*logps, None, None, *lengths, None, torch.tensor(0.3, dtype=torch.float64)]
+    if layout == "empty":
+        tensors = [x if x is None or x.ndim == 0 else x.detach()[:0].requires_grad_(x.requires_grad) for x in tensors]
+        if form == "packed":
+            tensors[5] = torch.zeros(1, dtype=torch.int64)
+    tensors[:4] = [None if x is None else x.detach().nan_to_num().to(dtype).requires_grad_() for x in tensors[:4]]
+    if layout == "strided":
+        tensors = [spread(x) for x in tensors]
+    spec = preference_native.Spec.of(options.preference, ld_alpha=options.ld_alpha)
     arguments = (*tensors, *spec.arguments())
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(preference_native.preference_forward_op, arguments, test_utils=checks)
-    _, losses, *_, partials, sums = preference_native.preference_forward_op(*arguments)
-    upstream = (torch.tensor(0.5, dtype=torch.float64), torch.randn_like(losses), None, None)
-    arguments = (
-        partials, sums, *tensors[:6], *upstream, [True, False, True, False], -100, spec.average, spec.ld_alpha,
-        spec.sft_weight,
-    )  # fmt: skip
-    torch.library.opcheck(preference_native.preference_backward_op, arguments, test_utils=checks)
+    torch.library.opcheck(preference_native.preference_forward_op, arguments)
+    loss, losses, _, _, chosen, _, partials, sums = preference_native.preference_forward_op(*arguments)
+    assert loss.isfinite() and not partials.requires_grad and (layout != "empty" or loss == 0)
+    detached = [None if x is None else x.detach() for x in tensors[:6]]
+    upstream = (torch.tensor(0.5, dtype=dtype), torch.randn_like(losses), None, torch.randn_like(chosen))
+    wanted = [x is not None for x in detached[:4]]
+    rest = (-100, spec.average, spec.ld_alpha, spec.sft_weight)
+    arguments = (partials, sums.detach(), *detached, *upstream, wanted, *rest)
+    torch.library.opcheck(preference_native.preference_backward_op, arguments)
+    inputs = [x for x in tensors[:4] if x is not None]
+    total = upstream[0] * loss + (upstream[1] * losses).sum() + (upstream[3] * chosen).sum()
+    swapped = (*upstream[:2], upstream[3], None)
+    expected = preference_native.preference_backward_op(partials, sums, *detached, *swapped, wanted, *rest)
+    for mine, wanted in zip(torch.autograd.grad(total, inputs), expected):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
+
+
+def test_the_operator_is_once_differentiable():
+    x, rejected = torch.zeros(2, requires_grad=True), torch.zeros(2)
+    spec = preference_native.Spec.of(_check_dpo_options().preference)
+    loss, *_ = preference_native.preference_forward_op(x, rejected, *[None] * 8, *spec.arguments())
+    (grad,) = torch.autograd.grad(loss**2, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        grad.sum().backward()
+
+
+WRONG = {
+    "rejected": torch.zeros(5),
+    "ref": torch.zeros(4, dtype=torch.float64),
+    "ref_rejected": torch.zeros(3),
+    "chosen_lengths": torch.ones(4, dtype=torch.int32),
+    "rejected_lengths": torch.ones(2, dtype=torch.int64),
+    "log_sum_sq_probs": torch.zeros(4, dtype=torch.float16),
+    "kto_kl": torch.zeros(()),
+    "labels": torch.ones(4, 2, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_operator_checks_what_native_code_reads(name):
+    """Its addresses are read as what they should be."""
+    order = ("rejected", "ref", "ref_rejected", "labels", "cu_seqlens", "chosen_lengths", "rejected_lengths",
+             "log_sum_sq_probs", "kto_kl")  # fmt: skip
+    given = {"rejected": torch.zeros(4), "ref": torch.zeros(4), "ref_rejected": torch.zeros(4), name: WRONG[name]}
+    spec = preference_native.Spec.of(_check_dpo_options().preference)
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        preference_native.preference_forward_op(torch.zeros(4), *(given.get(x) for x in order), *spec.arguments())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
