@@ -19,6 +19,7 @@ from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_refe
 from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
 from .sequences import Sequences, check_layout, num_sequences
+from .tensors import plain, plain_or_none
 from .validation import FLOATS, HeadOptions, check_number
 
 
@@ -149,6 +150,9 @@ def _linear_dpo_loss(
     reference: _Reference,
     options: _DPOOptions,
 ) -> DPOOutput:
+    hidden, weight, labels = plain("hidden", hidden), plain("weight", weight), plain("labels", labels)
+    bias, cu_seqlens = plain_or_none("bias", bias), plain_or_none("cu_seqlens", cu_seqlens)
+    reference = _Reference(*(plain_or_none(f"ref_{field}", x) for field, x in reference._asdict().items()))
     check_layout(hidden, labels, cu_seqlens, options.head.get("check_labels", False))
     _check_reference(reference, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
     stats = linear_token_stats(
@@ -233,8 +237,6 @@ def _check_reference(
             continue
         name = f"ref_{field}"
         check_reference_use(options.preference, True, name)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         if x.device != labels.device:
@@ -264,7 +266,7 @@ def _check_reference(
             )
         if bias is not None and reference.bias is None:
             raise ValueError("ref_weight was given without ref_bias, but the policy's head has a bias")
-    elif isinstance(weight, Tensor) and reference.hidden.shape[-1] != weight.shape[-1]:
+    elif reference.hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
         )

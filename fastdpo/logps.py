@@ -172,7 +172,7 @@ def linear_token_stats(
 
 def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats: tuple[str, ...]) -> TokenStats:
     lora_a, lora_b = (None, None) if lora is None else lora[:2]
-    check_head(hidden, weight, labels, bias, lora_a, lora_b, options)
+    hidden, weight, labels, bias, lora_a, lora_b = check_head(hidden, weight, labels, bias, lora_a, lora_b, options)
     inputs = (hidden, weight, bias, lora_a, lora_b)
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -226,7 +226,9 @@ def _outputs(result: Forward) -> tuple[Tensor | None, ...]:
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What F.linear would multiply in: the autocast type, or the common type of both."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .tensors import plain
 from .validation import check_number
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -205,7 +206,7 @@ def _check_kl(value) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"kto_kl must be one number; got a tensor of shape {tuple(value.shape)}")
-        return value.detach().reshape(()).clamp(min=0)
+        return plain("kto_kl", value).detach().reshape(()).clamp(min=0)
     return check_number("kto_kl", value, 0)
 
 

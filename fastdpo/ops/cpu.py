@@ -29,14 +29,16 @@ def forward(
     ops = Operands(head, tokens)
     native, threads = ops.native, ops.threads
     count, blocks = len(tokens), num_blocks(ops.vocab_size)
+    device = head.hidden.device
+    fp32 = {"dtype": torch.float32, "device": device}
     out = Forward(
-        logps=torch.empty(count),
-        lse=torch.empty(count),
-        entropy=torch.empty(count) if "entropy" in stats else None,
-        mean_logit=torch.empty(count) if "mean_logit" in stats else None,
-        is_top1=torch.empty(count, dtype=torch.bool) if "is_top1" in stats else None,
-        log_sum_sq_probs=torch.empty(count) if "log_sum_sq_probs" in stats else None,
-        bitmap=None if routing is None else torch.empty(count, -(-blocks // 8), dtype=torch.uint8),
+        logps=torch.empty(count, **fp32),
+        lse=torch.empty(count, **fp32),
+        entropy=torch.empty(count, **fp32) if "entropy" in stats else None,
+        mean_logit=torch.empty(count, **fp32) if "mean_logit" in stats else None,
+        is_top1=torch.empty(count, dtype=torch.bool, device=device) if "is_top1" in stats else None,
+        log_sum_sq_probs=torch.empty(count, **fp32) if "log_sum_sq_probs" in stats else None,
+        bitmap=None if routing is None else torch.empty(count, -(-blocks // 8), dtype=torch.uint8, device=device),
     )
     size = ops.chunk_rows(4 * blocks)
     for start in range(0, count, size):
@@ -45,22 +47,22 @@ def forward(
         hidden = ops.hidden(start, stop)
         rank = ops.rank(hidden)
         labels = tokens.labels[start:stop]
-        block_lse = torch.empty(n, blocks)
-        label_logit = torch.full((n,), -torch.inf)
+        block_lse = torch.empty(n, blocks, **fp32)
+        label_logit = torch.full((n,), -torch.inf, **fp32)
         row_stats = None
         if stats:
-            row_stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64)
-            native.init_stats(row_stats.data_ptr(), n)
+            row_stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64, device=device)
+            native.init_stats(address(row_stats), n)
         cols = ops.slab_cols(n)
         for first in range(0, ops.vocab_size, cols):
             last = min(first + cols, ops.vocab_size)
             tile = ops.products(hidden, rank, ops.weight(first, last), first)
             native.fold(
                 ops.tile(tile, n, first),
-                labels.data_ptr(),
-                block_lse.data_ptr() + 4 * (first // BLOCK),
+                address(labels, torch.int64),
+                address(block_lse) + 4 * (first // BLOCK),
                 blocks,
-                label_logit.data_ptr(),
+                address(label_logit),
                 address(row_stats),
                 threads,
             )
@@ -81,10 +83,10 @@ def forward(
             vocab_size,
             start,
             head.first_block,
-            block_lse.data_ptr(),
-            address(other_lse),
-            label_logit.data_ptr(),
-            labels.data_ptr(),
+            address(block_lse),
+            address(other_lse, torch.float32),
+            address(label_logit, torch.float32),
+            address(labels, torch.int64),
             address(row_stats),
             part(out.logps),
             part(out.lse),

@@ -31,13 +31,16 @@ CROSSOVER = 0.7
 def backward(
     head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
 ) -> Gradients:
-    ops = Operands(head, tokens)
+    ops, device = Operands(head, tokens), head.hidden.device
+    fp32 = {"dtype": torch.float32, "device": device}
     grads = Gradients(
-        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype) if needs.hidden else None,
-        weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype) if needs.weight else None,
-        bias=torch.zeros(head.bias.shape) if needs.bias else None,
-        lora_a=torch.zeros(head.lora_a.shape) if needs.lora_a else None,
-        lora_b=torch.zeros(head.lora_b.shape) if needs.lora_b else None,
+        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
+        if needs.hidden
+        else None,
+        weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device) if needs.weight else None,
+        bias=torch.zeros(head.bias.shape, **fp32) if needs.bias else None,
+        lora_a=torch.zeros(head.lora_a.shape, **fp32) if needs.lora_a else None,
+        lora_b=torch.zeros(head.lora_b.shape, **fp32) if needs.lora_b else None,
     )
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
@@ -67,8 +70,9 @@ class _TokenSums:
 
     def __init__(self, ops: Operands, grads: Gradients, start: int, stop: int):
         self.ops, self.grads, self.start, self.stop = ops, grads, start, stop
-        self.dhidden = torch.zeros(stop - start, ops.hidden_size)
-        self.drank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0])
+        fp32 = {"dtype": torch.float32, "device": ops.head.hidden.device}
+        self.dhidden = torch.zeros(stop - start, ops.hidden_size, **fp32)
+        self.drank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0], **fp32)
 
     def products(self, dz: Tensor, weight: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
         lora_b = self.ops.lora_b
@@ -85,11 +89,11 @@ class _TokenSums:
                 target[start - self.start : start - self.start + product.shape[0]] += product
                 continue
             self.ops.native.scatter_add_rows(
-                target.data_ptr() - 4 * self.start * target.stride(0),
+                address(target, torch.float32) - 4 * self.start * target.stride(0),
                 target.stride(0),
-                product.data_ptr(),
+                address(product, torch.float32, rows=True),
                 product.stride(0),
-                token_list.data_ptr(),
+                address(token_list, torch.int32),
                 0,
                 token_list.shape[0],
                 target.shape[1],
@@ -194,14 +198,14 @@ class _Routed:
     def __init__(self, ops: Operands, saved: Forward, upstream: Upstream, routing: Routing):
         self.ops, self.saved, self.upstream, self.routing = ops, saved, upstream, routing
         self.num_blocks = num_blocks(ops.vocab_size)
-        self.counts = torch.empty(self.num_blocks, dtype=torch.int64)
+        self.counts = torch.empty(self.num_blocks, dtype=torch.int64, device=upstream.coef.device)
         ops.native.count_pairs(
-            saved.bitmap.data_ptr(),
+            address(saved.bitmap, torch.uint8),
             saved.bitmap.stride(0),
-            upstream.coef.data_ptr(),
+            address(upstream.coef, torch.float32),
             len(ops.tokens),
             self.num_blocks,
-            self.counts.data_ptr(),
+            address(self.counts),
             ops.threads,
         )
 
@@ -244,24 +248,24 @@ class _Routed:
         hidden = ops.hidden_of(token_list, padded)
         rank = ops.rank(hidden)
         dz = ops.products(hidden, rank, weight, first)
-        weights = torch.empty(2, count)
+        weights = torch.empty(2, count, dtype=torch.float32, device=dz.device)
         dz_hidden, hidden_tokens = dz, token_list
         if two_sets:
             dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
         kept = ops.native.routed_grad(
             ops.tile(dz, count, first),
-            token_list.data_ptr(),
-            ops.tokens.labels.data_ptr(),
-            saved.lse.data_ptr(),
-            saved.logps.data_ptr(),
-            self.upstream.coef.data_ptr(),
+            address(token_list, torch.int32),
+            address(ops.tokens.labels, torch.int64),
+            address(saved.lse, torch.float32),
+            address(saved.logps, torch.float32),
+            address(self.upstream.coef, torch.float32),
             block + ops.head.first_block,
             routing.seed,
             tau_hidden,
             tau_weight,
-            weights.data_ptr(),
-            dz_hidden.data_ptr() if two_sets else 0,
-            hidden_tokens.data_ptr() if two_sets else 0,
+            address(weights),
+            address(dz_hidden if two_sets else None),
+            address(hidden_tokens if two_sets else None),
             ops.threads,
         )
         dz[count:] = 0
@@ -290,26 +294,26 @@ class _Routed:
                 total += counts[last]
                 last += 1
             # Room for all tokens' pairs: those of [start, stop) are a part of each block's list.
-            offsets = torch.zeros(last - first + 1, dtype=torch.int64)
+            offsets = torch.zeros(last - first + 1, dtype=torch.int64, device=self.counts.device)
             torch.cumsum(self.counts[first:last], 0, out=offsets[1:])
-            pairs = torch.empty(total, dtype=torch.int32)
+            pairs = torch.empty(total, dtype=torch.int32, device=self.counts.device)
             self.ops.native.fill_pairs(
-                self.saved.bitmap.data_ptr(),
+                address(self.saved.bitmap, torch.uint8),
                 self.saved.bitmap.stride(0),
-                self.upstream.coef.data_ptr(),
+                address(self.upstream.coef, torch.float32),
                 0,
                 len(self.ops.tokens),
                 first,
                 last - first,
-                offsets.data_ptr(),
-                pairs.data_ptr(),
+                address(offsets),
+                address(pairs),
                 self.ops.threads,
             )
             ends = offsets.tolist()
             for block in range(first, last):
                 token_list = pairs[ends[block - first] : ends[block - first + 1]]
                 if start > 0 or stop < len(self.ops.tokens):
-                    bounds = torch.searchsorted(token_list, torch.tensor([start, stop], dtype=torch.int32))
+                    bounds = torch.searchsorted(token_list, token_list.new_tensor([start, stop]))
                     token_list = token_list[bounds[0] : bounds[1]]
                 if token_list.shape[0]:
                     yield block, token_list

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -27,14 +29,15 @@ def fill(
         arguments = (bitmap, first_token, capacity, first_block, num_blocks, lists.running, lists.tokens)
         Recorder.active.launches.extend((kernel, (), arguments, {}, 0, 0) for kernel in KERNELS)
         return
+    address = partial(native.address, device=bitmap.device.type)
     arguments = (
-        bitmap.data_ptr(), bitmap.stride(0), coef.data_ptr(), rows.data_ptr(), count.data_ptr(),
+        address(bitmap, rows=True), bitmap.stride(0), *map(address, (coef, rows, count)),
         first_token, capacity, first_block, num_blocks, tile, tiles_per_round, lists.rounds, crossover,
-        *(x.data_ptr() for x in (lists.running, lists.lengths, lists.first_tile, lists.round_block, lists.is_routed)),
-        lists.tile_block.data_ptr(), lists.tokens.data_ptr(),
+        *map(address, (lists.running, lists.lengths, lists.first_tile, lists.round_block, lists.is_routed)),
+        *map(address, (lists.tile_block, lists.tokens)),
     )  # fmt: skip
     finished = torch.empty(1, dtype=torch.int32, device=bitmap.device)
     if on_host:
-        native.extension().host_pair_lists(*arguments, finished.data_ptr())
+        native.extension().host_pair_lists(*arguments, address(finished))
     else:
-        native.launch("cuda_pair_lists", bitmap.device, *arguments, finished.data_ptr())
+        native.launch("cuda_pair_lists", bitmap.device, *arguments, address(finished))

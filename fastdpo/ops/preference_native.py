@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..losses import PreferenceOptions
 from . import native
+from .layout import contiguous, in_rows
 
 # Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
 _extension = native.extension()
@@ -97,15 +98,24 @@ class _Layout:
         self.num_pairs = _num_pairs(logps, rejected, cu_seqlens)
         self.by_sequence, self.packed = rejected is not None, cu_seqlens is not None
         self.num_tokens = 1 if self.by_sequence else logps.shape[0] if self.packed else logps.shape[1]
+        self.dtype, self.device = logps.dtype, logps.device.type
+
+    def at(self, x: Tensor | None, dtype: torch.dtype | None = None, rows: bool = False) -> int:
+        """The address of `x`, of the log-probs' type unless another is named."""
+        return native.address(x, dtype or self.dtype, device=self.device, rows=rows)
 
     def sides(self, x: Tensor | None, other: Tensor | None = None, per_token: bool = True) -> tuple[int, int]:
-        if x is None:
-            return 0, 0
         if self.by_sequence:
-            return x.data_ptr(), 0 if other is None else other.data_ptr()
-        if self.packed and per_token:
-            return x.data_ptr(), x.data_ptr()
-        return x.data_ptr(), x.data_ptr() + self.num_pairs * x.stride(0) * x.element_size()
+            return self.at(x), self.at(other)
+        return self._halves(x, self.at(x), per_token)
+
+    def labels(self, x: Tensor | None) -> tuple[int, int]:
+        return self._halves(x, self.at(x, torch.int64, rows=not self.packed))
+
+    def _halves(self, x: Tensor | None, address: int, per_token: bool = True) -> tuple[int, int]:
+        if x is None or (self.packed and per_token):
+            return address, address
+        return address, address + self.num_pairs * x.stride(0) * x.element_size()
 
 
 def _run(name: str, device: torch.device, *arguments) -> None:
@@ -120,9 +130,9 @@ def _batch(
     loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
 ):  # fmt: skip
     return _extension.PreferenceBatch(
-        is_double, logps, ref, log_sum_sq_probs, layout.sides(labels), lengths,
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        cu_seqlens is not None and cu_seqlens.dtype == torch.int32, 0 if kto_kl is None else kto_kl.data_ptr(),
+        is_double, logps, ref, log_sum_sq_probs, layout.labels(labels), lengths,
+        layout.at(cu_seqlens, None if cu_seqlens is None else cu_seqlens.dtype),
+        cu_seqlens is not None and cu_seqlens.dtype == torch.int32, layout.at(kto_kl, torch.float64),
         0 if labels is None or layout.packed else labels.stride(0), ignore_index, layout.num_pairs, layout.num_tokens,
         ref_per_token, average, reward_per_token, ld_alpha, sft_weight, list(loss_ids), list(loss_weights), divergence,
         list(options),
@@ -130,11 +140,11 @@ def _batch(
 
 
 def _rows(labels: Tensor | None) -> Tensor | None:
-    return labels if labels is None or labels.stride(-1) == 1 else labels.contiguous()
+    return None if labels is None else in_rows(labels.long())
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
+    return [contiguous(x) for x in tensors]
 
 
 @torch.library.custom_op("fastdpo::preference_forward", mutates_args=())
@@ -170,7 +180,7 @@ def preference_forward_op(
     labels = _rows(labels)
     layout = _Layout(logps, rejected, cu_seqlens)
     ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
-    lengths = tuple(0 if x is None else x.data_ptr() for x in (chosen_lengths, rejected_lengths))
+    lengths = tuple(layout.at(x, torch.int64) for x in (chosen_lengths, rejected_lengths))
     batch = _batch(
         layout, logps.dtype == torch.float64, layout.sides(logps, rejected),
         layout.sides(ref, ref_rejected, ref_per_token), layout.sides(log_sum_sq_probs), labels, lengths, cu_seqlens,
@@ -179,10 +189,10 @@ def preference_forward_op(
     out = _results(logps, layout.num_pairs)
     loss, losses, *sides, partials, sums = out
     finished = torch.empty(1, dtype=torch.int32, device=logps.device)
-    addresses = [x.data_ptr() for x in sides]
+    addresses = [layout.at(x) for x in sides]
     _run(
-        "preference_forward", logps.device, batch, sums.data_ptr(), finished.data_ptr(), loss.data_ptr(),
-        losses.data_ptr(), addresses[:2], addresses[2:], partials.data_ptr(),
+        "preference_forward", logps.device, batch, layout.at(sums, torch.uint8), layout.at(finished, torch.int32),
+        layout.at(loss), layout.at(losses), addresses[:2], addresses[2:], layout.at(partials, torch.float64),
     )  # fmt: skip
     return out
 
@@ -235,18 +245,14 @@ def preference_backward_op(
         for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
     ]
     of_logps, of_rejected, of_ref, of_ref_rejected = out
-    address = [0 if x is None else x.data_ptr() for x in (dloss, dlosses, dchosen, drejected)]
+    address = [layout.at(x) for x in (dloss, dlosses, dchosen, drejected)]
+    partials, sums = _contiguous(partials, sums)
     _run(
-        "preference_backward", logps.device, batch, partials.data_ptr(), sums.data_ptr(), *address[:2], address[2:],
-        _gradients(layout, of_logps, of_rejected), _gradients(layout, of_ref, of_ref_rejected, ref_per_token),
+        "preference_backward", logps.device, batch, layout.at(partials, torch.float64), layout.at(sums, torch.uint8),
+        *address[:2], address[2:],
+        layout.sides(of_logps, of_rejected), layout.sides(of_ref, of_ref_rejected, ref_per_token),
     )  # fmt: skip
     return [x for x in out if x is not None]
-
-
-def _gradients(layout: _Layout, x: Tensor | None, other: Tensor | None, per_token: bool = True) -> tuple[int, int]:
-    if layout.by_sequence:
-        return 0 if x is None else x.data_ptr(), 0 if other is None else other.data_ptr()
-    return layout.sides(x, None, per_token)
 
 
 @preference_backward_op.register_fake

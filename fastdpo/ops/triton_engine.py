@@ -66,7 +66,7 @@ class _Chunk:
             shape = (capacity, ops.num_blocks)
             return torch.empty(shape, dtype=torch.float32, device=ops.device) if wanted else None
 
-        self.label_logit = torch.full((capacity,), -torch.inf, device=ops.device)
+        self.label_logit = torch.full((capacity,), -torch.inf, dtype=torch.float32, device=ops.device)
         self.partials = (
             per_block(),
             per_block("entropy" in stats),
