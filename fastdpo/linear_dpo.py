@@ -165,6 +165,8 @@ def _linear_dpo_loss(
         **options.head,
     )
     ref_logps = reference.logps
+    if cu_seqlens is not None and ref_logps is not None and ref_logps.shape == (cu_seqlens.shape[0] - 1,):
+        ref_logps = ref_logps[:, None]  # per sequence, also where there are as many tokens
     if reference.hidden is not None:
         ref_weight = weight if reference.weight is None else reference.weight
         ref_bias = bias if reference.bias is None else reference.bias
@@ -196,7 +198,9 @@ def _in_steps(stats: TokenStats, ref_logps: Tensor | None, sequences: Sequences,
     dtype = stats.logps.dtype
     sums = sequences.sum(stats.logps)
     policy = _sequence_logps(options, sequences, stats.logps, sums)
-    if ref_logps is not None and ref_logps.shape != sums.shape:
+    if ref_logps is not None and ref_logps.shape != stats.logps.shape:
+        ref_logps = ref_logps.reshape(-1)
+    elif ref_logps is not None:
         ref_logps = _sequence_logps(options, sequences, ref_logps, sequences.sum(ref_logps))
     half = sequences.num // 2
     chosen, rejected = policy[:half], policy[half:]

@@ -104,7 +104,7 @@ def _overlaps(x: Tensor) -> bool:
     """Whether elements of `x` may share memory, as those of an expanded tensor do."""
     reach = 0
     for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
-        if stride <= reach:
+        if stride <= reach and x.numel():
             return True
         reach += stride * (size - 1)
     return False

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routing import num_blocks
+from .layout import in_rows
 from .native import address, extension
 
 CHUNK_BYTES = 16 << 20
@@ -37,7 +38,7 @@ def forward(
     logps, lse = torch.empty(count, **fp32), torch.empty(count, **fp32)
     entropy = torch.empty(count, **fp32) if with_entropy else None
     for rows in _chunks(logits):
-        data = logits[rows].float()
+        data = in_rows(logits[rows].float())  # the conversion of overlapping rows may permute
         n = data.shape[0]
         block_lse, label_logit = torch.empty(n, blocks, **fp32), torch.full((n,), -torch.inf, **fp32)
         stats = None

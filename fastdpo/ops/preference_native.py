@@ -151,7 +151,7 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 def preference_forward_op(
     logps: Tensor,
     rejected: Tensor | None,
-    ref: Tensor | None,  # like `logps`, or [2B] per sequence
+    ref: Tensor | None,  # like `logps`, or per sequence: [2B] of padded tokens, [2B, 1] of packed ones
     ref_rejected: Tensor | None,
     labels: Tensor | None,
     cu_seqlens: Tensor | None,
