@@ -97,7 +97,7 @@ def linear_dpo_loss(
             aligned with `labels` (the caller shifts); or packed, ``[N, H]`` with `cu_seqlens`, in the same
             order.
         weight, bias, lora: the lm_head, as in `linear_logps`.
-        labels: ``[2B, T]`` or ``[N]`` int64; `ignore_index` marks prompt and padding.
+        labels: ``[2B, T]`` or ``[N]`` int64 (or int32); `ignore_index` marks prompt and padding.
         ref_hidden: the reference model's hidden states, laid out like `hidden`; scored without gradient.
         ref_weight, ref_bias: the reference's head. Both default to the policy's, `lora` left out: the
             reference of an adapter on the head is the head without it. With `bias` and `ref_weight`,

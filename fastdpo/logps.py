@@ -86,10 +86,12 @@ def linear_logps(
 
     Guarantees:
         Logits are never rounded below fp32 before the log-sum-exp; all sums are fp32 or wider; gradients are rounded
-        once. On the CPU results are bitwise repeatable for one seed. Out-of-range labels give NaN in their own row of
-        the result and of `hidden`'s gradient and add nothing to the other gradients. Gradients are computed only for
-        tensors that require them. Without `check_labels` and `vocab_group` a call is one operator to torch.compile, and
-        nothing waits for a GPU on the way to its engine.
+        once. Tensors may have any strides; one that does not keep its values in strided memory (DTensor, quantized,
+        sparse, nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
+        for one seed. Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add
+        nothing to the other gradients. Gradients are computed only for tensors that require them. Without
+        `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a GPU on the way
+        to its engine.
 
     Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; the routed backward is DESIGN's.
     """

@@ -36,9 +36,9 @@ def address(x: Tensor | None, dtype: torch.dtype | None = None, *, device: str =
     if x is None:
         return 0
     pointer = x.data_ptr()
-    in_place = x.stride(-1) == 1 or x.shape[-1] <= 1 if rows else x.is_contiguous()
-    stored = pointer != 0 or x.numel() == 0
-    if in_place and stored and x.device.type == device and dtype in (None, x.dtype) and not x.is_neg():
+    here = x.is_cpu if device == "cpu" else x.device.type == device
+    in_place = x.is_contiguous() or (rows and (x.stride(-1) == 1 or x.shape[-1] == 1))
+    if here and in_place and not x.is_neg() and (pointer or not x.numel()) and (dtype is None or x.dtype is dtype):
         return pointer
     raise RuntimeError(
         f"native code for {device} would misread a tensor of type {type(x).__name__}, {x.dtype} on {x.device}, shape "
