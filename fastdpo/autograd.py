@@ -6,9 +6,9 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+
+from .tensors import TRACED
 
 NO_SECOND_DERIVATIVE = "fastdpo's functions are once differentiable: their gradients have no gradient"
 
@@ -103,7 +103,7 @@ def traced(*tensors: torch.Tensor | None) -> bool:
     """Whether the call is recorded, or followed by shape, instead of computed: values cannot be read then."""
     if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS):
         return True
-    return any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in tensors)
+    return any(isinstance(x, TRACED) or (x is not None and x.device.type == "meta") for x in tensors)
 
 
 @torch._disable_dynamo

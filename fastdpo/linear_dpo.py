@@ -20,6 +20,7 @@ from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_refe
 from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
 from .sequences import Sequences, check_layout, num_sequences
+from .tensors import plain, plain_or_none
 from .validation import FLOATS, HeadOptions, check_flag, check_number
 
 
@@ -155,6 +156,9 @@ def _linear_dpo_loss(
     options: _DPOOptions,
 ) -> DPOOutput:
     refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias)
+    hidden, weight, labels = plain("hidden", hidden), plain("weight", weight), plain("labels", labels)
+    bias, cu_seqlens = plain_or_none("bias", bias), plain_or_none("cu_seqlens", cu_seqlens)
+    reference = _Reference(*(plain_or_none(f"ref_{field}", x) for field, x in reference._asdict().items()))
     check_layout(hidden, labels, cu_seqlens, options.head.get("check_labels", False))
     _check_reference(reference, ref_without_bias, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
     stats = linear_token_stats(
@@ -167,6 +171,8 @@ def _linear_dpo_loss(
         **options.head,
     )
     ref_logps = reference.logps
+    if cu_seqlens is not None and ref_logps is not None and ref_logps.shape == (cu_seqlens.shape[0] - 1,):
+        ref_logps = ref_logps[:, None]  # per sequence, also where there are as many tokens
     if reference.hidden is not None:
         ref_weight = weight if reference.weight is None else reference.weight
         ref_bias = bias if reference.bias is None and not ref_without_bias else reference.bias
@@ -198,7 +204,9 @@ def _in_steps(stats: TokenStats, ref_logps: Tensor | None, sequences: Sequences,
     dtype = stats.logps.dtype
     sums = sequences.sum(stats.logps)
     policy = _sequence_logps(options, sequences, stats.logps, sums)
-    if ref_logps is not None and ref_logps.shape != sums.shape:
+    if ref_logps is not None and ref_logps.shape != stats.logps.shape:
+        ref_logps = ref_logps.reshape(-1)
+    elif ref_logps is not None:
         ref_logps = _sequence_logps(options, sequences, ref_logps, sequences.sum(ref_logps))
     half = sequences.num // 2
     chosen, rejected = policy[:half], policy[half:]
@@ -243,9 +251,6 @@ def _check_reference(
             continue
         name = f"ref_{field}"
         check_reference_use(options.preference, True, name)
-        if not isinstance(x, Tensor):
-            kind = "a torch.Tensor, or False" if field == "bias" else "a torch.Tensor"
-            raise TypeError(f"{name} must be {kind}; got {type(x).__name__}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         if x.device != labels.device:
@@ -278,7 +283,7 @@ def _check_reference(
                 "ref_weight was given without ref_bias, but the policy's head has a bias: give the reference's, or "
                 "ref_bias=False where it has none"
             )
-    elif isinstance(weight, Tensor) and reference.hidden.shape[-1] != weight.shape[-1]:
+    elif reference.hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
         )

@@ -87,10 +87,12 @@ def linear_logps(
 
     Guarantees:
         Logits are never rounded below fp32 before the log-sum-exp; all sums are fp32 or wider; gradients are rounded
-        once. On the CPU results are bitwise repeatable for one seed. Out-of-range labels give NaN in their own row of
-        the result and of `hidden`'s gradient and add nothing to the other gradients. Gradients are computed only for
-        tensors that require them. Without `check_labels` and `vocab_group` a call is one operator to torch.compile, and
-        nothing waits for a GPU on the way to its engine.
+        once. Tensors may have any strides; one that does not keep its values in strided memory (DTensor, quantized,
+        sparse, nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
+        for one seed. Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add
+        nothing to the other gradients. Gradients are computed only for tensors that require them. Without
+        `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a GPU on the way
+        to its engine.
 
     Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; routed: fastdpo/routing.py.
     """
@@ -173,7 +175,7 @@ def linear_token_stats(
 def _token_stats(hidden, weight, labels, bias, lora, options: HeadOptions, stats: tuple[str, ...]) -> TokenStats:
     lora_a, lora_b = (None, None) if lora is None else lora[:2]
     refuse_transforms("fastdpo.linear_logps", hidden, weight, bias, lora_a, lora_b)
-    check_head(hidden, weight, labels, bias, lora_a, lora_b, options)
+    hidden, weight, labels, bias, lora_a, lora_b = check_head(hidden, weight, labels, bias, lora_a, lora_b, options)
     inputs = (hidden, weight, bias, lora_a, lora_b)
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -222,7 +224,7 @@ def _seed(options: HeadOptions, device: torch.device) -> Tensor | None:
     if options.seed is not None:
         seed = options.seed
         return torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64, device=device)
-    if torch.is_inference_mode_enabled():
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return None
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
@@ -235,7 +237,9 @@ def _outputs(result: Forward) -> tuple[Tensor | None, ...]:
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What F.linear would multiply in: the autocast type, or the common type of both."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return torch.promote_types(hidden.dtype, weight.dtype)
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .tensors import plain
 from .validation import check_number
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
@@ -209,6 +210,7 @@ def _check_kl(value) -> float | Tensor:
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"kto_kl must be one number; got a tensor of shape {tuple(value.shape)}")
+        value = plain("kto_kl", value)
         if value.dtype == torch.bool or value.is_complex():
             raise TypeError(f"kto_kl must be a number or a tensor of one; got {value.dtype}")
         return value.detach().reshape(()).clamp(min=0)

@@ -18,6 +18,7 @@ from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
 from .ops.preference import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference_reference import cast
+from .tensors import plain
 from .validation import FLOATS
 
 __all__ = [
@@ -167,16 +168,15 @@ def _check_logps(**logps: Tensor | None) -> list[Tensor | None]:
     if len(given) == 3:
         (missing,) = set(logps) - set(given)
         raise ValueError(f"{missing} is None: give the reference log-probs of both sides, or neither")
-    like = next(iter(given.values()))
+    like = plain(*next(iter(given.items())))
     dtype = torch.float32
     for name, x in given.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+        x = given[name] = plain(name, x)
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         _check_rows(name, x, like)
         dtype = torch.promote_types(dtype, x.dtype)
-    return [None if x is None else cast(x, dtype) for x in logps.values()]
+    return [cast(given[name], dtype) if name in given else None for name in logps]
 
 
 def _check_rows(name: str, x: Tensor, like: Tensor) -> None:
@@ -196,6 +196,8 @@ def _check_lengths(options: PreferenceOptions, like: Tensor, **lengths: Tensor |
     for name, x in lengths.items():
         if x is None:
             continue
+        if isinstance(x, Tensor):
+            x = lengths[name] = plain(name, x)
         if not isinstance(x, Tensor) or x.dtype not in INTEGERS:
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{name} must be a tensor of integers; got {kind}")

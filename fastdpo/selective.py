@@ -13,6 +13,7 @@ from .autograd import Function, apply, once_differentiable, refuse_transforms, t
 from .ops.logits import backward as logits_backward
 from .ops.logits import forward as logits_forward
 from .ops.logits import selective_op
+from .tensors import plain
 from .validation import FLOATS, check_flag, check_number
 
 
@@ -59,9 +60,7 @@ def selective_log_softmax(
     Source: TRL's function of the same name, whose call this accepts.
     """
     refuse_transforms("fastdpo.selective_log_softmax", logits)
-    for name, x in (("logits", logits), ("index", index)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+    logits, index = plain("logits", logits), plain("index", index)
     if logits.dtype not in FLOATS:
         raise TypeError(f"logits must be fp32, bf16, fp16 or fp64; got {logits.dtype}")
     if index.dtype not in (torch.int64, torch.int32):
@@ -87,6 +86,8 @@ def selective_log_softmax(
     if inplace_backward:
         if logits.is_leaf and logits.requires_grad:
             raise ValueError("inplace_backward=True would overwrite logits, which is a leaf that requires grad")
+        if logits.is_neg() or _overlaps(logits):
+            raise ValueError(f"inplace_backward needs memory for each of the logits; strides {logits.stride()}")
         try:
             flat = logits.view(-1, logits.shape[-1])
         except RuntimeError as error:
@@ -100,6 +101,16 @@ def selective_log_softmax(
         logps, entropy = apply(_SelectiveLogSoftmax, *arguments, inplace_backward)
     logps = logps.view(index.shape)
     return (logps, entropy.view(index.shape)) if return_entropy else logps
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements of `x` may share memory, as those of an expanded tensor do."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size > 1):
+        if stride <= reach and x.numel():
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 class _SelectiveLogSoftmax(Function):

@@ -70,9 +70,6 @@ def check_layout(hidden, labels, cu_seqlens, read_offsets: bool) -> None:
 
     The values of `cu_seqlens` are read on the CPU, outside torch.compile, or with `read_offsets`, which waits.
     """
-    for name, x in (("hidden", hidden), ("labels", labels)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
     if cu_seqlens is None:
         if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
             raise ValueError(
@@ -90,9 +87,8 @@ def check_layout(hidden, labels, cu_seqlens, read_offsets: bool) -> None:
             f"with cu_seqlens, hidden must be [N, H] and labels [N]; got shapes {tuple(hidden.shape)} and "
             f"{tuple(labels.shape)}"
         )
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor; got {kind}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor; got {cu_seqlens.dtype}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
         raise ValueError(
             "cu_seqlens must hold 2B + 1 offsets, B chosen sequences and then B rejected ones; got shape "

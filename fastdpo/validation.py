@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .distributed import VocabShards
 from .routing import parse_tau
+from .tensors import plain
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -144,7 +145,8 @@ def lora_scale(lora) -> float:
     return check_number("lora's scale", lora[2])
 
 
-def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOptions) -> None:
+def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOptions) -> tuple[Tensor | None, ...]:
+    """The six as plain tensors."""
     tensors = {
         "hidden": hidden,
         "weight": weight,
@@ -156,8 +158,7 @@ def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOption
     for name, x in tensors.items():
         if x is None and name in ("bias", "lora A", "lora B"):
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(x).__name__}")
+        x = tensors[name] = plain(name, x)
         if name == "labels":
             if x.dtype not in (torch.int64, torch.int32):
                 raise TypeError(f"labels must be int64 or int32 token ids; got {x.dtype}")
@@ -165,6 +166,7 @@ def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOption
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         if x.device != hidden.device:
             raise ValueError(f"{name} is on {x.device} but hidden is on {hidden.device}")
+    hidden, weight, labels, bias, lora_a, lora_b = tensors.values()
     if hidden.ndim < 1 or weight.ndim != 2:
         raise ValueError(
             f"hidden must be [..., H] and weight [V, H]; got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
@@ -194,9 +196,12 @@ def check_head(hidden, weight, labels, bias, lora_a, lora_b, options: HeadOption
         raise TypeError(f"fp64 is for checking: all of the head and hidden must be fp64 or none; got {kinds}")
     if options.check_labels:
         _check_labels(labels, options, VocabShards.of(options.vocab_group, weight).vocab_size)
+    return hidden, weight, labels, bias, lora_a, lora_b
 
 
 def _check_labels(labels: Tensor, options: HeadOptions, vocab_size: int) -> None:
+    if labels.device.type == "meta":
+        raise ValueError("check_labels=True reads the values of labels, which are on the meta device and have none")
     bad = (labels != options.ignore_index) & ((labels < 0) | (labels >= vocab_size))
     if bad.any():
         position = tuple(bad.nonzero()[0].tolist())

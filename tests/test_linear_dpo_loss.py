@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastdpo.linear_dpo import LinearDPOLoss, linear_dpo_loss
+from fastdpo.logps import linear_logps
 from fastdpo.ops import preference_native
 from fastdpo.preference import preference_loss
 from fastdpo.sequences import Sequences
@@ -400,6 +401,36 @@ def test_empty_batch(layout):
     assert out.loss.item() == pytest.approx(math.log(2) if layout == "no tokens" else 0.0)
     out.loss.backward()
     assert weight.grad is None or (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("options", [{"average_log_prob": True}, {"loss_type": "ipo"}, {"ld_alpha": 0.3}], ids=str)
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_int32_labels_count_the_same_tokens(engine, layout, options):
+    """The preference kernels read int64."""
+    batch = Batch(seed=16, dtype=torch.float32)
+    hidden, labels, cu_seqlens = batch.hidden, batch.labels, None
+    if layout == "packed":
+        hidden, labels, cu_seqlens, _ = batch.packed()
+    device = torch.get_default_device()
+    given = [None if x is None else x.to(device) for x in (hidden, batch.weight, labels, cu_seqlens)]
+    ours, expected = (
+        linear_dpo_loss(*given[:2], given[2].to(dtype), cu_seqlens=given[3], **options)
+        for dtype in (torch.int32, torch.int64)
+    )
+    for value, wanted in zip(ours, expected):
+        assert torch.equal(value, wanted)
+
+
+def test_a_reference_of_as_many_tokens_as_sequences(engine):
+    """N = 2B: what ref_hidden gives is per token, ref_logps are per sequence."""
+    hidden, ref_hidden, weight = torch.randn(4, H), torch.randn(4, H), torch.randn(V, H)
+    labels, cu_seqlens = torch.randint(0, V, (4,)), torch.tensor([0, 0, 1, 2, 4])
+    ref = linear_logps(ref_hidden, weight, labels)
+    per_sequence = torch.stack([ref[:0].sum(), ref[:1].sum(), ref[1:2].sum(), ref[2:].sum()])
+    one = linear_dpo_loss(hidden, weight, labels, cu_seqlens=cu_seqlens, ref_hidden=ref_hidden)
+    other = linear_dpo_loss(hidden, weight, labels, cu_seqlens=cu_seqlens, ref_logps=per_sequence)
+    torch.testing.assert_close(tuple(one), tuple(other))
+    torch.testing.assert_close(one.chosen_rewards, 0.1 * (one.chosen_logps - per_sequence[:2]))
 
 
 def test_weighting_covers_sft():

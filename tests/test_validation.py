@@ -201,7 +201,7 @@ MESSAGES = [
     ),
     (
         lambda: fastdpo.linear_dpo_loss(HIDDEN, WEIGHT, LABELS, ref_hidden=HIDDEN, ref_bias=True),
-        "^ref_bias must be a torch.Tensor, or False; got bool$",
+        "^ref_bias must be a torch.Tensor; got bool$",
     ),
     (
         lambda: fastdpo.linear_dpo_loss(HIDDEN, WEIGHT, LABELS, ref_hidden=HIDDEN[:2]),

@@ -31,13 +31,16 @@ CROSSOVER = 0.7
 def backward(
     head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
 ) -> Gradients:
-    ops = Operands(head, tokens)
+    ops, device = Operands(head, tokens), head.hidden.device
+    fp32 = {"dtype": torch.float32, "device": device}
     grads = Gradients(
-        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype) if needs.hidden else None,
-        weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype) if needs.weight else None,
-        bias=torch.zeros(head.bias.shape) if needs.bias else None,
-        lora_a=torch.zeros(head.lora_a.shape) if needs.lora_a else None,
-        lora_b=torch.zeros(head.lora_b.shape) if needs.lora_b else None,
+        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
+        if needs.hidden
+        else None,
+        weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device) if needs.weight else None,
+        bias=torch.zeros(head.bias.shape, **fp32) if needs.bias else None,
+        lora_a=torch.zeros(head.lora_a.shape, **fp32) if needs.lora_a else None,
+        lora_b=torch.zeros(head.lora_b.shape, **fp32) if needs.lora_b else None,
     )
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
@@ -67,8 +70,9 @@ class _TokenSums:
 
     def __init__(self, ops: Operands, grads: Gradients, start: int, stop: int):
         self.ops, self.grads, self.start, self.stop = ops, grads, start, stop
-        self.dhidden = torch.zeros(stop - start, ops.hidden_size)
-        self.drank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0])
+        fp32 = {"dtype": torch.float32, "device": ops.head.hidden.device}
+        self.dhidden = torch.zeros(stop - start, ops.hidden_size, **fp32)
+        self.drank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0], **fp32)
 
     def products(self, dz: Tensor, weight: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
         lora_b = self.ops.lora_b
@@ -85,11 +89,11 @@ class _TokenSums:
                 target[start - self.start : start - self.start + product.shape[0]] += product
                 continue
             self.ops.native.scatter_add_rows(
-                target.data_ptr() - 4 * self.start * target.stride(0),
+                address(target, torch.float32) - 4 * self.start * target.stride(0),
                 target.stride(0),
-                product.data_ptr(),
+                address(product, torch.float32, rows=True),
                 product.stride(0),
-                token_list.data_ptr(),
+                address(token_list, torch.int32),
                 0,
                 token_list.shape[0],
                 target.shape[1],
@@ -246,28 +250,28 @@ class _Routed:
         hidden = ops.hidden_of(token_list, padded)
         rank = ops.rank(hidden)
         dz = ops.products(hidden, rank, weight, first)
-        weights = torch.empty(2, count)
+        weights = torch.empty(2, count, dtype=torch.float32, device=dz.device)
         dz_hidden, hidden_tokens = dz, token_list
         if two_sets:
             dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
         second = self.sets[1] if max(hidden_set, weight_set) == 1 else None
         kept = ops.native.routed_grad(
             ops.tile(dz, count, first),
-            tokens=token_list.data_ptr(),
-            labels=ops.tokens.labels.data_ptr(),
-            lse=saved.lse.data_ptr(),
-            logps=saved.logps.data_ptr(),
-            coef=self.upstream.coef.data_ptr(),
+            tokens=address(token_list, torch.int32),
+            labels=address(ops.tokens.labels, torch.int64),
+            lse=address(saved.lse, torch.float32),
+            logps=address(saved.logps, torch.float32),
+            coef=address(self.upstream.coef, torch.float32),
             tau=routing.tau,
             second_tau=-1.0 if second is None else routing.second_tau,
-            second_bits=0 if second is None else second.data_ptr() + block // 8,
+            second_bits=0 if second is None else address(second, torch.uint8, rows=True) + block // 8,
             bitmap_stride=saved.bitmap.stride(0),
             second_bit=block % 8,
             hidden_set=hidden_set,
             weight_set=weight_set,
-            row_weight=weights.data_ptr(),
-            dz_hidden=dz_hidden.data_ptr() if two_sets else 0,
-            hidden_tokens=hidden_tokens.data_ptr() if two_sets else 0,
+            row_weight=address(weights),
+            dz_hidden=address(dz_hidden if two_sets else None),
+            hidden_tokens=address(hidden_tokens if two_sets else None),
             num_threads=ops.threads,
         )
         dz[count:] = 0
@@ -288,12 +292,13 @@ class _Routed:
     def _lists(self, start: int, stop: int, which: int) -> Iterator[tuple[int, Tensor]]:
         """(block, int32 tokens) for every block with pairs of a set among tokens [start, stop), in bounded pieces."""
         ops, coef, num_tokens = self.ops, self.upstream.coef, len(self.ops.tokens)
-        kept = (self.sets[which].data_ptr(), self.sets[which].stride(0), coef.data_ptr())
+        bits = self.sets[which]
+        kept = (address(bits, torch.uint8, rows=True), bits.stride(0), address(coef, torch.float32))
         if which not in self.counts:
-            self.counts[which] = torch.empty(self.num_blocks, dtype=torch.int64)
-            found = self.counts[which].data_ptr()
-            ops.native.count_pairs(*kept, num_tokens, self.num_blocks, found, ops.threads)
-        counts = self.counts[which].tolist()
+            self.counts[which] = torch.empty(self.num_blocks, dtype=torch.int64, device=coef.device)
+            ops.native.count_pairs(*kept, num_tokens, self.num_blocks, address(self.counts[which]), ops.threads)
+        counted = self.counts[which]
+        counts = counted.tolist()
         limit = TILE_BYTES // 4
         first = 0
         while first < self.num_blocks:
@@ -302,17 +307,17 @@ class _Routed:
                 total += counts[last]
                 last += 1
             # Room for all tokens' pairs: those of [start, stop) are a part of each block's list.
-            offsets = torch.zeros(last - first + 1, dtype=torch.int64)
-            torch.cumsum(self.counts[which][first:last], 0, out=offsets[1:])
-            pairs = torch.empty(total, dtype=torch.int32)
+            offsets = counted.new_zeros(last - first + 1)
+            torch.cumsum(counted[first:last], 0, out=offsets[1:])
+            pairs = torch.empty(total, dtype=torch.int32, device=counted.device)
             ops.native.fill_pairs(
-                *kept, 0, num_tokens, first, last - first, offsets.data_ptr(), pairs.data_ptr(), ops.threads
+                *kept, 0, num_tokens, first, last - first, address(offsets), address(pairs), ops.threads
             )
             ends = offsets.tolist()
             for block in range(first, last):
                 token_list = pairs[ends[block - first] : ends[block - first + 1]]
                 if start > 0 or stop < num_tokens:
-                    bounds = torch.searchsorted(token_list, torch.tensor([start, stop], dtype=torch.int32))
+                    bounds = torch.searchsorted(token_list, token_list.new_tensor([start, stop]))
                     token_list = token_list[bounds[0] : bounds[1]]
                 if token_list.shape[0]:
                     yield block, token_list

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..routing import num_blocks
+from .layout import in_rows
 from .native import address, extension
 
 CHUNK_BYTES = 16 << 20
@@ -22,7 +23,7 @@ def _chunks(logits: Tensor):
 
 def _tile(data: Tensor, temperature: float):
     return extension().Tile(
-        data.data_ptr(), data.stride(0), data.shape[0], data.shape[1], 0, 0, 1.0, 0.0, 1.0 / temperature
+        address(data, torch.float32, rows=True), data.stride(0), *data.shape, 0, 0, 1.0, 0.0, 1.0 / temperature
     )
 
 
@@ -33,16 +34,17 @@ def forward(
     native, threads = extension(), torch.get_num_threads()
     count, vocab_size = logits.shape
     blocks = num_blocks(vocab_size)
-    logps, lse = torch.empty(count), torch.empty(count)
-    entropy = torch.empty(count) if with_entropy else None
+    fp32 = {"dtype": torch.float32, "device": logits.device}
+    logps, lse = torch.empty(count, **fp32), torch.empty(count, **fp32)
+    entropy = torch.empty(count, **fp32) if with_entropy else None
     for rows in _chunks(logits):
-        data = logits[rows].float()
+        data = in_rows(logits[rows].float())  # the conversion of overlapping rows may permute
         n = data.shape[0]
-        block_lse = torch.empty(n, blocks, dtype=torch.float64)
-        rest_lse, label_logit = torch.empty(n, dtype=torch.float64), torch.full((n,), -torch.inf)
+        block_lse = torch.empty(n, blocks, dtype=torch.float64, device=logits.device)
+        rest_lse, label_logit = block_lse.new_empty(n), torch.full((n,), -torch.inf, **fp32)
         stats = None
         if with_entropy:
-            stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64)
+            stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64, device=logits.device)
             native.init_stats(address(stats), n)
         label = labels[rows].contiguous()
         tile = _tile(data, temperature)
@@ -73,7 +75,7 @@ def backward(
         no_gradient &= coef_entropy == 0
     for rows in _chunks(logits):
         in_place = out.dtype == torch.float32 and out.stride(1) == 1
-        data = out[rows] if in_place else torch.empty(out[rows].shape)
+        data = out[rows] if in_place else torch.empty(out[rows].shape, dtype=torch.float32, device=out.device)
         if data.data_ptr() != logits[rows].data_ptr():
             data.copy_(logits[rows])
         of_rows = [None if x is None else x[rows] for x in (labels, lse, logps, coef, entropy, coef_entropy)]

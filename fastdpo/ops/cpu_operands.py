@@ -62,15 +62,15 @@ class Operands:
 
     def _gather(self, token_list: Tensor | None, rows: Tensor | None, count: int, padded: int) -> Tensor:
         source = self.head.hidden
-        out = torch.empty(padded, self.hidden_size, dtype=torch.float32)
+        out = torch.empty(padded, self.hidden_size, dtype=torch.float32, device=source.device)
         self.native.gather_rows(
-            out.data_ptr(),
+            address(out),
             self.hidden_size,
-            source.data_ptr(),
+            address(source, rows=True),
             DTYPES[source.dtype],
             source.stride(0),
-            address(token_list),
-            address(rows),
+            address(token_list, torch.int32),
+            address(rows, torch.int64),
             count,
             self.hidden_size,
             self.threads,
@@ -95,12 +95,12 @@ class Operands:
         """The native view of a tile of products whose first column is `start`."""
         head = self.head
         return self.native.Tile(
-            data.data_ptr(),
+            address(data, torch.float32, rows=True),
             data.stride(0),
             num_rows,
             data.shape[1],
             start,
-            0 if self.bias is None else self.bias.data_ptr() + 4 * start,
+            address(None if self.bias is None else self.bias[start:], torch.float32),
             head.logit_scale,
             head.softcap,
             1.0 / head.temperature,

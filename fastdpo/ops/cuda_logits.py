@@ -5,12 +5,15 @@ Logits are read where they are, in their own type: once forward, and once, with 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from . import native
-from .native import address, extension
+from .native import extension
 
+address = partial(native.address, device="cuda")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/launch.h
 
 
@@ -46,7 +49,7 @@ def forward(
     _launch(
         "cuda_logits_forward",
         logits,
-        *(logits.data_ptr(), logits.stride(0), *logits.shape),
+        *(address(logits, rows=True), logits.stride(0), *logits.shape),
         *map(address, (labels, logps, lse, entropy)),
         *(1.0 / temperature, splits, address(partials)),
     )
@@ -71,9 +74,9 @@ def backward(
     _launch(
         "cuda_logits_backward",
         logits,
-        *(logits.data_ptr(), logits.stride(0), *logits.shape),
+        *(address(logits, rows=True), logits.stride(0), *logits.shape),
         *map(address, (labels, logps, lse, coef, None if coef_entropy is None else entropy, coef_entropy)),
-        *(target.data_ptr(), target.stride(0), 1.0 / temperature, _splits(logits)),
+        *(address(target, rows=True), target.stride(0), 1.0 / temperature, _splits(logits)),
     )
     if target is not out:
         out.copy_(target)

@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms, traced
 from ..routing import Routing, num_blocks
+from ..tensors import plain
 from . import engine_for, engine_name, flops
+from .layout import contiguous, laid_out
 from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels"
@@ -67,6 +69,7 @@ def token_stats(head: Head, rows: Rows, routing: Routing | None, stats: frozense
 
 def _forward(head: Head, rows: Rows, routing: Routing | None, stats: frozenset[str], shards=None) -> Forward:
     engine = engine_for(head.hidden.device, head.hidden.dtype)
+    head, rows = laid_out(head, rows)
     with torch.autocast(head.hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
         return engine.forward(head, rows, stats=stats, routing=routing, shards=shards)
 
@@ -80,14 +83,16 @@ def _backward(
     routing: Routing | None,
     needs: Needs,
 ) -> Gradients:
-    def contiguous(upstream: Tensor | None) -> Tensor | None:
-        return None if upstream is None else upstream.to(saved.logps.dtype).contiguous()
+    def of_rows(upstream: Tensor | None) -> Tensor | None:
+        return None if upstream is None else contiguous(plain("an upstream gradient", upstream).to(saved.logps.dtype))
 
-    upstream = Upstream(torch.zeros_like(saved.logps) if dlogps is None else contiguous(dlogps), contiguous(dentropy))
+    head, rows = laid_out(head, rows)
+    upstream = Upstream(torch.zeros_like(saved.logps) if dlogps is None else of_rows(dlogps), of_rows(dentropy))
     if dentropy is not None:  # blocks are kept by their mass, which says nothing about the entropy's gradient
         routing = None
-    pairs = (None, None) if routing is None else (saved.bitmap, saved.most_pairs)
-    saved = Forward(saved.logps, saved.lse, entropy=saved.entropy, bitmap=pairs[0], most_pairs=pairs[1])
+    logps, lse, entropy = map(contiguous, (saved.logps, saved.lse, saved.entropy))
+    pairs = (None, None) if routing is None else map(contiguous, (saved.bitmap, saved.most_pairs))
+    saved = Forward(logps, lse, entropy, None, None, None, *pairs)
     engine = engine_for(head.hidden.device, head.hidden.dtype)
     with torch.autocast(head.hidden.device.type, enabled=False):
         grads = engine.backward(head, rows, saved, upstream, routing, needs)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms
 from . import logits_engine
+from .layout import contiguous, in_rows
 
 IGNORE_INDEX = -100
 NO_LABEL, LEFT_OUT = -1, -2  # in an engine's labels: only the lse is wanted, or nothing (the row need not be read)
@@ -25,7 +26,7 @@ def _columns(index: Tensor, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """(index with LEFT_OUT where there is no column, entries ignored, entries out of range)."""
     ignored = index == IGNORE_INDEX
     invalid = ((index < 0) | (index >= vocab_size)) & ~ignored
-    return index.masked_fill(ignored | invalid, LEFT_OUT), ignored, invalid
+    return contiguous(index.masked_fill(ignored | invalid, LEFT_OUT)), ignored, invalid
 
 
 def forward(
@@ -35,11 +36,11 @@ def forward(
     index is int64."""
     columns, ignored, invalid = _columns(index, logits.shape[1])
     engine_forward, _ = logits_engine(logits.device, logits.dtype)
-    rows = logits if logits.stride(1) == 1 else logits.contiguous()
+    rows = in_rows(logits)
     if index.ndim == 1:
         logps, lse, entropy = engine_forward(rows, columns, temperature, with_entropy)
     else:
-        none = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
+        none = torch.full(logits.shape[:1], NO_LABEL, dtype=torch.int64, device=logits.device)
         _, lse, entropy = engine_forward(rows, none, temperature, with_entropy)
         logps = logits.gather(1, columns.clamp(min=0)).to(lse.dtype) / temperature - lse[:, None]
 
@@ -76,11 +77,11 @@ def backward(
     coef = coefs(dlogps)
     coef_entropy = None if dentropy is None else coefs(dentropy)
     _, engine_backward = logits_engine(logits.device, logits.dtype)
-    source = logits if logits.stride(1) == 1 else logits.contiguous()
+    source = in_rows(logits)
     if index.ndim == 1:
         engine_backward(source, columns, logps, lse, coef, temperature, out, entropy, coef_entropy)
         return
-    none = torch.full(logits.shape[:1], NO_LABEL, device=logits.device)
+    none = torch.full(logits.shape[:1], NO_LABEL, dtype=torch.int64, device=logits.device)
     of_row = None if coef_entropy is None else coef_entropy.sum(1)
     engine_backward(source, none, torch.zeros_like(lse), lse, coef.sum(1), temperature, out, entropy, of_row)
     # A column named twice gets both coefficients; written, not added, so that it is rounded once.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -27,8 +28,22 @@ def extension():
     return _load()[0]
 
 
-def address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def address(x: Tensor | None, dtype: torch.dtype | None = None, *, device: str = "cpu", rows: bool = False) -> int:
+    """Where native code finds `x`, contiguous or, with `rows`, [n, m] with unit stride along m; 0 for None alone.
+
+    RuntimeError for what would be misread there: the one way from a tensor to a pointer.
+    """
+    if x is None:
+        return 0
+    pointer = x.data_ptr()
+    here = x.is_cpu if device == "cpu" else x.device.type == device
+    in_place = x.is_contiguous() or (rows and (x.stride(-1) == 1 or x.shape[-1] == 1))
+    if here and in_place and not x.is_neg() and (pointer or not x.numel()) and (dtype is None or x.dtype is dtype):
+        return pointer
+    raise RuntimeError(
+        f"native code for {device} would misread a tensor of type {type(x).__name__}, {x.dtype} on {x.device}, shape "
+        f"{tuple(x.shape)}, strides {x.stride()}, at {pointer:#x}" + ("" if dtype is None else f" as {dtype}")
+    )
 
 
 def available() -> bool:

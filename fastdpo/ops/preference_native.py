@@ -16,6 +16,7 @@ from torch import Tensor
 from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms
 from ..losses import PreferenceOptions
 from . import native
+from .layout import contiguous, in_rows
 
 # Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
 _extension = native.extension()
@@ -98,19 +99,24 @@ class _Layout:
         self.num_pairs = _num_pairs(logps, rejected, cu_seqlens)
         self.by_sequence, self.packed = rejected is not None, cu_seqlens is not None
         self.num_tokens = 1 if self.by_sequence else logps.shape[0] if self.packed else logps.shape[1]
+        self.dtype, self.device = logps.dtype, logps.device.type
 
-    def is_per_token(self, ref: Tensor | None, logps: Tensor) -> bool:
-        # As many packed tokens as sequences: one number per sequence, as `linear_dpo_loss` says.
-        return ref is not None and not self.by_sequence and ref.shape == logps.shape != (2 * self.num_pairs,)
+    def at(self, x: Tensor | None, dtype: torch.dtype | None = None, rows: bool = False) -> int:
+        """The address of `x`, of the log-probs' type unless another is named."""
+        return native.address(x, dtype or self.dtype, device=self.device, rows=rows)
 
     def sides(self, x: Tensor | None, other: Tensor | None = None, per_token: bool = True) -> tuple[int, int]:
-        if x is None:
-            return 0, 0
         if self.by_sequence:
-            return x.data_ptr(), 0 if other is None else other.data_ptr()
-        if self.packed and per_token:
-            return x.data_ptr(), x.data_ptr()
-        return x.data_ptr(), x.data_ptr() + self.num_pairs * x.stride(0) * x.element_size()
+            return self.at(x), self.at(other)
+        return self._halves(x, self.at(x), per_token)
+
+    def labels(self, x: Tensor | None) -> tuple[int, int]:
+        return self._halves(x, self.at(x, torch.int64, rows=not self.packed))
+
+    def _halves(self, x: Tensor | None, address: int, per_token: bool = True) -> tuple[int, int]:
+        if x is None or (self.packed and per_token):
+            return address, address
+        return address, address + self.num_pairs * x.stride(0) * x.element_size()
 
 
 def _run(name: str, device: torch.device, *arguments) -> None:
@@ -125,9 +131,9 @@ def _batch(
     loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
 ):  # fmt: skip
     return _extension.PreferenceBatch(
-        is_double, logps, ref, log_sum_sq_probs, layout.sides(labels), lengths,
-        0 if cu_seqlens is None else cu_seqlens.data_ptr(),
-        cu_seqlens is not None and cu_seqlens.dtype == torch.int32, 0 if kto_kl is None else kto_kl.data_ptr(),
+        is_double, logps, ref, log_sum_sq_probs, layout.labels(labels), lengths,
+        layout.at(cu_seqlens, None if cu_seqlens is None else cu_seqlens.dtype),
+        cu_seqlens is not None and cu_seqlens.dtype == torch.int32, layout.at(kto_kl, torch.float64),
         0 if labels is None or layout.packed else labels.stride(0), ignore_index, layout.num_pairs, layout.num_tokens,
         ref_per_token, average, reward_per_token, ld_alpha, sft_weight, list(loss_ids), list(loss_weights), divergence,
         list(options),
@@ -137,7 +143,8 @@ def _batch(
 def _check(layout: _Layout, logps: Tensor, **others: Tensor | None) -> None:
     """What native code trusts: it reads addresses, whatever lies there."""
     pairs, sequences, tokens = (layout.num_pairs,), (2 * layout.num_pairs,), tuple(logps.shape)
-    per_sequence = (pairs,) if layout.by_sequence else (sequences, tokens)
+    # as many packed tokens as sequences: only the column is one number per sequence
+    per_sequence = (pairs,) if layout.by_sequence else ((*sequences, 1) if layout.packed else sequences, tokens)
     allowed = {
         "rejected": (logps.dtype, (tokens,)),
         "ref": (logps.dtype, per_sequence),
@@ -167,10 +174,7 @@ def _check(layout: _Layout, logps: Tensor, **others: Tensor | None) -> None:
 
 
 def _rows(labels: Tensor | None) -> Tensor | None:
-    if labels is None:
-        return None
-    labels = labels.to(torch.int64)
-    return labels if labels.stride(-1) == 1 else labels.contiguous()
+    return None if labels is None else in_rows(labels.long())
 
 
 def _offsets(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
@@ -178,18 +182,18 @@ def _offsets(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
         return None
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
         raise ValueError(f"cu_seqlens must be 2B + 1 offsets; got {cu_seqlens.dtype}, {tuple(cu_seqlens.shape)}")
-    return cu_seqlens.to(device).contiguous()
+    return contiguous(cu_seqlens.to(device))
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
+    return [contiguous(x) for x in tensors]
 
 
 @torch.library.custom_op("fastdpo::preference_forward", mutates_args=())
 def preference_forward_op(
     logps: Tensor,
     rejected: Tensor | None,
-    ref: Tensor | None,  # like `logps`, or [2B] per sequence
+    ref: Tensor | None,  # like `logps`, or per sequence: [2B] of padded tokens, [2B, 1] of packed ones
     ref_rejected: Tensor | None,
     labels: Tensor | None,
     cu_seqlens: Tensor | None,
@@ -223,8 +227,8 @@ def preference_forward_op(
         chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, log_sum_sq_probs=log_sum_sq_probs,
         kto_kl=kto_kl,
     )  # fmt: skip
-    ref_per_token = layout.is_per_token(ref, logps)
-    lengths = tuple(0 if x is None else x.data_ptr() for x in (chosen_lengths, rejected_lengths))
+    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
+    lengths = tuple(layout.at(x, torch.int64) for x in (chosen_lengths, rejected_lengths))
     batch = _batch(
         layout, logps.dtype == torch.float64, layout.sides(logps, rejected),
         layout.sides(ref, ref_rejected, ref_per_token), layout.sides(log_sum_sq_probs), labels, lengths, cu_seqlens,
@@ -236,10 +240,10 @@ def preference_forward_op(
         loss.zero_()
         return out
     finished = torch.empty(1, dtype=torch.int32, device=logps.device)
-    addresses = [x.data_ptr() for x in sides]
+    addresses = [layout.at(x) for x in sides]
     _run(
-        "preference_forward", logps.device, batch, sums.data_ptr(), finished.data_ptr(), loss.data_ptr(),
-        losses.data_ptr(), addresses[:2], addresses[2:], partials.data_ptr(),
+        "preference_forward", logps.device, batch, layout.at(sums, torch.uint8), layout.at(finished, torch.int32),
+        layout.at(loss), layout.at(losses), addresses[:2], addresses[2:], layout.at(partials, torch.float64),
     )  # fmt: skip
     return out
 
@@ -287,7 +291,7 @@ def preference_backward_op(
         layout, logps, rejected=rejected, ref=ref, ref_rejected=ref_rejected, labels=labels, partials=partials,
         sums=sums, dloss=dloss, dlosses=dlosses, dchosen=dchosen, drejected=drejected,
     )  # fmt: skip
-    ref_per_token = layout.is_per_token(ref, logps)
+    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
     batch = _batch(
         layout, logps.dtype == torch.float64, (0, 0), (0, 0), (0, 0), labels, (0, 0), cu_seqlens, None,
         ref_per_token, [], [], 0, [0.0] * len(OPTION_ORDER), ignore_index, average, False, ld_alpha, sft_weight,
@@ -300,18 +304,13 @@ def preference_backward_op(
     if not layout.num_pairs:
         return [x for x in out if x is not None]
     of_logps, of_rejected, of_ref, of_ref_rejected = out
-    address = [0 if x is None else x.data_ptr() for x in (dloss, dlosses, dchosen, drejected)]
+    address = [layout.at(x) for x in (dloss, dlosses, dchosen, drejected)]
     _run(
-        "preference_backward", logps.device, batch, partials.data_ptr(), sums.data_ptr(), *address[:2], address[2:],
-        _gradients(layout, of_logps, of_rejected), _gradients(layout, of_ref, of_ref_rejected, ref_per_token),
+        "preference_backward", logps.device, batch, layout.at(partials, torch.float64), layout.at(sums, torch.uint8),
+        *address[:2], address[2:],
+        layout.sides(of_logps, of_rejected), layout.sides(of_ref, of_ref_rejected, ref_per_token),
     )  # fmt: skip
     return [x for x in out if x is not None]
-
-
-def _gradients(layout: _Layout, x: Tensor | None, other: Tensor | None, per_token: bool = True) -> tuple[int, int]:
-    if layout.by_sequence:
-        return 0 if x is None else x.data_ptr(), 0 if other is None else other.data_ptr()
-    return layout.sides(x, None, per_token)
 
 
 @preference_backward_op.register_fake

@@ -14,8 +14,9 @@ STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 class Head:
     """z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature, for some rows of hidden."""
 
-    hidden: Tensor  # [..., H], any strides; for engines that take tokens [*, H] with contiguous rows
-    weight: Tensor  # [V, H], any strides; for engines that take tokens contiguous rows
+    # What layout.py makes sure of: unit stride along H, and rows of `weight` that do not overlap; the rest contiguous.
+    hidden: Tensor  # [..., H], any other strides; for engines that take tokens [*, H], rows apart
+    weight: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     lora_a: Tensor | None  # [r, H]: weight + lora_scale * lora_b @ lora_a, never formed
     lora_b: Tensor | None  # [V, r]
@@ -33,10 +34,13 @@ class Head:
 class Rows:
     """All M rows of a call, ignored ones included: how many are completion tokens stays on the device."""
 
-    labels: Tensor  # [M] int64 or int32, ids of the whole vocabulary
+    labels: Tensor  # [M] int64 or int32, contiguous, ids of the whole vocabulary
     ignore_index: int
     vocab_start: int  # first id of this rank's shard
     vocab_size: int  # of all ranks
+
+    def replace(self, **changes) -> Rows:
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Forward:
-    """Per token or row, fp32 (fp64 for fp64 inputs); None where not asked for.
+    """Per token or row, contiguous, fp32 (fp64 for fp64 inputs); None where not asked for.
 
     Rows: 0 (False) where ignored, NaN (False, no bits) where the label is out of range.
     """
@@ -71,7 +75,8 @@ class Forward:
 
 @dataclass(frozen=True)
 class Upstream:
-    """Gradients arriving per token or row, in the type of Forward.logps; what ignored rows hold has no meaning."""
+    """Gradients arriving per token or row, in the type of Forward.logps and contiguous; what ignored rows hold has no
+    meaning."""
 
     coef: Tensor  # [N] dL/dlogp
     coef_entropy: Tensor | None = None  # [N] dL/dentropy; takes the exact path

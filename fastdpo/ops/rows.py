@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..routing import Routing
+from .layout import in_rows
 from .problem import Forward, Gradients, Head, Needs, Rows, Tokens, Upstream
 
 
@@ -63,18 +64,16 @@ def _with_int_seed(routing: Routing | None) -> Routing | None:
 
 
 def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """([*, H] with contiguous rows, row of it per flat row of `hidden` or None when they are the same).
+    """([*, H] with rows apart, row of it per flat row of `hidden` or None when they are the same).
 
     The usual slice ``hidden[:, :-1]`` has no flat view, but its rows lie at whole multiples of one stride: address
     them there instead of copying.
     """
     size = hidden.shape[-1]
-    if hidden.ndim <= 2 or hidden.is_contiguous():
-        return hidden.reshape(-1, size).contiguous(), None
-    step = hidden.stride(-2)
-    aligned = hidden.stride(-1) == 1 and step >= size and all(stride % step == 0 for stride in hidden.stride()[:-1])
-    if not aligned or hidden.numel() == 0:
-        return hidden.reshape(-1, size), None
+    step = hidden.stride(-2) if hidden.ndim > 2 else 0
+    aligned = step >= size and all(stride % step == 0 for stride in hidden.stride()[:-1])
+    if not aligned or hidden.is_contiguous() or hidden.numel() == 0:
+        return in_rows(hidden.reshape(-1, size), apart=True), None
     rows = torch.zeros((), dtype=torch.int64, device=hidden.device)
     last = 0
     for length, stride in zip(hidden.shape[:-1], hidden.stride()[:-1]):
@@ -84,7 +83,7 @@ def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | None]:
-    """(head with contiguous rows, tokens to score, rows whose label is out of range or None)."""
+    """(head with rows apart, tokens to score, rows whose label is out of range or None)."""
     hidden, source_rows = _as_rows(head.hidden)
     ignored = rows.labels == rows.ignore_index
     out_of_range = ((rows.labels < 0) | (rows.labels >= rows.vocab_size)) & ~ignored
@@ -97,8 +96,7 @@ def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | N
     elif kept is not None:
         source_rows = source_rows[kept]
     tokens = Tokens(labels.long() - rows.vocab_start, kept, source_rows, rows.labels.shape[0])
-    weight = head.weight if head.weight.stride(-1) == 1 else head.weight.contiguous()
-    return head.replace(hidden=hidden, weight=weight), tokens, invalid
+    return head.replace(hidden=hidden), tokens, invalid
 
 
 def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:

@@ -280,7 +280,11 @@ class _Sweep:
         slabs = range(first_block, last_block, blocks)
         dz = torch.empty(size, blocks * BLOCK, dtype=ops.head.compute_dtype, device=ops.device)
         bias = unit.weight and self.grads.bias is not None
-        column_sums = torch.empty(triton.cdiv(size, self.dz_tile.m), dz.shape[1], device=ops.device) if bias else None
+        column_sums = (
+            torch.empty(triton.cdiv(size, self.dz_tile.m), dz.shape[1], dtype=torch.float32, device=ops.device)
+            if bias
+            else None
+        )
         partial = _Partial(self.grads, blocks * BLOCK, ops) if several else None
         order = (
             ((at, slab) for slab in slabs for at in chunks)

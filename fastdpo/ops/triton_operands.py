@@ -34,10 +34,7 @@ class Operands:
         self.vocab_size, self.hidden_size = head.weight.shape
         self.num_blocks = num_blocks(self.vocab_size)
         self.hidden = _three_dimensional(head.hidden)
-        self.weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
-        self.bias = None if head.bias is None else head.bias.contiguous()
-        self.lora_a = None if head.lora_a is None else head.lora_a.contiguous()
-        self.lora_b = None if head.lora_b is None else head.lora_b.contiguous()
+        self.weight, self.bias, self.lora_a, self.lora_b = head.weight, head.bias, head.lora_a, head.lora_b
         self.rank_size = 0 if head.lora_a is None else head.lora_a.shape[0]
         self.rank_pitch = 0 if head.lora_a is None else max(16, triton.next_power_of_2(self.rank_size))
         self.item_size = head.compute_dtype.itemsize
@@ -126,9 +123,7 @@ class Operands:
 
 
 def _three_dimensional(hidden: Tensor) -> Tensor:
-    """[outer, inner, H] with unit stride along H: a view where one exists, as of the usual slice hidden[:, :-1]."""
-    if hidden.stride(-1) != 1:
-        hidden = hidden.contiguous()
+    """[outer, inner, H]: a view where one exists, as of the usual slice hidden[:, :-1]."""
     if hidden.ndim == 3:
         return hidden
     if hidden.ndim < 3:

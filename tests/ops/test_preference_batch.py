@@ -73,8 +73,11 @@ class Batch:
         self.log_sum_sq_probs = torch.where(keep, -torch.rand(shape, dtype=torch.float64), torch.nan).to(dtype)
 
     def native(self, options):
+        ref = self.ref
+        if ref is not None and self.cu_seqlens is not None and ref.shape != self.logps.shape:
+            ref = ref[:, None]  # per sequence, of packed tokens
         return batch_losses(
-            options.preference, self.logps, None, self.ref, None, labels=self.labels, cu_seqlens=self.cu_seqlens,
+            options.preference, self.logps, None, ref, None, labels=self.labels, cu_seqlens=self.cu_seqlens,
             log_sum_sq_probs=self.log_sum_sq_probs if options.use_weighting else None,
             average=options.average_log_prob, ld_alpha=options.ld_alpha,
         )  # fmt: skip
