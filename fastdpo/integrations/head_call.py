@@ -45,6 +45,7 @@ class HeadCall:
         self.head = head
         self.transform = transform  # the expected one
         self.hidden: Tensor | None = None
+        self.version: int | None = None
         self.grad_mode = True
         self.autocast: torch.dtype | None = None
         self.numbers: Tensor | None = None  # [V], the answer at every position
@@ -54,6 +55,7 @@ class HeadCall:
         if self.hidden is not None:
             raise NotImplementedError("fastdpo=True with a model that calls its lm_head twice in one forward")
         self.hidden, self.grad_mode = hidden, torch.is_grad_enabled()
+        self.version = _version(hidden)
         device = hidden.device.type
         self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         return hidden[..., :1, :]
@@ -80,6 +82,8 @@ class HeadCall:
         self, labels: Tensor, transform: LogitsTransform, options: HeadOptions, stats: tuple[str, ...]
     ) -> TokenStats:
         """Shaped like `labels`, under the autocast of the head, which may be inside of the model's forward."""
+        if _version(self.hidden) != self.version:
+            raise NotImplementedError("a model that changes in place what it has given its lm_head")
         with torch.autocast(self.hidden.device.type, self.autocast, enabled=self.autocast is not None):
             head = applied_head(self.head, self.hidden)
             return linear_token_stats(
@@ -98,6 +102,10 @@ class HeadCall:
                 lora=head.lora,
                 check_labels=options.check_labels,
             )
+
+
+def _version(hidden: Tensor) -> int | None:
+    return None if torch.compiler.is_dynamo_compiling() or hidden.is_inference() else hidden._version
 
 
 PLAIN = HeadCall(None)

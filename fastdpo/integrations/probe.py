@@ -56,7 +56,7 @@ def probe(patched: _PatchedForward) -> None:
         return (args[0] * gain, *args[1:])
 
     with _undisturbed(causal), torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         hook = head.register_forward_pre_hook(amplify)
         try:
             ids, logits = _first_logits(patched, generator)
@@ -71,7 +71,8 @@ def probe(patched: _PatchedForward) -> None:
                 f"the lm_head of {name} is given hidden states of shape {tuple(call.hidden.shape)} for logits of "
                 f"shape {tuple(logits.shape)}"
             )
-        labels = torch.randint(logits.shape[-1], (16, logits.shape[1]), generator=generator).to(logits.device)
+        shape = (16, logits.shape[1])
+        labels = torch.randint(logits.shape[-1], shape, generator=generator, device="cpu").to(logits.device)
         labels[0] = logits.argmax(-1)[0]
         expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
         allowed = call.tolerance(logits, PROBE_TOLERANCE) * max(1.0, float(logits.abs().max()))
@@ -107,7 +108,7 @@ def _first_logits(patched: _PatchedForward, generator: torch.Generator) -> tuple
     ordinary = _ordinary_tokens(patched.model)
     failure = None
     for length in (8, 64):
-        ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
+        ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator, device="cpu")]
         try:
             return ids, logits_of(patched.original(input_ids=ids))
         except Exception as error:

@@ -10,6 +10,7 @@ from torch import nn
 
 pytest.importorskip("transformers")
 
+import transformers
 from causal_models import V, assert_same, batch, build, definition
 
 from fastdpo.integrations import patch_model, unpatch_model
@@ -114,6 +115,23 @@ def test_the_head_called_twice_is_refused():
         model(**batch(), fastdpo=True)
     layer.remove()
     assert_same(patch_model(model, backward="exact"))
+
+
+def test_hidden_states_that_change_behind_the_head_are_refused():
+    class Reusing(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, **_):
+            hidden = self.model(input_ids).last_hidden_state
+            logits = self.lm_head(hidden)
+            hidden.detach().zero_() if self.training else hidden.detach()
+            return (logits,)
+
+    model = patch_model(Reusing(build().config).eval())
+    given = {name: batch()[name] for name in ("input_ids", "labels")}
+    assert model(**given, fastdpo=True).logps.shape == (3, 8)
+    with pytest.raises(NotImplementedError, match="in place"):
+        model.train()(**given, fastdpo=True)
+    with torch.inference_mode():
+        assert model.eval()(**given, fastdpo=True).logps.shape == (3, 8)
 
 
 def test_an_exception_leaves_nothing_behind():

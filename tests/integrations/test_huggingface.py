@@ -306,6 +306,15 @@ def test_zero3_is_refused():
         model(**batch(), fastdpo=True)
 
 
+def test_another_default_device(monkeypatch):
+    monkeypatch.setenv("FASTDPO_ENGINE", "reference")
+    model, inputs = build(), batch()
+    with torch.device("meta"):
+        patch_model(model, backward="exact")
+        found = model(**inputs, fastdpo=True).logps
+    torch.testing.assert_close(found, definition(model, inputs)[0], rtol=1e-5, atol=2e-5)
+
+
 def test_a_padded_vocabulary():
     """Rows beyond the tokens are part of the model's own softmax, and so of this one."""
     model = build()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 
@@ -45,6 +46,13 @@ def test_arguments_that_say_what_happens_anyway():
     expected = model(**batch(), fastdpo=True).logps
     said = {"logits_to_keep": 0, "use_cache": False, "return_dict": True, "num_items_in_batch": None}
     assert torch.equal(model(**batch(), **said, fastdpo=True).logps, expected)
+
+
+def test_one_position_has_no_label():
+    model = patch_model(build(), backward="exact")
+    stats = model(**{name: x[:, :1] for name, x in batch().items()}, fastdpo=True)
+    assert stats.logps.shape == (3, 0)
+    assert not any(grad.any() for grad in gradients(model, stats.logps.sum()).values())
 
 
 def test_a_prefix_in_a_cache():
@@ -129,3 +137,38 @@ def test_outputs_without_a_known_name(monkeypatch):
         monkeypatch.setattr(Other, "returns", staticmethod(function))
         with pytest.raises(NotImplementedError, match=match):
             model(**batch(), fastdpo=True)
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+def test_the_load_balancing_loss_in_distributed_data_parallel(find_unused_parameters, tmp_path):
+    """DDP looks through what is returned for parameters that take part: routers do by this loss alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model = mixture()
+        asked = {"output_router_logits": True, "fastdpo": True}
+
+        def loss(module):
+            stats = module(**batch(), **asked)
+            return stats.aux_loss - stats.logps.sum()
+
+        expected = gradients(model, loss(model))
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+        for _ in range(2):
+            grads = gradients(model, loss(parallel))
+            assert grads.keys() == expected.keys()
+            for name, grad in grads.items():
+                torch.testing.assert_close(grad, expected[name], msg=name)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_the_load_balancing_loss_is_compiled_whole():
+    torch._dynamo.reset()
+    model = mixture()
+    expected = model(**batch(), output_router_logits=True, fastdpo=True)
+    model.set_experts_implementation("batched_mm")  # the default's loop over experts breaks the graph
+    model.compile(backend="eager", fullgraph=True)
+    found = model(**batch(), output_router_logits=True, fastdpo=True)
+    torch.testing.assert_close(found.aux_loss, expected.aux_loss)
+    torch.testing.assert_close(found.logps, expected.logps, rtol=1e-5, atol=2e-5)
+    assert type(found) is type(expected)
