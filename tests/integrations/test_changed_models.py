@@ -346,3 +346,18 @@ def test_a_configuration_that_changes_under_torch_compile():
         torch.testing.assert_close(
             model(**batch(), fastdpo=True).logps, definition(model, batch())[0], rtol=1e-5, atol=2e-5
         )
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "float16", "float64", "autocast", "autocast, then not"])
+@pytest.mark.parametrize("name", ["gemma2 (softcap)", "granite (divides)", "hyperclovax (multiplies)", "phi (bias)"])
+def test_other_types_after_patching(name, how):
+    """Rounding is no other function."""
+    model = patch_model(build(name), backward="exact")
+    if "autocast" not in how:
+        model.to(getattr(torch, how))
+    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in how):
+        found = model(**batch(), fastdpo=True).logps
+    if how == "autocast, then not":
+        assert_same(model)
+    expected, _ = definition(model, batch())
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=2e-5 if how == "float64" else 0.4, check_dtype=False)
