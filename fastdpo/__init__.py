@@ -1,7 +1,7 @@
 """Preference training without logits; see README.md. The public names, nothing else."""
 
 from ._version import __version__
-from .integrations import patch_model, patch_trl, unpatch_model, unpatch_trl
+from .integrations import ModelTokenStats, patch_model, patch_trl, unpatch_model, unpatch_trl
 from .logps import LinearLogpsFunction, TokenStats, linear_logps, linear_token_stats
 from .ops import backends
 from .preference import (
@@ -18,6 +18,7 @@ __all__ = [
     "DPOOutput",
     "LinearDPOLoss",
     "LinearLogpsFunction",
+    "ModelTokenStats",
     "PreferenceLossFunction",
     "PreferenceOutput",
     "TokenStats",

@@ -1,4 +1,4 @@
-"""Hugging Face causal language models: `model(..., labels=labels, fastdpo=True)` returns TokenStats.
+"""Hugging Face causal language models: `model(..., labels=labels, fastdpo=True)` returns ModelTokenStats.
 
 hidden = what the model's own forward gives its lm_head; the module itself is run on one position per sequence
 logps[t] = log p(labels[t + 1])     from hidden[t] and the lm_head; the logits, [B, T, V], never exist
@@ -8,37 +8,30 @@ from __future__ import annotations
 
 import inspect
 import math
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..logps import TokenStats, linear_token_stats
 from ..ops.problem import STATS
 from ..validation import HeadOptions, check_names
-from .lm_head import applied_head
+from .head_call import PLAIN, HeadCall, LogitsTransform, calling, other_hooks, place_hooks, remove_hooks
+from .lm_head import origin
+from .probe import declared_transforms, logits_of, probe
 
 OPTIONS = ("backward", "tau", "seed", "temperature", "ignore_index", "check_labels", "stats")
-
-# Under these names configurations hold the factor of the logits: Cohere, Muse and Falcon-H1 multiply by it,
-# Granite divides by logits_scaling, MiniCPM3 and Inkling divide hidden by theirs, and HyperCLOVA X
-# multiplies by logits_scaling. Both ways are tried; the model's own logits decide.
-FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-# The probe raises the logits to this size: small ones do not show a softcap of 30 (Gemma, xLSTM)
-PROBE_LOGIT = 60.0
-# Largest disagreement, relative to the largest logit, by the type the model computes its logits in. A wrong
-# scale or softcap is off by a good part of the logit itself; fp32 products may run in TF32.
-PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# Arguments of a call that can have one meaning only, and the values that mean it
+NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
+OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+# Attributes of the model: the patch, whatever has since been put around its `forward`; and accelerate's, while it is
+# prepared, of the forward without autocast
+STATE, UNPREPARED = "_fastdpo", "_original_forward"
 
 
 def patch_model(model, **options):
     """Teach `model` to return token log-probs: ``model(input_ids, ..., labels=labels, fastdpo=True)``.
 
-    Such a call runs the model's own forward up to the lm_head and returns a `TokenStats` of shape
+    Such a call runs the model's own forward up to the lm_head and returns `ModelTokenStats` of shape
     ``[B, T - 1]`` for `labels` shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as
     they are. Equivalent to::
 
@@ -50,8 +43,9 @@ def patch_model(model, **options):
 
     Args:
         model: a ``PreTrainedModel`` with an lm_head, causal or vision-language, or a ``PeftModel`` or
-            ``torch.compile`` around one (the model inside is patched). PEFT and ``torch.compile`` may wrap it
-            before or after; DDP, FSDP and the like, after. It must be able to run on ``input_ids`` alone.
+            ``torch.compile`` around one (the model inside is patched). PEFT, ``torch.compile`` and accelerate's
+            ``prepare`` may come before or after; DDP, FSDP and the like, after. It must be able to run on
+            ``input_ids`` alone.
         backward, tau, seed, temperature, ignore_index, check_labels: as in `linear_logps`. Scale, softcap
             and bias are the model's own.
         stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
@@ -62,58 +56,70 @@ def patch_model(model, **options):
     Raises:
         TypeError, ValueError: naming the option, or what `model` lacks; also when the log-probs of a few
             random tokens are not the model's own, naming its class and the difference. The model is then
-            as it was.
+            as it was. From a call: an argument that would have no effect, and a model that has changed since.
         NotImplementedError: from here or from a call, a head that is quantised, offloaded or split by ZeRO-3,
-            or adapted by something else than LoRA, DoRA, ``modules_to_save`` and trainable tokens; naming it.
+            adapted by something else than LoRA, DoRA, ``modules_to_save`` and trainable tokens, or has a forward
+            or a hook of its own that would be left out; naming it. ``DataParallel``.
 
     Guarantees:
         Those of `linear_token_stats`. Patching leaves parameters, gradients, training modes and random
         generators as they were; `deepcopy`, `pickle`, `save_pretrained` and `generate` go on working. LoRA
         on the lm_head stays two factors, also of several active adapters; an active ``lora_dropout`` there,
         DoRA and trainable tokens cost one copy of its weight per call. Under prompt tuning PEFT puts virtual
-        tokens before the labels, so the result has as many more positions, all 0. The load-balancing loss of
-        experts is not part of the result.
+        tokens before the labels, so the result has as many more positions, all 0. Calls in several threads, with
+        and without ``fastdpo=True``, do not see each other. What the model makes of its lm_head's output is measured
+        in every call: another scale or softcap of its configuration is followed, and anything else raises; on a GPU
+        and in a compiled graph, where looking would be to wait, log-probs and gradients are then NaN.
     """
     settings = _Settings.of(options)
     causal = _causal_model(model)
-    patched = _patched_forward(causal)
-    if patched is not None:
+    patched = causal.__dict__.get(STATE)
+    if patched is not None and _leads_to_a_patch(causal.__dict__.get("forward")):
         patched.settings = settings
+        causal._replicate_for_data_parallel = _refuse_data_parallel
         return model
-    patched = _PatchedForward(causal, causal.__dict__.get("forward"), settings)
+    patched = _PatchedForward(causal, settings)
     try:
-        patched.transform = _probe(causal, patched)
+        probe(patched)
     except Exception:
-        _take_out_taps(causal)
+        remove_hooks(causal)
         raise
-    causal.forward = patched
+    causal.__dict__[STATE] = causal.forward = patched
+    causal._replicate_for_data_parallel = _refuse_data_parallel
     return model
 
 
 def unpatch_model(model):
-    """Take `patch_model` back; a model that is not patched is left as it is. Returns `model`."""
+    """Take `patch_model` back; a model that is not patched is left as it is. Returns `model`.
+
+    What accelerate or another has put around the model's `forward` since stays there, and ends in the model's own.
+    """
     causal = _causal_model(model)
-    patched = _patched_forward(causal)
-    if patched is not None:
-        del causal.forward
-        if patched.previous is not None:
-            causal.forward = patched.previous
-        _take_out_taps(causal)
+    patched, own = causal.__dict__.get(STATE), causal.__dict__.get("forward")
+    if patched is None:
+        return model
+    if own is patched or isinstance(getattr(own, "__func__", None), _Unbound):
+        del causal.forward, causal.__dict__[STATE]
+        if patched.own is not None:
+            causal.forward = patched.own
+    patched.settings = None
+    causal.__dict__.pop("_replicate_for_data_parallel", None)
+    remove_hooks(causal)
     return model
 
 
-def _take_out_taps(model: nn.Module) -> None:
-    for module in model.modules():
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Tap):  # PEFT's modules_to_save has copies
-                del module._forward_pre_hooks[key]
+class ModelTokenStats(NamedTuple):
+    """`TokenStats` of a model's call, and what the model returned besides logits, None where it did not."""
 
-
-class LogitsTransform(NamedTuple):
-    """What a model makes of ``z = lm_head(hidden)``: ``softcap * tanh(logit_scale * z / softcap)``."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
+    logps: Tensor  # [B, T - 1]; these five as in TokenStats
+    entropy: Tensor | None
+    mean_logit: Tensor | None
+    is_top1: Tensor | None
+    log_sum_sq_probs: Tensor | None
+    aux_loss: Tensor | None = None  # 0-d, the router's load-balancing loss; differentiable, without its coefficient
+    hidden_states: tuple[Tensor, ...] | None = None  # of output_hidden_states=True, at all T positions, as the others
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 class _Settings(NamedTuple):
@@ -130,97 +136,204 @@ class _Settings(NamedTuple):
         return _Settings(head, stats)
 
 
-class _Tap:
-    """A forward pre-hook of the lm_head, in place for good: registering one cannot be compiled."""
-
-    head = None  # that of the call in progress; PEFT may have put the one that was patched inside another
-    hidden: Tensor | None = None  # what it was given
-
-    def __call__(self, module: nn.Module, args: tuple):
-        if module is not self.head:
-            return None
-        self.hidden = args[0]
-        return (args[0][..., :1, :], *args[1:])
-
-
 class _PatchedForward:
     """The instance's `forward`: an object and not a closure, so that the model can be copied and pickled."""
 
-    def __init__(self, model: nn.Module, previous, settings: _Settings):
+    def __init__(self, model: nn.Module, settings: _Settings):
         self.model = model
-        self.previous = previous  # a forward of the instance's own, TRL's for one; None: the class's
-        self.settings = settings
-        self.transform = LogitsTransform()
-        self.tap = _Tap()
+        self.previous = model.__dict__.get("forward")  # the instance's own, TRL's for one; None: the class's
+        self.unprepared = model.__dict__.get(UNPREPARED)
+        self.settings: _Settings | None = settings  # None: unpatched, inside of what else has wrapped the forward
+        self.seen = (None, LogitsTransform())  # what the configuration declared, and which of it the model does
+        self.taken = (None, ())  # a forward, and the names of its positional arguments
+        self.forward_then = self.forward_name()
+
+    def __getstate__(self):
+        return self.__dict__ | {"taken": (None, ())}
+
+    @property
+    def own(self):
+        """The instance's own forward, without what accelerate has wrapped and taken back since."""
+        unprepared = self.unprepared is not None and UNPREPARED not in self.model.__dict__
+        return self.unprepared if unprepared else self.previous
 
     @property
     def original(self):
-        return self.previous if self.previous is not None else type(self.model).forward.__get__(self.model)
+        own = self.own
+        return own if own is not None else type(self.model).forward.__get__(self.model)
+
+    def call_original(self, *args, **kwargs):
+        """Not through `original`: where a graph breaks, dynamo makes the bound method anew, as ``model.forward``."""
+        own = self.own
+        return type(self.model).forward(self.model, *args, **kwargs) if own is None else own(*args, **kwargs)
+
+    @property
+    def transform(self) -> LogitsTransform:
+        return self.seen[1]
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.original)  # generate, Trainer and PEFT read argument names from it
 
+    # accelerate wraps `__func__` and, to undo that, takes the innermost `__wrapped__`: what it binds to the model
+    __func__ = __wrapped__ = property(lambda self: _Unbound(self.__signature__))
+
     def __call__(self, *args, fastdpo: bool = False, **kwargs):
         if not fastdpo:
-            return self.original(*args, **kwargs)
-        # By name, since the backbone takes them in another order; None is every backbone's default
-        arguments = inspect.signature(self.original).bind_partial(*args).arguments | kwargs
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        for name in ("logits_to_keep", "num_items_in_batch"):
-            if name in arguments:
-                raise TypeError(f"{name} has no effect with fastdpo=True; got {arguments[name]!r}")
+            return calling(PLAIN, self.call_original, *args, **kwargs)
+        if self.settings is None:
+            raise TypeError(f"fastdpo=True, but unpatch_model was called with this {type(self.model).__name__}")
+        arguments = self.arguments(args, kwargs)
         labels, shift_labels = arguments.pop("labels", None), arguments.pop("shift_labels", None)
         if (labels is None) == (shift_labels is None):
             given = "neither" if labels is None else "both"
             raise ValueError(f"fastdpo=True takes either labels or shift_labels; got {given}")
-        hidden = self.hidden(**arguments)
-        if shift_labels is not None:
-            return self.score(hidden, shift_labels)
-        if labels.shape != hidden.shape[:-1]:
-            raise ValueError(f"labels must have shape {tuple(hidden.shape[:-1])}; got {tuple(labels.shape)}")
-        # The labels move and not hidden, [B, T, H], which a slice would copy
-        last = labels.new_full((labels.shape[0], 1), self.settings.head.ignore_index)
-        stats = self.score(hidden, torch.cat((labels[:, 1:], last), dim=1))
-        return TokenStats(*(None if x is None else x[:, :-1] for x in stats))
+        call, output = self.run(**arguments)
+        name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
+        if targets.shape != call.hidden.shape[:-1]:
+            raise ValueError(f"{name} must have shape {tuple(call.hidden.shape[:-1])}; got {tuple(targets.shape)}")
+        transform, factor = self.followed(call, logits_of(output))
+        if transform.logit_scale != call.transform.logit_scale:  # then other numbers show its softcap
+            return self(*args, fastdpo=True, **kwargs)
+        if shift_labels is None:
+            # The labels move and not hidden, [B, T, H], which a slice would copy
+            last = labels.new_full((labels.shape[0], 1), self.settings.head.ignore_index)
+            targets = torch.cat((labels[:, 1:], last), dim=1)
+        stats = call.token_stats(targets, transform, *self.settings)
+        if factor is not None:
+            stats = [x if x is None or x.dtype == torch.bool else x * factor for x in stats]
+        if shift_labels is None:
+            stats = [None if x is None else x[:, :-1] for x in stats]
+        return ModelTokenStats(*stats, **_besides_logits(output))
 
-    def hidden(self, **arguments) -> Tensor:
-        """[B, T, H]: what the model's own forward gives the lm_head, which is then run on one position only."""
-        head, tap = self.model.get_output_embeddings(), self.tap  # looked up now: PEFT and FSDP replace modules
-        if list(head._forward_pre_hooks.values())[-1:] != [tap]:  # the last: FSDP's casts what the head is given
-            _take_out_taps(head)
-            head.register_forward_pre_hook(tap)
-        if "use_cache" in self.__signature__.parameters:
+    def arguments(self, args: tuple, kwargs: dict) -> dict:
+        """By name, since the backbone takes them in another order; None is every backbone's default."""
+        original = self.original
+        function = getattr(original, "__func__", original)
+        known, names = self.taken
+        if known is not function:
+            parameters = inspect.signature(original).parameters
+            named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            names = tuple(name for name, parameter in parameters.items() if parameter.kind in named)
+            self.taken = (function, names)
+        positional = dict(zip(names, args))
+        twice = [name for name in positional if name in kwargs]
+        if twice or len(args) > len(names):
+            what = f"{twice[0]} twice" if twice else f"{len(args)} positional arguments"
+            raise TypeError(f"{type(self.model).__name__} takes {', '.join(names)}; got {what}")
+        arguments = {name: x for name, x in (positional | kwargs).items() if x is not None}
+        for name, value in arguments.items():
+            if name in OPTIONS and name not in names:
+                raise TypeError(f"{name} is an option of patch_model, not of a call; got {value!r}")
+            meaningless = name in NO_EFFECT and (isinstance(value, Tensor) or value not in NO_EFFECT[name])
+            if meaningless or (name.startswith("output_") and name not in OUTPUTS and value):
+                raise TypeError(f"{name} has no effect with fastdpo=True; got {value!r}")
+        if "use_cache" in names:
             arguments["use_cache"] = False
-        tap.head = head
-        try:
-            self.original(**arguments)
-            hidden = tap.hidden
-        finally:
-            tap.head = tap.hidden = None
-        if hidden is None:
-            raise ValueError(f"{type(self.model).__name__} does not call its output embeddings")
-        return hidden
+        if not getattr(self.model.config, "return_dict", True):
+            arguments["return_dict"] = True  # what the model returns is told apart by name
+        return arguments
 
-    def score(self, hidden: Tensor, labels: Tensor) -> TokenStats:
-        head = applied_head(self.model.get_output_embeddings(), hidden)
-        options = self.settings.head
-        return linear_token_stats(
-            head.hidden,
-            head.weight,
-            labels.to(hidden.device),  # device_map may put inputs and head on two devices
-            head.bias,
-            stats=self.settings.stats,
-            ignore_index=options.ignore_index,
-            logit_scale=self.transform.logit_scale,
-            softcap=self.transform.softcap,
-            temperature=options.temperature,
-            backward=options.backward,
-            tau=options.tau,
-            seed=options.seed,
-            lora=head.lora,
-            check_labels=options.check_labels,
+    def run(self, **arguments) -> tuple[HeadCall, object]:
+        """The model's own forward, with known numbers as its logits."""
+        head = self.model.get_output_embeddings()  # looked up now: PEFT and FSDP replace modules
+        place_hooks(head)
+        call = HeadCall(head, self.transform)
+        output = calling(call, self.call_original, **arguments)
+        name = type(self.model).__name__
+        if call.hidden is None or call.numbers is None:
+            raise ValueError(f"{name} does not call its output embeddings")
+        if call.grad_mode != torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{name} calls its lm_head in another grad mode: under no_grad, or inside of a reentrant checkpoint"
+            )
+        logits = logits_of(output)
+        if logits.shape != call.shape:
+            raise ValueError(f"{name} makes logits {tuple(logits.shape)} of its lm_head's {tuple(call.shape)}")
+        if logits.requires_grad:
+            raise NotImplementedError(f"{name} computes its logits with trainable parameters behind its lm_head")
+        return call, output
+
+    def followed(self, call: HeadCall, logits: Tensor) -> tuple[LogitsTransform, Tensor | None]:
+        """What the model makes of its lm_head's output now; and NaN if that is something else after all, 1 if not,
+        None where it has been looked at: on a GPU that would be to wait, in a graph it cannot be done."""
+        known, transform = self.seen
+        declared = declared_transforms(self.model.config)
+        shown = call.shows(logits, transform)
+        compiling = torch.compiler.is_dynamo_compiling()
+        if compiling and declared != known:
+            raise RuntimeError("the configuration has changed since the last call outside of torch.compile")
+        if declared == known and (compiling or shown.device.type != "cpu" or type(shown) is not Tensor):
+            return transform, torch.where(shown, 1.0, math.nan)
+        if not shown:
+            transform = next((x for x in declared if call.shows(logits, x)), None)
+            if transform is None:
+                raise ValueError(self._what_changed(call, known, declared))
+        self.seen = (declared, transform)
+        return transform, None
+
+    def _what_changed(self, call: HeadCall, known: list, declared: list) -> str:
+        now, hooks = self.forward_name(), ", ".join(origin(hook) for hook in other_hooks(call.head))
+        suspects = {
+            "its configuration": declared != known,
+            f"its forward, {now} instead of {self.forward_then}": now != self.forward_then,
+            f"a hook of its lm_head, {hooks}": bool(hooks),
+            "its training mode": self.model.training,
+        }
+        found = [what for what, suspected in suspects.items() if suspected]
+        return (
+            f"{type(self.model).__name__} makes something else of its lm_head's output than when it was patched "
+            f"({self.transform}), and no scale or softcap that its configuration names. What may have changed it: "
+            f"{'; '.join(found) or 'an attribute, a buffer or a module behind the lm_head'}"
         )
+
+    def forward_name(self) -> str:
+        return origin(getattr(self.original, "__func__", self.original))
+
+
+class _Unbound:
+    """`_PatchedForward` as a function of the model: what is made of it for one model serves that one's copies."""
+
+    def __init__(self, bound: inspect.Signature):
+        this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        self.__signature__ = bound.replace(parameters=[this, *bound.parameters.values()])
+
+    @property
+    def __name__(self):
+        raise AttributeError("a patched model that accelerate has unwrapped is pickled after a call, or unpatched")
+
+    def __call__(self, model: nn.Module, *args, **kwargs):
+        patched = model.__dict__[STATE]
+        if getattr(model.__dict__["forward"], "__func__", None) is self and not torch.compiler.is_dynamo_compiling():
+            model.forward = patched  # a bound method is pickled by a name that the class would have to have
+        return patched(*args, **kwargs)
+
+
+def _leads_to_a_patch(forward) -> bool:
+    """Through accelerate's and other decorators that say what they have wrapped."""
+    while forward is not None:
+        if isinstance(getattr(forward, "__func__", forward), (_PatchedForward, _Unbound)):
+            return True
+        forward = getattr(forward, "__wrapped__", None)
+    return False
+
+
+def _refuse_data_parallel():
+    """In the place of the method by which DataParallel copies a module, whose copies would share one `forward`."""
+    raise NotImplementedError("a patched model in DataParallel; use DistributedDataParallel, or make one GPU visible")
+
+
+def _besides_logits(output) -> dict:
+    """The fields of ModelTokenStats that are not TokenStats'."""
+    if not hasattr(output, "keys"):
+        if len(output) > 1:
+            raise NotImplementedError(f"fastdpo=True with a model that returns a tuple of {len(output)}, without names")
+        return {}
+    fields = ("aux_loss", "hidden_states", "attentions", "router_logits")
+    for name in output.keys():
+        if name.endswith("loss") and name not in fields and output[name] is not None:
+            raise NotImplementedError(f"fastdpo=True with a model that returns {name}")
+    return {name: output[name] for name in fields if name in output.keys()}
 
 
 def _causal_model(model) -> nn.Module:
@@ -234,116 +347,3 @@ def _causal_model(model) -> nn.Module:
     if causal.get_output_embeddings() is None:
         raise TypeError(f"model must have output embeddings (an lm_head); {name} has none")
     return causal
-
-
-def _patched_forward(causal: nn.Module) -> _PatchedForward | None:
-    forward = causal.__dict__.get("forward")
-    return forward if isinstance(forward, _PatchedForward) else None
-
-
-def _transforms(config) -> list[LogitsTransform]:
-    """What the configuration may mean, the likeliest first."""
-
-    def declared(names: tuple[str, ...]) -> list[float]:
-        values = [getattr(config, name, None) for name in names]
-        return [float(x) for x in values if isinstance(x, (int, float)) and not isinstance(x, bool) and x > 0]
-
-    factors, divisors = declared(FACTORS), declared(DIVISORS)
-    scales = [*factors, *(1 / x for x in divisors), *divisors, *(1 / x for x in factors), 1.0]
-    return [LogitsTransform(s, c) for c in (*declared(SOFTCAPS), None) for s in dict.fromkeys(scales)]
-
-
-@torch.no_grad()
-def _probe(causal: nn.Module, patched: _PatchedForward) -> LogitsTransform:
-    """The transform under which the log-probs of a few random tokens are those of the model's own logits."""
-    name, head = type(causal).__name__, causal.get_output_embeddings()
-    gain = 1.0
-
-    def amplify(module, args):
-        return (args[0] * gain, *args[1:])
-
-    with _undisturbed(causal):
-        generator = torch.Generator().manual_seed(0)
-        hook = head.register_forward_pre_hook(amplify)
-        try:
-            ids, logits = _first_logits(patched, generator)
-            gain = max(1.0, PROBE_LOGIT / max(float(logits.abs().max()), 1e-6))
-            logits = _logits(patched, ids)[:, :8]
-            hidden = patched.hidden(input_ids=ids)[:, :8]
-        finally:
-            hook.remove()
-        if logits.shape[:-1] != hidden.shape[:-1]:
-            raise ValueError(
-                f"the lm_head of {name} is given hidden states of shape {tuple(hidden.shape)} for logits of "
-                f"shape {tuple(logits.shape)}"
-            )
-        labels = torch.randint(logits.shape[-1], (16, logits.shape[1]), generator=generator).to(logits.device)
-        labels[0] = logits.argmax(-1)[0]
-        expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
-        tolerance = max(PROBE_TOLERANCE.get(x.dtype, 0.0) for x in (hidden, logits))
-        allowed = tolerance * max(1.0, float(logits.abs().max()))
-
-        trial = _PatchedForward(causal, patched.previous, _Settings(HeadOptions(), ()))
-        differences = []
-        for transform in _transforms(causal.config.get_text_config()):
-            trial.transform = transform
-            logps = trial.score(hidden.expand(len(labels), -1, -1), labels).logps
-            difference = (logps.to(expected) - expected).abs().max().nan_to_num(nan=math.inf).item()
-            if difference <= allowed:
-                return transform
-            differences.append(difference)
-    raise ValueError(
-        f"the log-probs of {name} do not follow from its hidden states and lm_head: with any scale and "
-        f"softcap that its configuration names, they differ from its own by {min(differences):.3g} nats or "
-        f"more (allowed: {allowed:.2g})"
-    )
-
-
-def _first_logits(patched: _PatchedForward, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(ids [1, T], the model's logits), for the first T that the model takes: some compute in chunks of 64."""
-    ordinary = _ordinary_tokens(patched.model)
-    failure = None
-    for length in (8, 64):
-        ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator)]
-        try:
-            return ids, _logits(patched, ids)
-        except Exception as error:
-            failure = failure or error
-    name = type(patched.model).__name__
-    raise ValueError(f"patch_model probes a model with input_ids alone, which {name} refuses: {failure}") from failure
-
-
-def _logits(patched: _PatchedForward, ids: Tensor) -> Tensor:
-    output = patched.original(input_ids=ids)
-    return output["logits"] if hasattr(output, "keys") else output[0]
-
-
-def _ordinary_tokens(causal: nn.Module) -> Tensor:
-    """Ids without those the configuration names: an image's placeholder needs more than its id."""
-    embeddings = causal.get_input_embeddings().weight
-    special = set()
-    configs = [causal.config]
-    for config in configs:
-        for name, value in vars(config).items():
-            if hasattr(value, "to_diff_dict"):
-                configs.append(value)
-            elif name.endswith(("_id", "_ids", "_index")):
-                special.update(value if isinstance(value, (list, tuple)) else [value])
-    # Below 1000: placeholders that no configuration names come late in vocabularies
-    ordinary = [i for i in range(min(embeddings.shape[0], 1000)) if i not in special]
-    return torch.tensor(ordinary, device=embeddings.device)
-
-
-@contextmanager
-def _undisturbed(model: nn.Module):
-    """Evaluation mode without autocast; training modes and random generators are put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

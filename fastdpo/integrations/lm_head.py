@@ -1,7 +1,7 @@
 """What an lm_head would apply to hidden now: z = hidden @ weight.T + bias + s * (hidden @ A.T) @ B.T.
 
-Plain modules, PEFT's LoRA (factors stay factors), DoRA, modules_to_save and trainable tokens. Whatever is
-none of these is refused by name.
+Linear modules, PEFT's LoRA (factors stay factors), DoRA, modules_to_save and trainable tokens. Whatever is
+none of these, or has a forward or hooks of its own that this arithmetic would leave out, is refused by name.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..validation import FLOATS
@@ -33,12 +34,17 @@ def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
     """Takes the output embeddings and the hidden states [..., H] they are given.
 
     Raises:
-        NotImplementedError: naming the module's type, or the adapter and the option, that is not supported.
+        NotImplementedError: naming the module's type, or the adapter and the option, that is not supported; or the
+            hook or the forward that would be left out. The caller runs the forward hooks of `module` itself.
 
     Guarantees:
         Plain and LoRA heads are never copied. DoRA, trainable tokens and LoRA with an active dropout cost one
         copy of `weight` per call; PEFT's own forward makes one for the first two, besides the logits.
     """
+    _refuse_hooks_of_every_module()
+    _refuse_backward_hooks(module)
+    if "_orig_mod" in module._modules:  # torch.compile
+        module = _inner(module._modules["_orig_mod"])
     if "peft" in sys.modules:
         from peft.tuners.lora import Linear as LoraLinear
         from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -47,18 +53,23 @@ def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
 
         if isinstance(module, AuxiliaryTrainingWrapper):
             _refuse_mixed_batches(module)
+        if isinstance(module, ModulesToSaveWrapper):
+            _refuse_forward(module, AuxiliaryTrainingWrapper)
+            return AppliedHead(hidden, *_linear(_saved(module)), None)
         if isinstance(module, TrainableTokensWrapper):
-            module = module.token_adapter
+            _refuse_forward(module, AuxiliaryTrainingWrapper)
+            module = _inner(module.token_adapter)
         if isinstance(module, LoraLinear):
+            _refuse_forward(module, LoraLinear)
             return _lora(module, hidden)
         if isinstance(module, TrainableTokensLayer):
+            _refuse_forward(module, TrainableTokensLayer)
             return _trainable_tokens(module, hidden)
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            if not isinstance(module, ModulesToSaveWrapper):
-                raise NotImplementedError(
-                    f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
-                    "trainable tokens, LoRA and DoRA"
-                )
+            raise NotImplementedError(
+                f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
+                "trainable tokens, LoRA and DoRA"
+            )
     return AppliedHead(hidden, *_plain(module), None)
 
 
@@ -66,22 +77,87 @@ def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
         raise NotImplementedError(f"an lm_head of type {_name(module)}, which holds no weight")
-    if hasattr(weight, "full_tensor"):
-        # FSDP2's shard; the gradient is scattered on the way back
-        return weight.full_tensor(), None if bias is None else bias.full_tensor()
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise NotImplementedError(
             "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
         )
     if weight.is_meta:
         raise NotImplementedError(f"an lm_head of type {_name(module)} whose weight is offloaded (device meta)")
+    if hasattr(weight, "full_tensor"):
+        # FSDP2's shard; the gradient is scattered on the way back
+        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     kind = type(weight.data).__name__ if is_traceable_wrapper_subclass(weight) else str(weight.dtype)
     if is_traceable_wrapper_subclass(weight) or weight.dtype not in FLOATS or weight.ndim != 2:
         raise NotImplementedError(
             f"an lm_head of type {_name(module)} with a weight of {kind}: fastdpo does not compute quantised "
             "heads; leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
         )
+    _refuse_forward(module, nn.Linear)
     return weight, bias
+
+
+def _linear(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """`_plain`, of a module that another one calls."""
+    return _plain(_inner(module))
+
+
+def _saved(wrapper: nn.Module) -> nn.Module:
+    """Which of its modules PEFT's modules_to_save would call now."""
+    active = wrapper.active_adapters
+    if wrapper.disable_adapters or not active or any(name not in wrapper._adapters for name in active):
+        return wrapper.original_module
+    return wrapper.modules_to_save[active[0]]
+
+
+def _refuse_forward(module: nn.Module, known: type) -> None:
+    """Raises unless calling `module` runs the forward of `known`."""
+    own = module.__dict__.get("forward")
+    if type(module).forward is not known.forward or type(module).__call__ is not nn.Module.__call__:
+        raise NotImplementedError(f"an lm_head of type {_name(module)}, which has a forward of its own")
+    if own is None or type(own).__module__.split(".")[0] == "fastdpo":  # lazy logits: the same function of hidden
+        return
+    hook = module.__dict__.get("_hf_hook")  # accelerate's: the devices of a device_map
+    hooks = getattr(hook, "hooks", (hook,))
+    inner = getattr(module.__dict__.get("_old_forward"), "__func__", None)
+    if inner is not known.forward or any(_name(x) != "accelerate.hooks.AlignDevicesHook" for x in hooks):
+        name = getattr(own, "__qualname__", None) or _name(own)
+        raise NotImplementedError(f"an lm_head of type {_name(module)} whose forward was replaced by {name}")
+
+
+def _inner(module: nn.Module) -> nn.Module:
+    """A module that is not run as it is: raises for a hook of it that is neither torch's nor of a call's own."""
+    for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+        if not _is_known(hook):
+            raise NotImplementedError(f"a forward hook, {origin(hook)}, on the {_name(module)} inside of an lm_head")
+    _refuse_backward_hooks(module)
+    return module
+
+
+def _refuse_backward_hooks(module: nn.Module) -> None:
+    for hook in (*module._backward_pre_hooks.values(), *module._backward_hooks.values()):
+        raise NotImplementedError(f"a backward hook, {origin(hook)}, on the lm_head: it would not run")
+
+
+def _refuse_hooks_of_every_module() -> None:
+    """A global pre-hook runs before what is given is looked at; another hook's work on the logits would be lost."""
+    after = every_module._global_forward_hooks, every_module._global_backward_hooks
+    for hooks in (*after, every_module._global_backward_pre_hooks):
+        for hook in hooks.values():
+            if not _is_known(hook):
+                raise NotImplementedError(
+                    f"a hook of every module, {origin(hook)}: its work on the lm_head would be lost"
+                )
+
+
+def _is_known(hook) -> bool:
+    """torch's make the weight (weight_norm, prune), gather it (FSDP) or count; ours do nothing there."""
+    return origin(hook).split(".")[0] in ("torch", "fastdpo")
+
+
+def origin(hook) -> str:
+    hook = getattr(hook, "func", hook)  # functools.partial
+    name = getattr(hook, "__qualname__", None)
+    return _name(hook) if name is None else f"{hook.__module__}.{name}"
 
 
 def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
@@ -89,11 +165,14 @@ def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
     _refuse_mixed_batches(layer)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as PEFT's forward does
-    weight, bias = _plain(layer.get_base_layer())
+    weight, bias = _linear(layer.get_base_layer())
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if layer.disable_adapters or layer.merged or not names:
         return AppliedHead(hidden, weight, bias, None)
 
+    for name in names:
+        for factor in (layer.lora_A[name], layer.lora_B[name]):
+            _refuse_forward(_inner(factor), nn.Linear)
     factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])) for name in names]
     dropped = [name for name in names if _drops(layer.lora_dropout[name])]
     variants = [name for name in names if name in layer.lora_variant]
@@ -139,16 +218,18 @@ def _with_dropout(layer: nn.Module, names: list[str], hidden: Tensor, weight: Te
 
 
 def _trainable_tokens(layer: nn.Module, hidden: Tensor) -> AppliedHead:
-    if layer.disable_adapters and layer.merged:
+    if (layer.disable_adapters or not layer.active_adapters) and layer.merged:
         layer.unmerge()
-    weight, bias = _plain(layer.base_layer)
+    weight, bias = _linear(layer.base_layer)
     if not layer.disable_adapters and not layer.merged and layer.active_adapters:
         weight, bias = layer.get_merged_weights(layer.active_adapters), None  # PEFT leaves the bias out, too
     return AppliedHead(hidden, weight, bias, None)
 
 
 def _drops(dropout: nn.Module) -> bool:
-    return dropout.training and getattr(dropout, "p", 0.0) > 0.0
+    if type(dropout) is nn.Dropout:
+        return dropout.training and dropout.p > 0.0
+    return type(dropout) is not nn.Identity
 
 
 def _refuse_mixed_batches(module: nn.Module) -> None:
@@ -156,5 +237,5 @@ def _refuse_mixed_batches(module: nn.Module) -> None:
         raise NotImplementedError("several adapters in one batch (adapter_names) on the lm_head")
 
 
-def _name(module: nn.Module) -> str:
+def _name(module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"

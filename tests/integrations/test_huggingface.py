@@ -16,7 +16,8 @@ import tiny_models
 import transformers
 from causal_models import MODELS, SHAPE, V, assert_same, batch, build, definition, gradients
 
-from fastdpo.integrations import huggingface, patch_model, unpatch_model
+import fastdpo
+from fastdpo.integrations import head_call, patch_model, probe, unpatch_model
 from fastdpo.integrations.huggingface import LogitsTransform, _PatchedForward
 
 
@@ -46,7 +47,7 @@ def test_statistics_temperature_and_options():
     torch.testing.assert_close(stats.log_sum_sq_probs, sum_sq, rtol=1e-5, atol=2e-5)
     top1 = (logps.argmax(-1) == inputs["labels"][:, 1:]) & ~ignored
     assert torch.equal(stats.is_top1, top1)
-    for name in stats._fields:
+    for name in fastdpo.TokenStats._fields:
         assert getattr(stats, name).shape == (3, 8)
 
     patch_model(model, seed=7, tau=0.01)  # again: the options are new, the model is patched once
@@ -83,9 +84,6 @@ def test_shifted_labels_and_other_arguments():
         model(**inputs, labels=labels, shift_labels=shifted, fastdpo=True)
     with pytest.raises(ValueError, match=r"\(3, 9\).*\(3, 8\)"):
         model(**inputs, labels=labels[:, 1:], fastdpo=True)
-    for name in ("logits_to_keep", "num_items_in_batch"):
-        with pytest.raises(TypeError, match=name):
-            model(**inputs, labels=labels, fastdpo=True, **{name: 2})
 
 
 def test_unpatched_behaviour_is_untouched():
@@ -308,6 +306,15 @@ def test_zero3_is_refused():
         model(**batch(), fastdpo=True)
 
 
+def test_another_default_device(monkeypatch):
+    monkeypatch.setenv("FASTDPO_ENGINE", "reference")
+    model, inputs = build(), batch()
+    with torch.device("meta"):
+        patch_model(model, backward="exact")
+        found = model(**inputs, fastdpo=True).logps
+    torch.testing.assert_close(found, definition(model, inputs)[0], rtol=1e-5, atol=2e-5)
+
+
 def test_a_padded_vocabulary():
     """Rows beyond the tokens are part of the model's own softmax, and so of this one."""
     model = build()
@@ -361,11 +368,12 @@ def test_classes_in_fp32_and_bf16(name):
 
 def test_the_matrix_tells_wrong_from_refused(monkeypatch):
     name = "HyperCLOVAXForCausalLM"  # multiplies by what others divide by: the first guess is wrong
-    monkeypatch.setattr(huggingface, "PROBE_TOLERANCE", {torch.float32: 1e9, torch.bfloat16: 1e9})
+    for module, table in ((probe, "PROBE_TOLERANCE"), (head_call, "TOLERANCE")):
+        monkeypatch.setattr(module, table, {torch.float32: 1e9, torch.bfloat16: 1e9})
     row = model_matrix.examine(name, "hyperclovax")
     assert row["verdict"] == "wrong" and "nats" in row["why"]
     monkeypatch.undo()
-    monkeypatch.setattr(huggingface, "DIVISORS", ())
+    monkeypatch.setattr(probe, "DIVISORS", ())
     row = model_matrix.examine(name, "hyperclovax")
     assert row["verdict"] == "refused" and name in row["why"] and "nats" in row["why"]
     row = model_matrix.examine("T5Gemma2ForConditionalGeneration", "t5gemma2")

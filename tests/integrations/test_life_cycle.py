@@ -1,7 +1,9 @@
 """What a patched model goes through in a training run: wrapping, compiling, checkpoints, evaluation, resuming."""
 
 import copy
+import inspect
 import pickle
+import types
 
 import pytest
 import torch
@@ -177,6 +179,117 @@ def test_compiled(how):
     torch.testing.assert_close(compiled(**batch()).logits, build()(**batch()).logits)
     unpatch_model(compiled)
     assert "forward" not in model.__dict__
+
+
+# accelerate: `prepare` puts autocast into the model's forward, `unwrap_model` looks for what was there before
+
+
+@pytest.fixture
+def accelerator():
+    accelerate = pytest.importorskip("accelerate")
+    yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def assert_behaves_like(model, other, atol=2e-5):
+    """Plain calls and generation, exactly; log-probs as those of the other's logits."""
+    prompt, arguments = batch()["input_ids"][:1, :4], {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad():
+        assert torch.equal(model(**batch()).logits, other(**batch()).logits)
+        assert torch.equal(model.generate(prompt, **arguments), other.generate(prompt, **arguments))
+        found, expected = model(**batch(), fastdpo=True).logps, definition(other, batch())[0]
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=atol)
+    assert inspect.signature(model.forward) == inspect.signature(build().forward)
+
+
+@pytest.mark.parametrize("order", ["patch first", "prepare first"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_prepared_by_accelerate(order, copied, accelerator):
+    plain, prepared = build(), accelerator.prepare(build())
+    if order == "patch first":
+        model = accelerator.prepare(patch_model(build(), backward="exact"))
+    else:
+        model = patch_model(accelerator.prepare(build()), backward="exact")
+    original, others = model, (plain, prepared)
+    if copied:  # the copy is a model of its own
+        model = copy.deepcopy(model)
+        with torch.no_grad():
+            for other in (model, *others):
+                other.lm_head.weight.mul_(0.5)
+        assert model(**batch()).logits.ne(original(**batch()).logits).any()
+    assert_behaves_like(model, prepared, atol=0.1)  # logits in bf16
+    grads = gradients(model, model(**batch(), fastdpo=True).logps.sum())
+    assert grads and all(grad.isfinite().all() for grad in grads.values())
+
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert_behaves_like(model, plain)
+    assert_same(model)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert_behaves_like(twin, plain)
+    assert_behaves_like(pickle.loads(pickle.dumps(twin)), plain)
+    unpatch_model(twin)
+    assert torch.equal(twin(**batch()).logits, plain(**batch()).logits)
+    assert twin.forward.__func__ is type(twin).forward and "_fastdpo" not in vars(twin)
+
+
+def test_an_unwrapped_model_is_not_saved_so_that_it_cannot_be_loaded(accelerator):
+    model = accelerator.unwrap_model(accelerator.prepare(patch_model(build())), keep_fp32_wrapper=False)
+    with pytest.raises(AttributeError, match="after a call, or unpatched"):
+        pickle.dumps(model)
+    model(**batch())
+    assert torch.equal(pickle.loads(pickle.dumps(model))(**batch()).logits, model(**batch()).logits)
+
+
+@pytest.mark.parametrize("order", ["patch first", "prepare first"])
+def test_unpatching_a_prepared_model(order, accelerator):
+    plain, prepared = build(), accelerator.prepare(build())
+    if order == "patch first":
+        model = unpatch_model(accelerator.prepare(patch_model(build())))
+        with pytest.raises(TypeError, match="unpatch_model"):
+            model(**batch(), fastdpo=True)
+    else:
+        model = unpatch_model(patch_model(accelerator.prepare(build())))
+    assert not model.lm_head._forward_pre_hooks and not model.lm_head._forward_hooks
+    assert torch.equal(model(**batch()).logits, prepared(**batch()).logits)
+    patch_model(model, backward="exact")
+    assert_behaves_like(model, prepared, atol=0.1)
+    model = accelerator.unwrap_model(unpatch_model(model), keep_fp32_wrapper=False)
+    assert torch.equal(model(**batch()).logits, plain(**batch()).logits)
+    unpatch_model(model)
+    assert "_fastdpo" not in vars(model) and not isinstance(model.forward, _PatchedForward)
+
+
+@pytest.mark.parametrize("order", ["patch first", "devices first"])
+def test_the_hooks_of_a_device_map(order):
+    """They stand in the place of every module's forward."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, plain = build(), build()
+    if order == "patch first":
+        patch_model(model, backward="exact")
+    for module in model.modules():
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu", io_same_device=True))
+    assert patch_model(model, backward="exact") is model
+    assert_behaves_like(model, plain)
+    assert_same(model)
+    unpatch_model(model)
+    hooks.remove_hook_from_module(model, recurse=True)
+    unpatch_model(model)
+    assert model.forward.__func__ is type(model).forward and "_fastdpo" not in vars(model)
+
+
+def test_a_forward_that_is_replaced_and_patched_again():
+    """As Liger's does; nothing is left of the first patch."""
+    model = patch_model(build(), temperature=2.0)
+    forward = type(model).forward
+    model.forward = types.MethodType(lambda self, *args, **kwargs: forward(self, *args, **kwargs), model)
+    assert model.forward(**batch()).logits.shape == (3, 9, 300)
+    patch_model(model, backward="exact")
+    assert_same(model)
+    unpatch_model(model)
+    assert "_fastdpo" not in vars(model) and not model.lm_head._forward_hooks
 
 
 def fsdp_worker(rank: int, store: str) -> None:

@@ -1,7 +1,10 @@
 """patch_model under PEFT: adapters anywhere, on the lm_head, prompts, and what is refused by name."""
 
+import copy
+
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -307,6 +310,74 @@ def test_other_adapters_on_the_head_are_refused(match, config):
         patch_model(model)
     assert "forward" not in model.get_base_model().__dict__
     refused(match, wrapped(patch_model(build()), config()))
+
+
+INSIDE = {
+    "base": (ON_HEAD, lambda head: head.base_layer),
+    "A": (ON_HEAD, lambda head: head.lora_A["default"]),
+    "B": (ON_HEAD, lambda head: head.lora_B["default"]),
+    "saved": (SAVED_HEAD, lambda head: head.modules_to_save["default"]),
+}
+
+
+@pytest.mark.parametrize("where", INSIDE)
+def test_hooks_and_forwards_inside_of_the_head_are_refused(where):
+    """Their modules are not run: what they would do is not done."""
+    options, inside = INSIDE[where]
+
+    def forward_hook(module):
+        return module.register_forward_hook(lambda _, args, out: 2 * out)
+
+    def pre_hook(module):
+        return module.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+
+    def backward_hook(module):
+        return module.register_full_backward_hook(lambda _, given, out: given)
+
+    for hook in (forward_hook, pre_hook, backward_hook):
+        model = wrapped(patch_model(build()), lora(**options))
+        handle = hook(inside(model.get_base_model().lm_head))
+        refused("hook.*lambda", model)
+        handle.remove()
+        assert_close_to_definition(model)
+
+    model = wrapped(patch_model(build(), backward="exact"), lora(**options))
+    module = inside(model.get_base_model().lm_head)
+    kind = type(module)
+    module.__class__ = type("Doubling", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    refused("Doubling.*forward of its own", model)
+    module.__class__ = kind
+    nn.utils.parametrizations.weight_norm(module)
+    assert_same(model)
+
+
+def test_a_subclass_of_an_adapter_and_another_dropout():
+    model = wrapped(patch_model(build(), backward="exact"), lora(lora_dropout=0.5, **ON_HEAD))
+    head = model.get_base_model().lm_head
+
+    class Halving(nn.Module):
+        def forward(self, hidden):
+            return hidden / 2
+
+    head.lora_dropout["default"] = Halving()
+    assert_same(model)
+    kind = type(head)
+    head.__class__ = type("Doubling", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    refused("Doubling.*forward of its own", model)
+
+
+def test_an_adapter_that_comes_and_goes():
+    """Added after patching, switched, merged and unloaded."""
+    model = patch_model(build(), backward="exact")
+    before = logps(model)
+    adapted = wrapped(model, lora(**EVERYWHERE))
+    assert_same(adapted)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    torch.testing.assert_close(logps(merged), logps(adapted), rtol=1e-4, atol=2e-4)
+    assert_same(merged.requires_grad_(True))
+    plain = adapted.unload()
+    assert plain is model and torch.equal(logps(plain), before)
+    assert_same(plain.requires_grad_(True))
 
 
 def test_dora_with_dropout_or_company_is_refused():
