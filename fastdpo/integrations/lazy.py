@@ -2,212 +2,319 @@
 
 slices, masks, scale, softcap, temperature      followed, on row numbers and one `Source` (lazy_head.py)
 log_softmax(-1).gather(-1, y), cross_entropy    linear_logps: [B, T, V] never exists
-anything that is not known here                 the logits themselves, with a warning: slower, never another result
+anything that is not known here                 the logits themselves, with a warning, and from then on they are real
+                                                (lazy_tensor.py): slower, never another result
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 import numbers
-import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..logps import TokenStats
+from .lazy_tensor import Cell, Lazy, serves
 
 if TYPE_CHECKING:
     from .lazy_head import Source
 
 IGNORED = -100
-KNOWN = set()  # names of the tensor methods and torch functions that are served without logits
+WHOLE = slice(None)
 
 
-def known(method):
-    """A tensor method; where it returns NotImplemented, the same method of the logits themselves answers."""
-    name = method.__name__
-    KNOWN.add(name)
-
-    @functools.wraps(method)
-    def serve(self, *args, **kwargs):
-        result = method(self, *args, **kwargs)
-        if result is not NotImplemented:
-            return result
-        function = torch.nn.functional.cross_entropy if name == "cross_entropy" else getattr(Tensor, name)
-        return function(self.tensor(name), *args, **kwargs)
-
-    return serve
-
-
-@dataclass(eq=False)
-class LazyLogits:
-    """The logits ``[..., V]`` of some rows of a `Source`, or `power` times their log-softmax."""
+@dataclass(eq=False, repr=False)
+class LogitsCell(Cell):
+    """`source.values` of `rows`, with the factors by which it has been multiplied in place meanwhile."""
 
     source: Source
     rows: Tensor  # [...], int64: which rows of the source's hidden
-    parents: tuple = ()  # the views that this one is a part of
-    distinct: bool = True  # no row twice
-    power: float | None = None
-    detached: bool = False
+    distinct: bool  # no row twice
+    detached: bool
+    what = "the logits themselves"
+    # (the places [...] of `rows` that changed, bool on the CPU; the steps to their view; the method and its argument)
+    changes: list[tuple] = field(default_factory=list, init=False)
+    scaled: dict[tuple[int, ...], Source | None] = field(default_factory=dict, init=False)  # by the changes applied
+
+    def compute(self) -> Tensor:
+        with torch.inference_mode(self.source.inference), torch.set_grad_enabled(not self.detached):
+            values = self.source.values(self.rows)
+            for _, steps, method, argument in self.changes:
+                getattr(functools.reduce(lambda view, step: step(view), steps, values), method)(argument)
+            return values
+
+    def source_of(self, at: Tensor) -> Source | None:
+        """What gives these places now, None where it is not the same for all."""
+        if not self.changes:
+            return self.source
+        applied = []
+        for number, (changed, *_) in enumerate(self.changes):
+            inside = changed[at]
+            if inside.all():
+                applied.append(number)
+            elif inside.any():
+                return None
+        key = tuple(applied)
+        if key not in self.scaled:
+            source = self.source
+            for number in key:
+                source = None if source is None else source.times(_factor(*self.changes[number][2:]))
+            self.scaled[key] = source
+        return self.scaled[key]
+
+
+def _factor(method: str, argument: float) -> float:
+    return argument if method == "mul_" else 1 / argument
+
+
+@dataclass(eq=False, repr=False)
+class LazyLogits(Lazy):
+    """The logits ``[..., V]`` of some rows of a `Source`, or a multiple of their log-softmax."""
+
+    cell: LogitsCell
+    rows: Tensor  # [...], int64: which rows of the source's hidden; strides and storage are those of the logits, over V
+    at: Tensor  # [...], int64 on the CPU: which places of the cell
+    detached: bool
+    many: bool = False  # one of several views that one call returned: torch lets nobody change those in place
+    blind: bool = False  # made without grad mode: with it, torch takes gradients to this view and no further
+    lineage: tuple[object, ...] = ()  # marks of the views whose rows these are among, the last one its own
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.lineage = (*self.lineage, object())
+
+    @classmethod
+    def of(cls, source: Source, rows: Tensor, detached: bool, distinct: bool = True, lineage=()) -> LazyLogits:
+        """A tensor of its own."""
+        at = torch.arange(rows.numel(), device="cpu").view(rows.shape)
+        return cls(LogitsCell(source, rows, distinct, detached), rows, at, detached, lineage=lineage)
+
+    @property
+    def source(self) -> Source | None:
+        """None where there is none: rows that were changed in place and others, or gradients that do not reach it."""
+        return None if self.blind and torch.is_grad_enabled() else self.cell.source_of(self.at)
+
+    @property
+    def power(self) -> float | None:
+        return self.source.power
+
+    @property
+    def lazy(self) -> bool:
+        """Whether nothing has been computed, and nothing stands in the way of computing without logits."""
+        return self.made is None and self.source is not None
+
+    def call(self, method, function, args, kwargs):
+        if self.made is None and self.source is None and method.__name__ not in MOVES:
+            method = _no
+        return super().call(method, function, args, kwargs)
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((*self.rows.shape, self.source.weight.shape[0]))
+        return torch.Size((*self.rows.shape, self.cell.source.width)) if self.made is None else self.made.shape
 
-    def size(self, dim: int | None = None):
-        return self.shape if dim is None else self.shape[dim]
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
 
-    def dim(self) -> int:
-        return self.rows.ndim + 1
+    def meta(self) -> Tensor:
+        width, dtype = self.cell.source.width, self.cell.source.dtype
+        strides = (*(width * stride for stride in self.rows.stride()), 1)
+        return torch.empty_strided(self.shape, strides, dtype=dtype, device="meta")
 
-    ndim = property(dim)
-    dtype = property(lambda self: torch.promote_types(torch.float32, self.source.hidden.dtype))
-    device = property(lambda self: self.rows.device)
-    requires_grad = property(lambda self: self.source.requires_grad and not self.detached)
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device if self.made is None else self.made.device
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    @property
+    def requires_grad(self) -> bool:
+        if self.made is not None:
+            return self.made.requires_grad
+        return self.cell.source.requires_grad and not self.detached
 
-    def __iter__(self):
-        return (self[i] for i in range(len(self)))
+    def watch(self, operation: str) -> None:
+        self.cell.source.held.watch(operation)
 
-    # Views: the same rows in another order or shape, or fewer
+    # Views and copies: the same rows in another order or shape, or fewer
 
-    def _view(self, rows: Tensor, distinct: bool = True, **changes) -> LazyLogits:
-        return replace(self, rows=rows, parents=(*self.parents, self), distinct=self.distinct and distinct, **changes)
+    def _moved(self, step, on_rows=None, many: bool = False, detached: bool = False, distinct: bool = True):
+        """`step` of the logits, which is `on_rows` of row numbers: a view of the same memory where torch makes one."""
+        on_rows = on_rows or step
+        rows = on_rows(self.rows)
+        if rows.untyped_storage()._cdata != self.rows.untyped_storage()._cdata:
+            if self.source is None:
+                return NotImplemented
+            detached = self.detached or not torch.is_grad_enabled()
+            return LazyLogits.of(self.source, rows, detached, self.cell.distinct and distinct, self.lineage)
+        blind = not detached and (self.blind or (self.requires_grad and not torch.is_grad_enabled()))
+        at, detached, many = on_rows(self.at), detached or self.detached, many or self.many
+        return LazyLogits(self.cell, rows, at, detached, many, blind, self.lineage, parent=self, step=step)
+
+    def _copy(self, source: Source | None = None) -> LazyLogits:
+        detached = self.detached or not torch.is_grad_enabled()
+        lineage = self.lineage if source is None else ()
+        return LazyLogits.of(source or self.source, self.rows.clone(), detached, self.cell.distinct, lineage)
 
     def _last(self, dim) -> bool:
-        return dim in (-1, self.ndim - 1)
+        return type(dim) is int and dim in (-1, self.ndim - 1)
 
-    @known
-    def __getitem__(self, index):
+    def _row_dim(self, dim) -> int | None:
+        """Which dimension of the rows it is, None for the last one of the logits and for none."""
+        dim = dim + self.ndim if type(dim) is int and dim < 0 else dim
+        return dim if type(dim) is int and 0 <= dim < self.ndim - 1 else None
+
+    def _getitem(self, index):
         index = index if isinstance(index, tuple) else (index,)
+        if not all(map(_is_index, index)) or sum(x is Ellipsis for x in index) > 1:
+            return NotImplemented
         missing = self.ndim - sum(x.ndim if _is_mask(x) else x is not None and x is not Ellipsis for x in index)
         if not any(x is Ellipsis for x in index):
             index = (*index, Ellipsis)
-        spread = [y for x in index for y in ((slice(None),) * missing if x is Ellipsis else (x,))]
-        if not isinstance(spread[-1], slice) or spread[-1] != slice(None):
+        spread = [y for x in index for y in ((WHOLE,) * missing if x is Ellipsis else (x,))]
+        if missing < 0 or not isinstance(spread[-1], slice) or spread[-1] != WHOLE:
             return NotImplemented
-        distinct = all(x is None or isinstance(x, (slice, int)) or _is_mask(x) for x in spread)
-        return self._view(self.rows[tuple(spread[:-1])], distinct)
+        distinct = not any(isinstance(x, (Tensor, list)) and not _is_mask(x) for x in spread)
+        return self._moved(lambda z: z[index], lambda rows: rows[tuple(spread[:-1])], distinct=distinct)
 
-    @known
-    def reshape(self, *shape):
-        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        if len(shape) < 2 or (shape[-1] != self.shape[-1] and (shape[-1] != -1 or -1 in shape[:-1])):
+    def _reshape(self, *shape, name="reshape"):
+        shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
+        if len(shape) < 2 or not all(type(x) is int for x in shape):
             return NotImplemented
-        return self._view(self.rows.reshape(shape[:-1]))
-
-    view = reshape
-
-    @known
-    def flatten(self, start_dim: int = 0, end_dim: int = -1):
-        return (
-            NotImplemented if self._last(end_dim) else self._view(self.rows.flatten(start_dim, self._row_dim(end_dim)))
-        )
-
-    def _row_dim(self, dim: int) -> int:
-        return dim if dim >= 0 else dim + 1
-
-    @known
-    def chunk(self, chunks: int, dim: int = 0):
-        parts = () if self._last(dim) else self.rows.chunk(chunks, self._row_dim(dim))
-        return tuple(self._view(rows) for rows in parts) or NotImplemented
-
-    @known
-    def split(self, split_size, dim: int = 0):
-        parts = () if self._last(dim) else self.rows.split(split_size, self._row_dim(dim))
-        return tuple(self._view(rows) for rows in parts) or NotImplemented
-
-    @known
-    def index_select(self, dim: int, index: Tensor):
-        if self._last(dim):
+        *leading, last = shape
+        fits = last == self.shape[-1] or (last == -1 and math.prod(leading) == self.rows.numel() > 0)
+        if not fits or min(leading) < -1 or self.shape[-1] == 0:
             return NotImplemented
-        return self._view(self.rows.index_select(self._row_dim(dim), index), distinct=False)
+        width = self.shape[-1]
+        return self._moved(lambda z: getattr(z, name)(*leading, width), lambda rows: getattr(rows, name)(leading))
 
-    @known
-    def unsqueeze(self, dim: int):
-        return self._view(self.rows.unsqueeze(dim)) if 0 <= dim < self.ndim else NotImplemented
+    def _view(self, *shape):
+        return self._reshape(*shape, name="view")
 
-    @known
-    def contiguous(self, **_):
-        return self
+    def _flatten(self, start_dim: int = 0, end_dim: int = -1):
+        start, end = self._row_dim(start_dim), self._row_dim(end_dim)
+        if start is None or end is None or self.rows.ndim == 0:
+            return NotImplemented
+        return self._moved(lambda x: x.flatten(start, end))
 
-    @known
-    def float(self):
-        return self
+    def _chunk(self, chunks: int, dim: int = 0):
+        return self._parts("chunk", chunks, dim)
 
-    @known
-    def clone(self, **_):
-        return self._view(self.rows)
+    def _split(self, split_size, dim: int = 0):
+        return self._parts("split", split_size, dim)
 
-    @known
-    def detach(self):
-        return self._view(self.rows, detached=True)
+    def _parts(self, name: str, sizes, dim: int):
+        dim, sizes = self._row_dim(dim), tuple(sizes) if isinstance(sizes, list) else sizes
+        if dim is None:
+            return NotImplemented
+        count = len(getattr(self.rows, name)(sizes, dim))
+        return tuple(self._moved(lambda x, i=i: getattr(x, name)(sizes, dim)[i], many=True) for i in range(count))
 
-    @known
-    def to(self, *args, **kwargs):
-        wanted = [x for x in (*args, *kwargs.values()) if not isinstance(x, (bool, torch.memory_format))]
-        served = [x.is_floating_point if isinstance(x, torch.dtype) else _is_device(x, self.device) for x in wanted]
-        return self if all(served) else NotImplemented  # logits are fp32 here whatever floating type is asked for
+    def _unbind(self, dim: int = 0):
+        dim = self._row_dim(dim)
+        if dim is None:
+            return NotImplemented
+        return tuple(self._moved(lambda x, i=i: x.unbind(dim)[i], many=True) for i in range(self.rows.shape[dim]))
+
+    def _iter(self):
+        parts = self._unbind()
+        return parts if parts is NotImplemented else iter(parts)
+
+    def _index_select(self, dim: int, index: Tensor):
+        dim = self._row_dim(dim)
+        if dim is None:
+            return NotImplemented
+        return self._moved(lambda x: x.index_select(dim, index), distinct=False)
+
+    def _unsqueeze(self, dim: int):
+        if type(dim) is not int or not 0 <= dim < self.ndim:
+            return NotImplemented
+        return self._moved(lambda x: x.unsqueeze(dim))
+
+    def _contiguous(self):
+        return self if self.rows.is_contiguous() else self._moved(lambda x: x.contiguous())
+
+    def _float(self):
+        return self if self.dtype == torch.float32 else NotImplemented
+
+    def _clone(self, *, memory_format=torch.preserve_format):
+        return self._copy() if memory_format == torch.preserve_format else NotImplemented
+
+    def _detach(self):
+        return self._moved(lambda z: z.detach(), lambda rows: rows.view(rows.shape), detached=True)
+
+    def _to(self, *args, non_blocking: bool = False, **kwargs):
+        wanted = [*args, *kwargs.values()]
+        while wanted and wanted[-1] is False:  # non_blocking and copy
+            wanted.pop()
+        # A cast to the type that the logits are lazy in, or that the model would have made them in, changes nothing
+        types = (self.dtype, self.cell.source.model_dtype)
+        served = [x in types if isinstance(x, torch.dtype) else _is_device(x, self.device) for x in wanted]
+        return self if all(served) else NotImplemented
 
     # Scale, softcap, temperature
 
-    def _scaled(self, factor):
-        if not isinstance(factor, numbers.Real) or isinstance(factor, bool) or factor == 0:
+    def _times(self, factor):
+        source = self.source.times(factor) if _is_factor(factor) else None
+        return NotImplemented if source is None else self._copy(source)
+
+    def _over(self, divisor, *, rounding_mode=None):
+        if not _is_factor(divisor) or rounding_mode is not None or not _is_factor(1 / divisor):
             return NotImplemented
-        if self.power is not None:
-            return self._view(self.rows, power=self.power * factor)
-        source = self.source.times(factor)
-        return NotImplemented if source is None else replace(self, source=source, parents=())
+        return self._times(1 / divisor)
 
-    @known
-    def __mul__(self, other):
-        return self._scaled(other)
-
-    @known
-    def __truediv__(self, other):
-        return self._scaled(1 / other) if isinstance(other, numbers.Real) and other else NotImplemented
-
-    __rmul__ = mul = __mul__
-    div = __truediv__
-
-    def div_(self, divisor):
-        changed = self / divisor
-        if not isinstance(changed, LazyLogits):
-            raise NotImplementedError(f"lazy logits changed in place by {divisor!r}, which is not a number")
-        self.__dict__.update(changed.__dict__)
+    def _times_(self, factor, method: str = "mul_"):
+        if not _is_factor(factor) or not _is_factor(_factor(method, factor)) or self.many:
+            return NotImplemented
+        # A change that takes no part in the gradients, of logits that have some
+        apart = self.cell.source.requires_grad and (self.detached or not torch.is_grad_enabled())
+        if apart or self.source.times(_factor(method, factor)) is None:
+            return NotImplemented
+        changed = torch.zeros(self.cell.rows.shape, dtype=torch.bool, device="cpu").view(-1)
+        changed[self.at] = True
+        view, steps = self, []
+        while view.parent is not None:
+            view, steps = view.parent, [view.step, *steps]
+        self.cell.changes.append((changed, steps, method, factor))
         return self
 
-    def mul_(self, factor):
-        return self.div_(1 / factor)
+    def _over_(self, divisor, *, rounding_mode=None):
+        return NotImplemented if rounding_mode is not None else self._times_(divisor, "div_")
 
-    __itruediv__, __imul__ = div_, mul_
-
-    @known
-    def tanh(self):
-        source = self.source.tanh() if self.power is None else None
-        return NotImplemented if source is None else replace(self, source=source, parents=())
+    def _tanh(self):
+        source = self.source.tanh()
+        return NotImplemented if source is None else self._copy(source)
 
     # What trainers want of logits
 
-    @known
-    def log_softmax(self, dim=None, _stacklevel=3, dtype=None):
-        if not self._last(dim) or self.power is not None or self.source.bent:
+    def _log_softmax(self, dim=None, dtype=None, *, _stacklevel: int = 3):
+        if not self._last(dim) or dtype not in (None, self.dtype) or self.power is not None or self.source.bent:
             return NotImplemented
-        return self._view(self.rows, power=1.0)
+        return self._copy(replace(self.source, power=1.0))
 
-    @known
-    def gather(self, dim: int, index: Tensor):
+    def _gather(self, dim: int, index: Tensor):
         if self.power is None or not self._last(dim) or index.shape != (*self.rows.shape, 1):
             return NotImplemented
-        return self.power * self.logps(index[..., 0])[..., None]
+        labels = self.labels(index[..., 0])
+        return NotImplemented if labels is None else self.power * self.logps(labels)[..., None]
 
-    @known
-    def cross_entropy(
+    def labels(self, labels: Tensor, ignored: Tensor | None = None) -> Tensor | None:
+        """`labels` with those `ignored` as IGNORED, None where torch refuses them: where finding out does not wait for
+        the device. Elsewhere those out of range give NaN."""
+        if labels.dtype != torch.int64:
+            return None
+        labels = labels.to(self.device)
+        outside = (labels < 0) | (labels >= self.shape[-1])
+        if ignored is not None:
+            outside, labels = outside & ~ignored, labels.masked_fill(ignored, IGNORED)
+        if self.device.type == "cpu":
+            return None if outside.any() else labels
+        return labels.masked_fill(outside, self.shape[-1])
+
+    def _cross_entropy(
         self,
         target: Tensor,
         weight: Tensor | None = None,
@@ -218,21 +325,23 @@ class LazyLogits:
         label_smoothing: float = 0.0,
     ):
         unknown = weight is not None or label_smoothing or (size_average, reduce) != (None, None)
-        if unknown or self.ndim != 2 or target.is_floating_point() or self.power is not None or self.source.bent:
+        if unknown or self.ndim != 2 or target.shape != self.rows.shape or self.power is not None or self.source.bent:
             return NotImplemented
         ignored = target.to(self.device) == ignore_index
-        losses = -self.token_stats(target.to(self.device).masked_fill(ignored, IGNORED)).logps
+        labels = self.labels(target, ignored)
+        if labels is None or reduction not in ("none", "mean", "sum"):
+            return NotImplemented
+        losses = -self.token_stats(labels).logps
         if reduction == "none":
             return losses
         return losses.sum() / (~ignored).sum() if reduction == "mean" else losses.sum()
 
-    @known
-    def logsumexp(self, dim, keepdim: bool = False):
-        if not self._last(dim) or keepdim or self.source.bent or self.power not in (None, 2.0):
+    def _logsumexp(self, dim, keepdim: bool = False):
+        if not self._last(dim) or keepdim is not False or self.source.bent or self.power not in (None, 2.0):
             return NotImplemented
         if self.power == 2.0:
             return self._statistic("log_sum_sq_probs")
-        first = self._quietly(self.source.column(slice(1)).logits, self.rows)[..., 0]
+        first = self._quietly(self.source.column(slice(1)).values, self.rows)[..., 0]
         return first - self.token_stats(torch.zeros_like(self.rows)).logps  # z - log p, of any one label
 
     def _means(self) -> Tensor | None:
@@ -240,29 +349,31 @@ class LazyLogits:
         if self.power is not None or self.source.bent:
             return None
         if self.source.softcap is None:  # linear in the head: the mean column's logit
-            return self._quietly(self.source.column(None).logits, self.rows)[..., 0]
+            return self._quietly(self.source.column(None).values, self.rows)[..., 0]
         return None if self.requires_grad and torch.is_grad_enabled() else self._statistic("mean_logit")
 
-    @known
-    def mean(self, dim=None, **kwargs):
-        means = self._means() if not kwargs and (dim is None or self._last(dim)) else None
+    def _mean(self, dim=None):
+        means = self._means() if dim is None or self._last(dim) else None
         return NotImplemented if means is None else means.mean() if dim is None else means
 
-    @known
-    def sum(self, dim=None, **kwargs):
-        means = self._means() if not kwargs and (dim is None or self._last(dim)) else None
+    def _sum(self, dim=None):
+        means = self._means() if dim is None or self._last(dim) else None
         if means is None:
             return NotImplemented
         return (means.sum() if dim is None else means) * self.shape[-1]
 
-    @known
-    def nansum(self, dim=None, **kwargs):
-        means = self._means() if not kwargs and dim is None else None
-        return NotImplemented if means is None else means.nansum() * self.shape[-1]
+    def _nansum(self, dim=None):
+        means = self._means() if dim is None else None
+        if means is None or (self.device.type == "cpu" and means.isnan().any()):  # which of a row's logits is one?
+            return NotImplemented
+        return means.sum() * self.shape[-1]
 
-    @known
-    def argmax(self, dim=None, keepdim: bool = False):
-        return LazyArgmax(self) if self._last(dim) and not keepdim and self.power is None else NotImplemented
+    def _argmax(self, dim=None, keepdim: bool = False):
+        if not self._last(dim) or keepdim is not False or self.power is not None:
+            return NotImplemented
+        with torch.no_grad():
+            logits = self._copy()  # as they are now
+        return LazyArgmax(ArgmaxCell(logits), logits)
 
     def entropy(self) -> Tensor:
         """[...], in nats."""
@@ -272,32 +383,39 @@ class LazyLogits:
         """log p(labels), fp32, shaped like them; 0 where `row_mask` is 0 or the label is -100."""
         if row_mask is not None:
             labels = labels.masked_fill(row_mask == 0, IGNORED)
+        if not self.lazy:
+            return self.token_stats(labels).logps
         stats = tuple(sorted(self.source.head.wanted)) if row_mask is None else ()
         return self.token_stats(labels, stats, remember=row_mask is None).logps
 
     def token_stats(self, labels: Tensor, stats: tuple[str, ...] = (), remember: bool = False) -> TokenStats:
         """Shaped like `labels`. Labels go to the rows and not rows of hidden, [..., H], to labels, a copy."""
+        if not self.lazy:
+            return _real_stats(self.tensor("log-probs"), labels)
         if self.source.bent:
             raise NotImplementedError("log-probs of tanh(logits) without a factor")
         if labels.shape != self.rows.shape:
             raise ValueError(f"labels must have shape {tuple(self.rows.shape)}; got {tuple(labels.shape)}")
         source, labels = self.source, labels.to(self.device)
-        if not self.distinct:  # maybe two labels for one row: rows of their own
-            source = replace(source, hidden=source.hidden[self.rows.reshape(-1)])
-            computed = self._quietly(source.token_stats, labels.reshape(-1), stats)
+        if not self.cell.distinct:  # maybe two labels for one row: rows of their own
+            rows, flat = self.rows.reshape(-1), labels.reshape(-1)
+            computed = self._quietly(lambda: source.of_rows(rows).token_stats(flat, stats))
             return TokenStats(*(None if x is None else x.view(labels.shape) for x in computed))
         spread = self.rows.new_full((len(source.hidden),), IGNORED)
         spread = spread.index_put((self.rows.reshape(-1),), labels.reshape(-1))
         computed = self._quietly(source.token_stats, spread, stats)
         if remember:
-            source.computed, source.computed_by, source.computed_for = computed, self, spread
+            source.computed, source.computed_by, source.computed_for = computed, self.lineage[-1], spread
         return TokenStats(*(None if x is None else x[self.rows] for x in computed))
 
     def _statistic(self, name: str, labels: Tensor | None = None) -> Tensor:
         """One statistic of every row: from the pass that gave the log-probs, where that one saw these rows."""
+        if not self.lazy:
+            labels = torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device) if labels is None else labels
+            return getattr(self.token_stats(labels), name)
         source, value = self.source, None
         source.head.wanted.add(name)
-        if source.computed is not None and any(source.computed_by is view for view in (*self.parents, self)):
+        if source.computed is not None and source.computed_by in self.lineage:
             if labels is None or torch.equal(source.computed_for[self.rows], labels):
                 value = getattr(source.computed, name)
         if value is None:
@@ -305,92 +423,122 @@ class LazyLogits:
             return getattr(self.token_stats(labels, (name,)), name)
         return value[self.rows].detach() if self.detached or not torch.is_grad_enabled() else value[self.rows]
 
-    # Everything else
-
     def _quietly(self, function, *args):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.detached):
-            return function(*args)
-
-    def tensor(self, operation: str) -> Tensor:
-        """The logits themselves, fp32, with a warning that `operation` needs them."""
-        warnings.warn(f"{operation} needs the logits themselves, {tuple(self.shape)}: computed", stacklevel=3)
-        logits = self._quietly(self.source.logits, self.rows)
-        return logits if self.power is None else self.power * logits.log_softmax(-1)
-
-    def __getattr__(self, name: str):
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"LazyLogits has no attribute {name!r}")
-        return getattr(self.tensor(name), name)
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name, kwargs = getattr(func, "__name__", ""), dict(kwargs or {})
-        if not args and isinstance(kwargs.get("input"), LazyLogits):
-            args = (kwargs.pop("input"),)
-        if name in KNOWN and isinstance(args[0], LazyLogits):
-            return getattr(args[0], name)(*args[1:], **kwargs)
-        return func(*_real(tuple(args), name), **{key: _real(value, name) for key, value in kwargs.items()})
+            return self.source.held.reads(function(*args))
 
 
-def _operator(name: str):
-    return lambda self, *others: getattr(self.tensor(name), name)(*others)
+def _no(*_, **__):
+    return NotImplemented
 
 
-for _name in ("add", "radd", "sub", "rsub", "rtruediv", "neg", "pow", "matmul", "eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
-LazyLogits.__hash__ = object.__hash__
-KNOWN |= {"mul", "div", "view"}
+VIEWS = (
+    "reshape", "view", "flatten", "chunk", "split", "unbind", "index_select", "unsqueeze", "contiguous", "float",
+    "detach", "to",
+)  # fmt: skip
+MOVES = {"_getitem", "_iter", *(f"_{name}" for name in VIEWS)}  # values are not looked at
+serves(
+    LazyLogits,
+    **{name: f"_{name}" for name in (
+        *VIEWS, "clone", "tanh", "log_softmax", "gather", "cross_entropy", "logsumexp", "mean", "sum", "nansum",
+        "argmax",
+    )},
+    **{"__getitem__": "_getitem", "__iter__": "_iter", "mul": "_times", "__mul__": "_times", "__rmul__": "_times"},
+    **{"div": "_over", "__truediv__": "_over", "mul_": "_times_", "__imul__": "_times_"},
+    **{"div_": "_over_", "__itruediv__": "_over_"},
+)  # fmt: skip
 
 
-class LazyArgmax:
+def _real_stats(logits: Tensor, labels: Tensor) -> TokenStats:
+    ignored = labels == IGNORED
+    logp = logits.log_softmax(-1)
+    picked = logp.gather(-1, labels.masked_fill(ignored, 0)[..., None])[..., 0]
+    entropy, top = -(logp.exp() * logp).sum(-1), logits.argmax(-1) == labels
+    stats = picked, entropy, logits.detach().mean(-1), top, (2 * logp.detach()).logsumexp(-1)
+    return TokenStats(*(x.masked_fill(ignored, 0) for x in stats))
+
+
+@dataclass(eq=False, repr=False)
+class ArgmaxCell(Cell):
+    logits: LazyLogits
+    what = "the logits themselves"
+
+    def compute(self) -> Tensor:
+        return self.logits.cell.compute().argmax(-1)
+
+
+@dataclass(eq=False, repr=False)
+class LazyArgmax(Lazy):
     """``logits.argmax(-1)``: compared with labels it is `is_top1`, and otherwise the tensor."""
 
-    def __init__(self, logits: LazyLogits):
-        self.logits = logits
-        self.shape = logits.rows.shape
+    cell: ArgmaxCell
+    logits: LazyLogits  # nobody else's, so that nobody changes them
 
-    def __getitem__(self, index):
-        return LazyArgmax(self.logits[index])
+    requires_grad = False
 
-    def __eq__(self, labels):
-        if not isinstance(labels, Tensor) or labels.shape != self.shape:
-            return self.tensor("argmax") == labels
-        return self.logits._statistic("is_top1", labels.to(self.logits.device))
+    def meta(self) -> Tensor:
+        rows = self.logits.rows
+        return torch.empty_strided(rows.shape, rows.stride(), dtype=torch.int64, device="meta")
 
-    def __ne__(self, labels):
-        return torch.logical_not(self == labels)
+    @property
+    def device(self) -> torch.device:
+        return self.logits.device if self.made is None else self.made.device
 
-    __hash__ = object.__hash__
+    def _getitem(self, index):
+        where = index if isinstance(index, tuple) else (index,)
+        where = where if any(x is Ellipsis for x in where) else (*where, Ellipsis)
+        logits = self.logits._getitem((*where, WHOLE))
+        if logits is NotImplemented:
+            return NotImplemented
+        if logits.cell is not self.logits.cell:
+            return LazyArgmax(ArgmaxCell(logits), logits)
+        return LazyArgmax(self.cell, logits, parent=self, step=lambda argmax: argmax[index])
 
-    def tensor(self, operation: str) -> Tensor:
-        return self.logits.tensor(operation).argmax(-1)
+    def _eq(self, labels):
+        known = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == self.shape
+        if not known or labels.device != self.device:
+            return NotImplemented
+        outside = (labels < 0) | (labels >= self.logits.shape[-1])
+        return self.logits._statistic("is_top1", labels.masked_fill(outside, IGNORED))
 
-    def __getattr__(self, name: str):
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"LazyArgmax has no attribute {name!r}")
-        return getattr(self.tensor(name), name)
+    def _ne(self, labels):
+        hits = self._eq(labels)
+        return hits if hits is NotImplemented else torch.logical_not(hits)
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.eq, Tensor.eq, Tensor.__eq__) and len(args) == 2:
-            ours, labels = args if isinstance(args[0], LazyArgmax) else args[::-1]
-            return ours == labels
-        name = getattr(func, "__name__", "")
-        return func(*_real(tuple(args), name), **{key: _real(value, name) for key, value in (kwargs or {}).items()})
+        if func in (torch.eq, Tensor.eq, Tensor.__eq__) and len(args) == 2 and not isinstance(args[0], LazyArgmax):
+            args = args[::-1]  # labels == argmax
+        return super().__torch_function__(func, types, args, kwargs)
 
 
-def _real(value, operation: str):
-    if isinstance(value, (list, tuple)):
-        return type(value)([_real(x, operation) for x in value])
-    return value.tensor(operation) if isinstance(value, (LazyLogits, LazyArgmax)) else value
+serves(LazyArgmax, __getitem__="_getitem", eq="_eq", __eq__="_eq", ne="_ne", __ne__="_ne")
 
 
 def _is_mask(x) -> bool:
     return isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8)
 
 
+def _is_index(x) -> bool:
+    """Whether it counts for one dimension, or as a mask for its own."""
+    if isinstance(x, list):
+        return all(type(y) is int for y in x) and len(x) > 0
+    return x is None or x is Ellipsis or isinstance(x, (slice, Tensor)) or type(x) is int
+
+
+def _is_factor(x) -> bool:
+    whole = isinstance(x, numbers.Integral)
+    return (
+        isinstance(x, numbers.Real)
+        and not isinstance(x, bool)
+        and (whole or not isinstance(x, numbers.Rational))
+        and math.isfinite(x)
+        and x != 0
+    )
+
+
 def _is_device(x, device: torch.device) -> bool:
-    return isinstance(x, (str, int, torch.device)) and torch.device(x) == device
+    return isinstance(x, (str, int, torch.device)) and type(x) is not bool and torch.empty(0, device=x).device == device
 
 
 def lazy_aware(original, ours):
@@ -402,7 +550,8 @@ def lazy_aware(original, ours):
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         logits = next(iter(given.arguments.values()))
-        return ours(logits, given.arguments) if isinstance(logits, LazyLogits) else original(*args, **kwargs)
+        lazy = isinstance(logits, LazyLogits) and logits.lazy
+        return ours(logits, given.arguments) if lazy else original(*args, **kwargs)
 
     function.fastdpo_original = original
     return function
