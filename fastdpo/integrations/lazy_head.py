@@ -253,12 +253,15 @@ def _version(x: Tensor) -> tuple[int, int]:
 
 
 def _sample(x: Tensor) -> Tensor:
-    """The bits of one element of each row, from a column that moves along."""
-    x = x.detach().view(-1, x.shape[-1])
-    row = torch.arange(len(x), device=x.device)
-    return x[row, row % max(x.shape[1], 1)].view(_BITS[x.element_size()])
+    """The bits of some elements of each row, from columns that move along; all of a vector's."""
+    x = x.detach().view(-1, x.shape[-1]) if x.ndim > 1 else x.detach()[:, None]
+    rows, columns = x.shape
+    row = torch.arange(rows, device=x.device)[:, None]
+    column = torch.arange(min(columns, 1 + SAMPLED // max(rows, 1)), device=x.device)
+    return x[row, (row + column) % max(columns, 1)].view(_BITS[x.element_size()])
 
 
+SAMPLED = 4096  # elements that are compared at least, all where there are fewer: nothing beside a pass over the head
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

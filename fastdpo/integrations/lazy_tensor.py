@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils._pytree import tree_map_only
 
 # Read from shape, strides and dtype, without values
@@ -65,6 +66,7 @@ class Lazy:
     @torch._disable_dynamo
     def tensor(self, operation: str) -> Tensor:
         """The real one, made with a warning that `operation` needs it where it does not exist yet."""
+        _refuse_function(self)
         if operation in WATCHES:
             self.watch(operation)
         if self.made is None:
@@ -89,6 +91,7 @@ class Lazy:
     @torch._disable_dynamo
     def call(self, method, function, args, kwargs):
         """`method` while nothing is computed; where it does not serve these arguments, torch's `function`."""
+        _refuse_function(self)
         if self.made is None:
             try:
                 given = inspect.signature(method).bind(self, *args, **kwargs)
@@ -130,6 +133,17 @@ class Lazy:
         return func(*real(args, name), **real(kwargs, name))
 
     __hash__ = object.__hash__
+
+
+def _refuse_function(value: Lazy) -> None:
+    """torch.autograd.Function takes what is no Tensor for a constant, and would drop its gradient without a word."""
+    frame = None if torch.is_grad_enabled() or not value.requires_grad else sys._getframe(2)
+    while frame is not None:
+        names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+        if len(names) > 1 and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
+            if any(frame.f_locals.get(name) is value for name in names[1:]):
+                raise TypeError("a torch.autograd.Function of lazy logits has no gradient: give it logits + 0")
+        frame = frame.f_back
 
 
 def _served(value, function) -> Callable | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from fastdpo.integrations import lazy_logits
 from fastdpo.integrations.lazy import LazyArgmax, LazyLogits
+from fastdpo.integrations.lazy_head import Held
 
 V, H, B, T = 300, 16, 4, 6
 
@@ -298,7 +299,8 @@ WEIGHTS = {
     "hidden": lambda model, hidden: hidden.detach().mul_(2),
     "hidden's data": lambda model, hidden: hidden.data.mul_(2),
     "data in place": lambda model, hidden: model.head.weight.data.mul_(1.1),
-    "bias's data": lambda model, hidden: model.head.bias.data.add_(0.1),
+    "bias's data": lambda model, hidden: model.head.bias.data[V // 2].add_(0.1),
+    "a row's data": lambda model, hidden: model.head.weight.data[7].mul_(1.01),
     "step": step,
     "load_state_dict": other_state(False),
     "load_state_dict, assign": other_state(True),
@@ -395,6 +397,54 @@ def test_a_copy_of_the_model_has_its_own_head():
     copy.deepcopy(other), pickle.dumps(other)
 
 
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, other):
+        return logits[:, 0].exp() * 2 + other
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, gradient
+
+
+def test_a_function_that_would_drop_the_gradient_is_refused():
+    model, (hidden, _) = Model(), inputs()
+    with pytest.raises(TypeError, match="has no gradient"):
+        Doubled.apply(lazily(model, hidden), torch.zeros(V, requires_grad=True))
+    with torch.no_grad(), pytest.warns(UserWarning, match="exp needs"):
+        found = Doubled.apply(lazily(model, hidden), torch.zeros(V))
+    torch.testing.assert_close(found, model(hidden)[:, 0].detach().exp() * 2)
+
+
+def test_where_finding_out_would_wait_a_change_gives_nan(monkeypatch):
+    model, (hidden, labels) = Model(), inputs()
+    monkeypatch.setattr(Held, "valid", lambda self: torch.tensor(torch.nan))
+    for read in READS.values():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            value = read(lazily(model, hidden), labels)
+        assert value.dtype == torch.bool or value.isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["eager"])
+def test_compiled(backend):
+    model, (hidden, labels) = Model(), inputs()
+    expected = picked(torch.tanh(model(hidden) / 2)[:, 1:] * 2 / 0.7, labels[:, 1:])
+
+    def forward(hidden):
+        logits = torch.tanh(model(hidden) / 2) * 2
+        part = logits[:, 1:]
+        part /= 0.7
+        return part, logits[0]
+
+    with lazy_logits(model), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            logits, first = torch.compile(forward, backend=backend)(hidden)
+    assert isinstance(logits, LazyLogits) and isinstance(first, LazyLogits)
+    torch.testing.assert_close(picked(logits, labels[:, 1:]), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*needs the logits themselves")
 def test_to_other_forms():
     model, (hidden, _) = Model(), inputs()
@@ -452,7 +502,7 @@ def test_labels_that_torch_refuses_are_refused():
 def test_threads_do_not_see_each_other():
     model, (hidden, labels) = Model(), inputs()
     expected = model(hidden)
-    inside, done, found = threading.Barrier(3), threading.Barrier(3), {}
+    inside, done, found = threading.Barrier(3, timeout=60), threading.Barrier(3, timeout=60), {}
 
     def lazy(tau):
         with lazy_logits(model, tau=tau, seed=1):
