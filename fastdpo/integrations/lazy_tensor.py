@@ -7,6 +7,7 @@ Lazy    the tensor or a view of it: `step`, applied by torch itself to the real 
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import sys
@@ -28,6 +29,7 @@ METADATA = (
 # What sees the gradient that arrives at this very tensor
 WATCHES = ("register_hook", "retain_grad", "grad_fn")
 PACKAGE = os.path.dirname(os.path.dirname(__file__))
+_signature = functools.cache(inspect.signature)
 QUIET = (PACKAGE + os.sep, os.path.dirname(torch.__file__) + os.sep)
 
 
@@ -94,7 +96,7 @@ class Lazy:
         _refuse_function(self)
         if self.made is None:
             try:
-                given = inspect.signature(method).bind(self, *args, **kwargs)
+                given = _signature(method).bind(self, *args, **kwargs)
             except TypeError:
                 pass  # torch's to say, or an option that is not known here
             else:

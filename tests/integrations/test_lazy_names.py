@@ -23,11 +23,8 @@ HOMES = {
     "special": torch.special,
     "fft": torch.fft,
 }
-GLOBAL = re.compile(
-    # change torch itself, start processes, wait for the user, read or write files, or compile
-    r"(set|get|is|are|init|use|enable|disable|initial|manual|fork|wait|vitals|memory|compile|load|save|import|typename)_?"
-    r"(?!same_size|nonzero|signed|inference$|complex|floating_point|conj|neg|same|storage|tensor$).*|seed|export|hub|Any"
-)
+# Change torch itself, start or await threads, read or write files, compile
+GLOBAL = re.compile("(set|use|init|import)_.*|.*seed|fork|wait|load|save|compile|enable_grad")
 OTHERWISE = {
     # addresses, identities and sizes of Python objects
     "data_ptr", "__hash__", "__sizeof__", "__dir__", "__reduce__", "__getstate__", "__init__", "__new__", "storage",
@@ -39,6 +36,7 @@ OTHERWISE = {
     "__torch_function__", "__torch_dispatch__", "__annotations__", "__doc__", "__module__", "__weakref__",
     "__setstate__", "__dlpack_c_exchange_api__", "has_torch_function", "has_torch_function_unary",
     "has_torch_function_variadic", "is_tensor", "is_storage",
+    "typename",
     # take what has __dlpack__, which refuses a tensor that requires grad, and has to
     "as_tensor", "asarray", "tensor",
     # ends in bytes that are not defined
