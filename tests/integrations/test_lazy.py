@@ -169,7 +169,7 @@ def test_statistics_come_from_the_pass_of_the_log_probs(monkeypatch):
     entropy = shifted.detach().entropy()
     hits = shifted[:2].argmax(-1) == labels[:2, 1:]
     assert len(calls) == 2 and "entropy" in calls[0]  # is_top1 was not known to be wanted
-    real = shifted.source.logits(shifted.rows)
+    real = shifted.source.values(shifted.rows)
     torch.testing.assert_close(entropy, torch.distributions.Categorical(logits=real.detach()).entropy())
     assert torch.equal(hits, real[:2].argmax(-1) == labels[:2, 1:])
     assert isinstance(shifted.argmax(-1), LazyArgmax)
