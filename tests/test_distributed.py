@@ -32,41 +32,73 @@ def _scored(head, group=None, backward="exact", **options):
     return stats, {name: x.grad for name, x in head.tensors().items()}
 
 
-def _rank(rank, port, engine, head, options, directory):
+def _rank(rank, port, engine, head, dtype, options, directory):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FASTDPO_ENGINE=engine)
+    if engine == "triton":  # few of so few blocks can be skipped: it would compute all
+        from fastdpo.ops import triton_gradients
+
+        triton_gradients.CROSSOVER = 1.0
+    elif engine == "cpu":
+        from fastdpo.ops import cpu_backward
+
+        cpu_backward.CROSSOVER = 1.0
     dist.init_process_group("gloo", rank=rank, world_size=2)
     rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, None)
-    shard = head.leaves(torch.float32, False)
+    shard = head.leaves(dtype, False)
     lora = (shard.lora[0], shard.lora[1][rows].clone(), shard.lora[2])
     shard = type(head)(shard.hidden, shard.weight[rows].clone(), shard.labels, shard.bias[rows].clone(), lora)
-    stats, grads = _scored(shard.leaves(torch.float32), dist.group.WORLD, **options)
+    stats, grads = _scored(shard.leaves(dtype), dist.group.WORLD, **options)
     torch.save(([x.detach() for x in stats], grads), directory / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "options", [{"backward": "exact"}, {"backward": "routed", "tau": 0.0}], ids=["exact", "routed"]
-)
-def test_two_shards_equal_one_head(engine, options, tmp_path):
-    head = small_head(V=1000, bias=True, lora=True, masked=True)
+def on_two_ranks(engine, head, dtype, options, directory) -> list:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     # spawn() ends all ranks and raises when one fails.
-    mp.spawn(_rank, (port, engine, head.leaves(torch.float64, False), options, tmp_path), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    mp.spawn(_rank, (port, engine, head.leaves(torch.float64, False), dtype, options, directory), nprocs=2)
+    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
+
+ROUTED = {"backward": "routed", "seed": 2**63 + 5}
+HOW = {
+    "exact": {"backward": "exact"},
+    "routed, every pair": {**ROUTED, "tau": 0.0},
+    "routed": {**ROUTED, "tau": 0.15},  # the same pairs as of the whole head: a shard begins where the last one ended
+    "routed, two sets": {**ROUTED, "tau": (0.3, 0.1)},
+}
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_two_shards_equal_one_head(engine, how, tmp_path, monkeypatch):
+    head = small_head(V=1000, bias=True, lora=True, masked=True)
+    results = on_two_ranks(engine, head, torch.float32, HOW[how], tmp_path)
+    monkeypatch.setenv("FASTDPO_ENGINE", "reference")
     whole = head.leaves(torch.float32)
-    stats, grads = _scored(whole)
+    stats, grads = _scored(whole, **HOW[how])
     for rank in range(2):
         for name, ours, expected in zip(stats._fields, results[rank][0], stats):
             torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-5, msg=name)
+    for name, mine, others in zip(stats._fields, *(stats for stats, _ in results)):
+        assert torch.equal(mine, others), name  # bit for bit: ranks take the same steps
     for name in ("hidden", "lora_a"):
         for rank in range(2):
             assert relative_error(results[rank][1][name], grads[name]) < 5e-6, name
     for name in ("weight", "bias", "lora_b"):
         joined = torch.cat([results[rank][1][name] for rank in range(2)])
         assert relative_error(joined, grads[name]) < 5e-6, name
+
+
+def test_fp64_shards_are_summed_in_fp64(tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTDPO_ENGINE", "reference")
+    head = small_head(V=1000, bias=True, lora=True, masked=True)
+    results = on_two_ranks("reference", head, torch.float64, HOW["exact"], tmp_path)
+    stats, grads = _scored(head.leaves(torch.float64), **HOW["exact"])
+    for (logps, *_), found in results:
+        torch.testing.assert_close(logps, stats.logps.detach(), rtol=1e-12, atol=1e-12)
+        for name in ("hidden", "lora_a"):
+            assert relative_error(found[name], grads[name]) < 1e-12, name
