@@ -4,8 +4,8 @@ python benchmarks/bench_accuracy.py --head head.safetensors [--output benchmarks
 
 Truth is fp64 on the very inputs that a path gets (rounded to its type). Error of a gradient: relative L2; of a
 sequence's log-prob: the largest over the sequences, in nats. Gradients of confident tokens: those of their rows
-of `hidden`, by p(label). The seed of routed rows is fixed: their errors are noise, whose mean is zero (bench_bias.py);
-those of other rows are the same in every step.
+of `hidden`, by p(label); of the worst token: the largest error of a row against that row. The seed of routed rows is
+fixed: their errors are noise, whose mean is zero (bench_bias.py); those of other rows are the same in every step.
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ def main() -> None:
                 "sequence log-prob, nats": off.view(-1, SEQUENCE).sum(1).abs().max().item(),
                 "token log-prob, rms nats": off.square().mean().sqrt().item(),
                 "dhidden": relative(mine[1], dhidden),
+                "dhidden, worst token": ((mine[1] - dhidden).norm(dim=1) / dhidden.norm(dim=1)).max().item(),
                 "dweight": relative(mine[2], dweight),
             }
             for low, high in CONFIDENT:

@@ -93,7 +93,7 @@ def main() -> None:
         "H": weight.shape[1],
         "inputs": "float32",
         "seeds": args.seeds,
-        "default tau": DEFAULT_TAU,
+        "default tau": [DEFAULT_TAU, FROZEN_HEAD_TAU],
         "default filter": DEFAULT_EPS,
         "filter": f"tiles of {TILE} tokens by {TILE} columns, the columns sorted by mean logit as the package does",
     }

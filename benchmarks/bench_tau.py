@@ -6,15 +6,21 @@ python benchmarks/bench_tau.py --head head.safetensors [--seeds 3]
 from __future__ import annotations
 
 import argparse
+import math
 
 import inputs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
-from fastdpo.routing import ONE, odds
+from fastdpo.routing import DEFAULT_TAU, FROZEN_HEAD_TAU, ONE, odds
 
 TAUS = (2.0**-6, 2.0**-7, 2.0**-8, 2.0**-9, 2.0**-10, 2.0**-11, (2.0**-9, 2.0**-11))
+
+
+def name_of(tau: float | tuple[float, float]) -> str:
+    numbers = ", ".join(f"2^{math.log2(t):.0f}" for t in (tau if isinstance(tau, tuple) else (tau,)))
+    return f"routed, tau {numbers}"
 
 
 def main() -> None:
@@ -74,7 +80,7 @@ def main() -> None:
         every = [errors(result) for result in results]
         rows.append(
             {
-                "path": f"routed, tau {', '.join(f'{t:.2g}' for t in tau) if isinstance(tau, tuple) else f'{tau:.2g}'}",
+                "path": name_of(tau),
                 "pairs per token": (odds(share, own, smallest).sum(1) / ONE).mean().item(),
                 "passes": sum(result[3] for result in results) / len(results),
                 "frozen": sum(result[2] for result in results) / len(results),
@@ -88,6 +94,7 @@ def main() -> None:
         "H": head.weight.shape[1],
         "blocks": share.shape[1],
         "seeds": args.seeds,
+        "defaults": [name_of(DEFAULT_TAU), name_of(FROZEN_HEAD_TAU)],
         "passes": "lm_head GEMMs of policy and reference forward and backward; frozen: the head takes no gradient",
         "error": "relative L2 against fp64",
     }

@@ -78,26 +78,36 @@ def tau(record: dict) -> list[str]:
         cells = [row["path"], str(blocks) if pairs is None else f"{pairs:.1f}"]
         cells += [f"{row[name]:.2f}" for name in ("passes", "frozen")]
         cells += [error(row[f"{name} error"]) for name in ("dhidden", "dweight")]
-        rows.append(bold(cells, row["path"].count(",") == 2))  # the default: two numbers
+        rows.append(bold(cells, row["path"] in record["notes"]["defaults"]))
     header = ["path", f"blocks per token, of {blocks}", "passes", "passes, frozen head"]
     return table(header + ["`dhidden` error", "`dweight` error"], rows)
 
 
 def bias(record: dict) -> list[str]:
-    """Bold: the routed default, whose two gradients have a `tau` each."""
-    defaults, rows = dict(zip(("dhidden", "dweight"), record["notes"]["default tau"])), []
+    """Bold: the routed defaults."""
+    rows = []
     for row in record["rows"]:
         routed, power = row["path"] == "routed", f"2^{math.log2(row['threshold']):.0f}"
         default = not routed and row["threshold"] == record["notes"]["default filter"]
         name = f"routed, `tau` {power}" if routed else f"cce's filter, {power}{', its default' * default}"
         cells = [name, f"{100 * row['share']:.0f}%"]
-        for gradient, tau in defaults.items():
+        for gradient in ("dhidden", "dweight"):
             biased, noise = error(row[f"{gradient} bias"]), error(row[f"{gradient} noise"])
             known = f"{biased} ± {error(row[f'{gradient} standard error'])}"
-            cells += bold([known, noise] if routed else [biased, "0"], routed and row["threshold"] == tau)
-        rows.append(cells)
+            cells += [known, noise] if routed else [biased, "0"]
+        rows.append(bold(cells, routed and row["threshold"] in record["notes"]["default tau"]))
     header = ["backward", "pairs computed", "`dhidden` bias", "noise", "`dweight` bias", "noise"]
     return table(header, rows)
+
+
+def rules(record: dict) -> list[str]:
+    keys = ("dhidden", "p > 0.99", "worst token", "dweight")
+    rows = []
+    for row in record["rows"]:
+        worst = "" if row["alternating"] is None else error(row["alternating"])
+        cells = [row["rule"], row["tau"], f"{row['pairs per token']:.1f}", *(error(row[key]) for key in keys), worst]
+        rows.append(bold(cells, row["rule"] == "systematic" and row["tau"] in ("2^-9", "2^-10")))
+    return table(["rule", "`tau`", "pairs per token", *keys, "alternating"], rows)
 
 
 def memory(record: dict) -> list[str]:
@@ -115,7 +125,7 @@ def memory(record: dict) -> list[str]:
 
 
 def accuracy(record: dict) -> list[str]:
-    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dweight")
+    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dhidden, worst token", "dweight")
     rows = []
     for row in record["rows"]:
         if row["inputs"] == "bfloat16":
@@ -211,7 +221,7 @@ def summary(step: dict, sweep: dict, fits: dict, accuracy: dict) -> list[str]:
     context = {row["path"]: row for row in fits["rows"] if row["GiB"] == size}
     exact = {row["path"]: row for row in accuracy["rows"] if row["inputs"] == "bfloat16"}
     columns = []
-    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dweight")
+    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dhidden, worst token", "dweight")
     for in_step, in_sweep, in_accuracy, in_fits in PEERS.values():
         most = context.get(in_fits)
         errors = [exact.get(in_accuracy, {}).get(key) for key in keys]
@@ -234,7 +244,9 @@ def summary(step: dict, sweep: dict, fits: dict, accuracy: dict) -> list[str]:
         else:
             rows.append([name, *(cell(i, value, path) for i, value in enumerate(values))])
     header = ["", "step, s", "memory, MiB", f"tokens that fit in {size:g} GiB", "sequence log-prob error, nats"]
-    return table([*header, "error of `dhidden`", "where p(label) > 0.99", "error of `dweight`"], rows)
+    return table(
+        [*header, "error of `dhidden`", "where p(label) > 0.99", "of the worst token", "error of `dweight`"], rows
+    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +264,7 @@ COMMANDS = {  # result file -> what made it
     "2026-11-context-model.json": "context_model.py",
     "2026-11-cpu-tau.json": "bench_tau.py --head head.safetensors",
     "2026-11-cpu-bias.json": "bench_bias.py --head head.safetensors",
+    "2026-11-cpu-rules.json": "bench_rules.py --head head.safetensors",
     "2026-11-cpu-memory.json": "bench_memory.py --frozen",
     "2026-11-cpu-accuracy.json": "bench_accuracy.py --head head.safetensors",
     "2026-11-training.json": "bench_training.py",
@@ -277,6 +290,7 @@ SOURCES = {
     "fits": Source(fits, ("2026-11-cpu-fits.json",)),
     "context-model": Source(context_model, ("2026-11-context-model.json",)),
     "tau": Source(tau, ("2026-11-cpu-tau.json",)),
+    "rules": Source(rules, ("2026-11-cpu-rules.json",)),
     "bias": Source(bias, ("2026-11-cpu-bias.json",)),
     "memory": Source(memory, ("2026-11-cpu-memory.json",)),
     "accuracy": Source(accuracy, ("2026-11-cpu-accuracy.json",)),

@@ -72,8 +72,9 @@ def linear_logps(
         tau: the share of a token's tail (its distribution over all ids but the label) below which a block is sampled
             instead of always computed, in [0, 1]: one number, or two as ``(dhidden, dweight)``. None: 2**-10, or 2**-9
             where the head takes no gradient.
-        seed: key of the routed backward's draws, in [0, 2**64); None draws one from torch's generator of the device,
-            so ``torch.manual_seed`` and activation checkpointing repeat it.
+        seed: key of the routed backward's draws, in [0, 2**64); None draws one from torch's generator of the device
+            in every call but under ``torch.inference_mode``, so that ``torch.manual_seed`` and activation checkpointing
+            of either kind repeat it.
         lora: ``(A [r, H], B [V, r], s)``: a low-rank update of the head, ``weight + s * B @ A``, never formed.
         vocab_group: a torch.distributed process group over which `weight` (and `bias`, and ``B``) are split along the
             vocabulary in rank order; `hidden` and `labels` are the same on every rank.

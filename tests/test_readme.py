@@ -131,14 +131,14 @@ def test_the_routing_picture_shows_the_kernels_rule(tmp_path):
     import torch
     from plot_routing import draw, kinds_of
 
-    mass = torch.tensor([[0.6, 0.3, 2e-4, 1e-9], [2e-4, 0.9, 1e-9, 0.0999]])
+    share = torch.tensor([[0.6, 0.3, 2e-4, 0.0], [2e-4, 0.9, 0.0, 0.0998]])
     labels = torch.tensor([2 * 128, 0])  # in blocks 2 and 0, both light
-    kinds = torch.stack([kinds_of(mass, labels, 1e-3, seed) for seed in range(200)])
+    kinds = torch.stack([kinds_of(share, labels, 1e-3, seed) for seed in range(200)])
     sure = torch.tensor([[True, True, True, False], [True, True, False, True]])
     assert (kinds[:, sure] == 2).all() and (kinds[:, ~sure] == 0).all()
-    light = torch.stack([kinds_of(mass, torch.tensor([0, 128]), 1e-3, seed) for seed in range(400)])
+    light = torch.stack([kinds_of(share, torch.tensor([0, 128]), 1e-3, seed) for seed in range(400)])
     assert 0.1 < (light[:, 0, 2] == 1).float().mean() < 0.3  # q = 0.2, four standard errors are 0.08
-    record = json.loads((ROOT / "benchmarks/results/2026-11-head-masses.json").read_text())
+    record = json.loads((ROOT / "benchmarks/results/2026-11-head-shares.json").read_text())
     draw(record, tmp_path / "routing.png", 0)
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 

@@ -101,11 +101,9 @@ def test_no_grad_and_no_rows():
     patch_trl()
     hidden, weight, bias, targets = direct_inputs()
     arguments = (1.0, 32768, None, 1.0, ("log_probs", "entropy"))
-    state = torch.get_rng_state()
     with torch.no_grad():
         logps = trl_utils._ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *arguments)[0]
     assert logps.shape == (9,) and not logps.requires_grad
-    assert torch.equal(torch.get_rng_state(), state)  # nothing was routed
     logps, entropy, *rest = trl_utils._ChunkedLogProbFunction.apply(hidden[:0], weight, bias, targets[:0], *arguments)
     assert logps.shape == entropy.shape == (0,) and rest == [None, None, None]
     logps.sum().backward()
