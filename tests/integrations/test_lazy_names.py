@@ -33,7 +33,8 @@ OTHERWISE = {
     "empty_like", "new_empty", "new_empty_strided", "new", "resize", "empty", "empty_permuted", "empty_strided",
     # a LazyLogits is no Tensor: these ask for the type, or take nothing else, and raise
     "__class__", "__init_subclass__", "__subclasshook__", "__getattribute__", "__setattr__", "__delattr__", "__dict__",
-    "__torch_function__", "__torch_dispatch__", "__annotations__", "__doc__", "__module__", "__weakref__", "__slotnames__",
+    "__torch_function__", "__torch_dispatch__", "__annotations__", "__doc__", "__module__", "__weakref__",
+    "__slotnames__",  # what copyreg remembers of a class once it was copied
     "__setstate__", "__dlpack_c_exchange_api__", "has_torch_function", "has_torch_function_unary",
     "has_torch_function_variadic", "is_tensor", "is_storage",
     "typename",
