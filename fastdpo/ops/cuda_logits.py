@@ -5,6 +5,7 @@ Logits are read where they are, in their own type: once forward, and once, with 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor
 from . import native
 from .native import extension
 
-address = partial(native.address, device="cuda")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/launch.h
 
 
@@ -25,6 +25,10 @@ def _launch(name: str, x: Tensor, *arguments) -> None:
 def _splits(logits: Tensor) -> int:
     """Blocks of threads for each row: more than one where rows are too few to fill the GPU."""
     return extension().logits_splits(*logits.shape, _multiprocessors(logits.device))
+
+
+def _address_on(device: torch.device) -> Callable[..., int]:
+    return partial(native.address, device=device.type)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -39,7 +43,7 @@ def forward(
     A label of -1 gives the lse and the entropy alone; rows with -2 are not read, and get zeros.
     """
     labels, splits = labels.contiguous(), _splits(logits)
-    count = len(labels)
+    count, address = len(labels), _address_on(logits.device)
 
     def floats(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=logits.device) if wanted else None
@@ -68,7 +72,7 @@ def backward(
     coef_entropy: Tensor | None = None,
 ) -> None:
     """dlogits into `out`, which may be `logits`; zeros where the coefs are 0. The formula: csrc/row_formulas.h."""
-    labels, coef = labels.contiguous(), coef.contiguous()
+    labels, coef, address = labels.contiguous(), coef.contiguous(), _address_on(logits.device)
     coef_entropy = None if coef_entropy is None else coef_entropy.contiguous()
     target = out if out.stride(1) == 1 else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     _launch(
