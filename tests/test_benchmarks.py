@@ -267,16 +267,20 @@ def test_bias_and_noise_are_told_apart():
 def test_the_share_of_pairs_is_that_of_the_routing_rule():
     from bench_bias import TAUS, shares
 
-    from fastdpo.routing import kept_pairs
+    from fastdpo.routing import BLOCK, Routing, num_blocks, route, unpack_bits
 
     g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(64, 32, generator=g) * 3, torch.randn(1024, 32, generator=g)
-    labels = torch.randint(1024, (64,), generator=g)
-    mass = (hidden @ weight.T).softmax(-1).view(64, 8, 128).sum(-1)
+    hidden, weight = torch.randn(64, 32, generator=g) * 3, torch.randn(8 * BLOCK, 32, generator=g)
+    labels = torch.randint(8 * BLOCK, (64,), generator=g)
+    rest = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf)
+    share = rest.softmax(-1).view(64, 8, BLOCK).sum(-1)
     found = shares(hidden, weight, labels)
     for tau in TAUS:
-        kept = [kept_pairs(mass, labels, tau, torch.rand(mass.shape, generator=g)).float().mean() for _ in range(400)]
-        assert found[tau] == pytest.approx(torch.stack(kept).mean().item(), abs=5e-3)
+        kept = [
+            unpack_bits(route(share, labels, Routing(tau, tau, seed), torch.arange(64))[0], num_blocks(8 * BLOCK))
+            for seed in range(400)
+        ]
+        assert found[tau] == pytest.approx(torch.stack(kept).float().mean().item(), abs=5e-3)
     assert found[min(TAUS)] - found[max(TAUS)] > 0.05
 
 

@@ -101,18 +101,17 @@ STRANGE = {
 @pytest.mark.parametrize("function,name", ARGUMENTS)
 def test_strange_tensors_are_refused_by_name(function, name, kind):
     x, (make, message) = inputs()[function], STRANGE[kind]
-    with pytest.raises((TypeError, ValueError), match=rf"(?s){name}.*({message})"):
+    named = name.replace("lora ", "lora('s)? ")
+    with pytest.raises((TypeError, ValueError), match=rf"(?s){named}.*({message})"):
         call(function, x | {name: make(x[name])})
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
-def test_quantized_and_transformed_tensors_are_refused(name):
+def test_quantized_tensors_are_refused(name):
     x = inputs()["linear_logps"]
     quantized = torch.quantize_per_tensor(x[name], 0.1, 0, torch.qint8)
     with pytest.raises(TypeError, match=rf"{name} must be .*a quantized tensor, torch.qint8: pass its dequantize"):
         call("linear_logps", x | {name: quantized})
-    with pytest.raises(TypeError, match=rf"{name} must be .*inside a torch.func transform"):
-        torch.func.grad(lambda value: call("linear_logps", x | {name: value}).sum())(x[name])
 
 
 @pytest.fixture(scope="module")
