@@ -193,7 +193,6 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "fp32": {
             80: Tile(64, 128, 32, 8, 3),
             90: Tile(64, 128, 32, 4, 2, per_sm=2),
-            100: Tile(64, 128, 32, 4, 3, per_sm=2),
         },
         "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
