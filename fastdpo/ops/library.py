@@ -88,7 +88,7 @@ def _backward(
 
     head, rows = laid_out(head, rows)
     upstream = Upstream(torch.zeros_like(saved.logps) if dlogps is None else of_rows(dlogps), of_rows(dentropy))
-    if dentropy is not None:  # blocks are kept by their share of the tail, which says nothing about the entropy's gradient
+    if dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
         routing = None
     logps, lse, entropy = map(contiguous, (saved.logps, saved.lse, saved.entropy))
     pairs = (None, None) if routing is None else map(contiguous, (saved.bitmap, saved.most_pairs))
