@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 TRITON = 3.6.0
-BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/*)
+BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test test-trl test-trainers models kernels gpu lint bench bench-micro bench-compare clean
 

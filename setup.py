@@ -27,7 +27,7 @@ NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wal
 NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "-s,--exclude-libs,ALL"]
 CUDA_ARCHS = (80, 90, 100, 120)  # the default of FASTDPO_CUDA_ARCHS, as far as nvcc knows them
 
-# cpu_folds.cpp is compiled once per instruction set; csrc/cpu_dispatch.cpp picks one at run time.
+# cpu/folds.cpp is compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
 X86_ISAS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -96,9 +96,9 @@ def isas():
 
 
 def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
-    """The text of build.ninja: one object per source (cpu_folds.cpp: one per instruction set), one link.
+    """The text of build.ninja: one object per source (cpu/folds.cpp: one per instruction set), one link.
 
-    Without nvcc, csrc/*.cu is left out.
+    Without nvcc, csrc/cuda/*.cu is left out.
     """
     import pybind11
 
@@ -113,13 +113,13 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
         objects.append(build_dir / object_name)
         edges.append(f"build {objects[-1]}: {rule} {source.resolve()}\n  flags = {shlex.join(flags)}\n")
 
-    for source in sorted(CSRC.glob("*.cpp")):
-        if source.name == "cpu_folds.cpp":
+    for source in sorted(CSRC.rglob("*.cpp")):
+        stem = "_".join(source.relative_to(CSRC).with_suffix("").parts)
+        if stem == "cpu_folds":
             for name, flags in names.items():
-                edge(source, f"{source.stem}_{name}.o", [*flags, f"-DFASTDPO_ISA={name}"])
+                edge(source, f"{stem}_{name}.o", [*flags, f"-DFASTDPO_ISA={name}"])
         else:
-            flags = {"cpu_dispatch.cpp": available, "bindings.cpp": with_cuda}.get(source.name, [])
-            edge(source, f"{source.stem}.o", flags)
+            edge(source, f"{stem}.o", {"cpu_dispatch": available, "bindings": with_cuda}.get(stem, []))
 
     link = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared", "-Wl,-s"]
     linker, nvcc_rule = [*compiler, *link], []
@@ -134,7 +134,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
             "  depfile = $out.d",
             "  deps = gcc",
         ]
-        for source in sorted(CSRC.glob("*.cu")):
+        for source in sorted(CSRC.glob("cuda/*.cu")):
             edge(source, f"{source.stem}.cu.o", gencode(archs), rule="nvcc")
     return "\n".join(
         [

@@ -13,7 +13,7 @@ import inputs
 import torch
 from peers import OURS, PEERS, Problem, Unavailable
 
-from fastdpo.ops.gemm import matmul
+from fastdpo.ops.cpu.gemm import matmul
 
 
 def make_problem(head: inputs.HeadInputs, sequence_length: int, prompt_share: float) -> Problem:

@@ -106,7 +106,7 @@ def main() -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastdpo.demo_setup import DATA_FILES
+    from fastdpo.demo.setup import DATA_FILES
 
     kind = DATA_FILES.get(Path(args.data).suffix)
     found = datasets.load_dataset(kind, data_files=args.data) if kind else datasets.load_dataset(args.data)

@@ -112,9 +112,9 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     `backward` is "exact", "routed", or "none" for a forward without gradients.
     """
     import fastdpo
-    from fastdpo.ops import triton_engine
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
-    from fastdpo.ops.triton_launch import Recorder
+    from fastdpo.ops.triton import forward as triton_engine
+    from fastdpo.ops.triton.launch import Recorder
     from fastdpo.routing import Routing, parse_tau
 
     def meta(*size, dtype=shape.dtype) -> Tensor:

@@ -56,7 +56,7 @@ def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
 
 
 def main() -> None:
-    from fastdpo.ops.triton_launch import Target
+    from fastdpo.ops.triton.launch import Target
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     inputs.add_arguments(parser)

@@ -61,8 +61,8 @@ class ShapeCases:
 
     def _live(self, tau: float) -> Tensor:
         """[num_blocks] tokens that keep each block, as the engine decides."""
-        from fastdpo.ops import triton_engine
         from fastdpo.ops.problem import Head, Rows
+        from fastdpo.ops.triton import forward as triton_engine
         from fastdpo.routing import Routing, num_blocks, unpack_bits
 
         head = Head(self.hidden, self.weight, None, None, None, 1.0, 1.0, 0.0, 1.0, self.shape.dtype)
@@ -229,7 +229,7 @@ class ShapeCases:
 def token_loss(logps: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """What `linear_dpo_loss` does once it has the log-probabilities, [2B, T]."""
     from fastdpo.losses import check_options
-    from fastdpo.ops.preference import batch_losses
+    from fastdpo.ops.preference.losses import batch_losses
 
     return batch_losses(check_options(beta=beta), logps, None, ref_logps, None, labels=labels)[0]
 
@@ -261,11 +261,11 @@ def worker(argv: list[str]) -> int:
     parser.add_argument("--kernels", action="store_true", help="profile a step of each kind")
     parser.add_argument("--head")
     args = parser.parse_args(argv)
-    from fastdpo.ops.triton_launch import Target
+    from fastdpo.ops.triton.launch import Target
 
     target, gpu = Target(90, 132), Gpu(*args.rates)
     if args.device == "cuda":
-        from fastdpo.ops.triton_launch import target_of
+        from fastdpo.ops.triton.launch import target_of
 
         target = target_of(torch.device("cuda"))
     torch.manual_seed(0)

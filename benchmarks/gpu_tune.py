@@ -19,8 +19,8 @@ from cost_model import Shape
 from gpu_cases import ShapeCases
 from gpu_timing import interleaved, kernel_times
 
-from fastdpo.ops import triton_launch
-from fastdpo.ops.triton_launch import Target, Tile, target_of
+from fastdpo.ops.triton import launch as triton_launch
+from fastdpo.ops.triton.launch import Target, Tile, target_of
 
 # Largest share of a step first.
 SPACE = {

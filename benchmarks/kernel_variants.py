@@ -14,9 +14,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastdpo.ops import triton_engine
 from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
-from fastdpo.ops.triton_launch import Recorder, Target
+from fastdpo.ops.triton import forward as triton_engine
+from fastdpo.ops.triton.launch import Recorder, Target
 from fastdpo.routing import Routing
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}

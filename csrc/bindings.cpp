@@ -8,10 +8,10 @@
 #include <stdexcept>
 #include <vector>
 
-#include "cpu_folds.h"
-#include "logits.h"
-#include "parallel.h"
-#include "preference_batch.h"
+#include "cpu/folds.h"
+#include "cuda/logits.h"
+#include "cpu/parallel.h"
+#include "shared/preference_batch.h"
 
 namespace py = pybind11;
 using fastdpo::DType;

@@ -3,7 +3,7 @@
 from ._version import __version__
 from .integrations import ModelTokenStats, patch_model, patch_trl, unpatch_model, unpatch_trl
 from .logps import LinearLogpsFunction, TokenStats, linear_logps, linear_token_stats
-from .ops import backends
+from .ops.engines import backends
 from .preference import (
     DPOOutput,
     LinearDPOLoss,

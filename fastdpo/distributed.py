@@ -68,7 +68,7 @@ class VocabShards:
         return self._gather(x)[: self.rank].sum(0) % ONE
 
     def merge_stats(self, stats: Tensor | None) -> Tensor | None:
-        """[n, 7] RowStats of csrc/launch.h (max, sum_exp, sum_exp_z, sum_exp_sq, sum_z, max_before, max_after)."""
+        """[n, 7] RowStats of csrc/structs.h (max, sum_exp, sum_exp_z, sum_exp_sq, sum_z, max_before, max_after)."""
         if stats is None:
             return None
         top, s, sz, sq, z, before, after = self._gather(stats).unbind(2)

@@ -17,8 +17,8 @@ from torch import Tensor
 from .autograd import refuse_transforms
 from .logps import TokenStats, linear_token_stats
 from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
-from .ops.preference import batch_losses, mean_loss, rewards, sequence_losses
-from .ops.preference_reference import cast
+from .ops.preference.losses import batch_losses, mean_loss, rewards, sequence_losses
+from .ops.preference.reference import cast
 from .sequences import Sequences, check_layout, num_sequences
 from .tensors import plain, plain_or_none
 from .validation import FLOATS, HeadOptions, check_flag, check_number

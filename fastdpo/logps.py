@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .autograd import Function, apply, once_differentiable, refuse_transforms
 from .distributed import VocabShards
-from .ops import library
+from .ops import operators as library
 from .ops.problem import STATS, Forward, Head, Needs, Rows
 from .routing import Routing, parse_tau
 from .validation import HeadOptions, check_head, check_names, lora_scale

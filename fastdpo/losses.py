@@ -1,6 +1,6 @@
 """The preference losses by name, what each needs, and the check of the options that go with them.
 
-This table is the only list of losses in Python; the expressions are csrc/preference_loss.h and, in torch,
+This table is the only list of losses in Python; the expressions are csrc/shared/preference_loss.h and, in torch,
 ops/preference_reference.py.
 """
 
@@ -180,7 +180,7 @@ class PreferenceOptions(NamedTuple):
 
 
 DEFAULTS = PreferenceOptions()
-MAX_TERMS = 24  # of csrc/preference_batch.h
+MAX_TERMS = 24  # of csrc/shared/preference_batch.h
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:

@@ -3,7 +3,7 @@ from hidden states.
 
     losses[i] = sum_l weight_l * loss_l(chosen, rejected, ref_chosen, ref_rejected)[i]    loss = mean(losses)
 
-losses.py lists the losses; each is one expression in csrc/preference_loss.h, differentiated by dual numbers.
+losses.py lists the losses; each is one expression in csrc/shared/preference_loss.h, differentiated by dual numbers.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from .autograd import refuse_transforms, traced
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
-from .ops.preference import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
-from .ops.preference_reference import cast
+from .ops.preference.losses import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
+from .ops.preference.reference import cast
 from .tensors import plain
 from .validation import FLOATS
 

@@ -5,7 +5,7 @@
     q[b] = min(1, share[b] / tau), 1 for the label's block: the probability to be kept; a kept dz is multiplied by 1 / q
 
 Kept by systematic sampling: one uniform per token, carried through the running sum of q. E[dz] = dz, every draw's
-weights sum to within tau of 1, and at most 1 / tau + 2 pairs are kept. csrc/routing.h is the same rule for the kernels.
+weights sum to within tau of 1, and at most 1 / tau + 2 pairs are kept. csrc/shared/routing.h is the same rule, native.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from .autograd import Function, apply, once_differentiable, refuse_transforms, traced
-from .ops.logits import backward as logits_backward
-from .ops.logits import forward as logits_forward
-from .ops.logits import selective_op
+from .ops.selective.operators import backward as logits_backward
+from .ops.selective.operators import forward as logits_forward
+from .ops.selective.operators import selective_op
 from .tensors import plain
 from .validation import FLOATS, check_flag, check_number
 

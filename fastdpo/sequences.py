@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .autograd import traced
-from .ops.preference_reference import cast, wide_dtype
+from .ops.preference.reference import cast, wide_dtype
 
 
 def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from fastdpo.integrations.huggingface import LogitsTransform
+from fastdpo.models.huggingface import LogitsTransform
 
 V = 300
 SHAPE = {

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it decides when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -38,3 +40,28 @@ def seeded(request):
     torch.manual_seed(seed)
     random.seed(seed)
     return seed
+
+
+@pytest.fixture
+def tiny_llama():
+    """Builds the same model for the same seed; V = 512 is four blocks."""
+    transformers = pytest.importorskip("transformers")
+
+    def build(seed: int = 0):
+        torch.manual_seed(seed)
+        config = transformers.LlamaConfig(
+            vocab_size=512,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            initializer_range=0.2,  # logits of order 1, so that a wrong transform of them shows
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        return transformers.LlamaForCausalLM(config)
+
+    return build

@@ -363,7 +363,7 @@ def quick_interpreter(engine: str) -> Iterator[None]:
     import triton.language as tl
     from triton.runtime import interpreter
 
-    from fastdpo.ops import triton_launch
+    from fastdpo.ops.triton import launch as triton_launch
 
     @functools.cache
     def builtins(package) -> list[str]:

@@ -9,7 +9,7 @@ from torch.autograd.functional import jacobian
 
 import fastdpo
 from fastdpo.losses import check_options
-from fastdpo.ops import preference_native
+from fastdpo.ops.preference import templates as preference_native
 
 B, T, H, V = 2, 3, 8, 40
 

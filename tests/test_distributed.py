@@ -38,11 +38,11 @@ def _rank(rank, port, engine, head, dtype, options, directory):
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FASTDPO_ENGINE=engine)
     if engine == "triton":  # few of so few blocks can be skipped: it would compute all
-        from fastdpo.ops import triton_gradients
+        from fastdpo.ops.triton import backward as triton_gradients
 
         triton_gradients.CROSSOVER = 1.0
     elif engine == "cpu":
-        from fastdpo.ops import cpu_backward
+        from fastdpo.ops.cpu import backward as cpu_backward
 
         cpu_backward.CROSSOVER = 1.0
     dist.init_process_group("gloo", rank=rank, world_size=2)

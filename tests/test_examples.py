@@ -21,9 +21,9 @@ def run(tmp_path, monkeypatch, capsys):
     """Runs one script in this process; returns what it printed."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from fastdpo.demo_setup import build_tokenizer, load_preferences, texts_of
+    from fastdpo.demo.setup import build_tokenizer, load_preferences, texts_of
 
-    data = ROOT / "fastdpo" / "demo_data" / "preferences.jsonl"
+    data = ROOT / "fastdpo" / "demo" / "data" / "preferences.jsonl"
     tokenizer = build_tokenizer(texts_of(load_preferences(str(data)).select(range(50))), 512)
     tokenizer.save_pretrained(tmp_path / "model")
     config = LlamaConfig(

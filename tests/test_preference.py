@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import fastdpo.ops.preference as engines
 from fastdpo.losses import F_DIVERGENCES, LOSSES, RANKED, check_options
-from fastdpo.ops import preference_native
-from fastdpo.ops.preference_reference import REFERENCE, preference_losses_ref
+from fastdpo.ops.preference import losses as engines
+from fastdpo.ops.preference import templates as preference_native
+from fastdpo.ops.preference.reference import REFERENCE, preference_losses_ref
 from fastdpo.preference import PreferenceLossFunction, preference_loss
 
 B = 7

@@ -102,18 +102,18 @@ def test_shards_keep_what_the_whole_keeps():
 def never_exact(engine, monkeypatch):
     """However many pairs live: a flat head's gradient would be computed exactly."""
     if engine == "triton":
-        from fastdpo.ops import triton_gradients
+        from fastdpo.ops.triton import backward as triton_gradients
 
         monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
     elif engine == "cpu":
-        from fastdpo.ops import cpu_backward
+        from fastdpo.ops.cpu import backward as cpu_backward
 
         monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
 
 
 def saved_by_engine(head, taus, seed):
     """What an engine's forward saves, through the engine interface."""
-    from fastdpo.ops import engine_for
+    from fastdpo.ops.engines import engine_for
     from fastdpo.ops.problem import Head, Rows
 
     leaves = head.leaves(torch.float32, False)
@@ -147,7 +147,9 @@ def test_engine_keeps_what_the_rule_says(engine, kind, taus):
 
 def test_the_kept_set_sees_neither_threads_nor_chunks(engine, monkeypatch):
     """Bit for bit, whatever the number of threads and the tokens that go through the vocabulary together."""
-    from fastdpo.ops import cpu_operands, reference, triton_memory
+    from fastdpo.ops import reference
+    from fastdpo.ops.cpu import operands as cpu_operands
+    from fastdpo.ops.triton import memory as triton_memory
 
     head = peaked_head(N=700, V=3000, H=32)
     whole = saved_by_engine(head, (0.02, 0.005), 3)

@@ -13,9 +13,10 @@ from layouts import quick_interpreter
 from torch import Tensor
 
 import fastdpo
-from fastdpo import losses, ops
+from fastdpo import losses
+from fastdpo.ops import engines as ops
 from fastdpo.ops import native
-from fastdpo.ops.preference import PreferenceLossFunction
+from fastdpo.ops.preference.losses import PreferenceLossFunction
 
 B, T, V, H = 2, 3, 40, 8
 
@@ -316,8 +317,8 @@ def test_every_tensor_is_made_on_a_named_device():
     """torch's defaults are the caller's: a factory names its device, and its type unless that follows from ints."""
     nameless = []
     package = Path(fastdpo.__file__).parent
-    for path in [*package.glob("*.py"), *(package / "ops").glob("*.py")]:
-        if path.name.startswith(("demo", "__main__")):
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in ("demo", "models", "integrations", "__main__.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or ast.unparse(node.func) not in FACTORIES:
@@ -332,7 +333,7 @@ def test_every_tensor_is_made_on_a_named_device():
 def test_only_one_way_to_an_address():
     found = [
         f"{path.name}: {line.strip()}"
-        for path in sorted(Path(ops.__file__).parent.glob("*.py"))
+        for path in sorted(Path(ops.__file__).parent.rglob("*.py"))
         for line in path.read_text().splitlines()
         if "data_ptr()" in line
     ]

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import fastdpo
-from fastdpo.integrations import lazy_head
-from fastdpo.integrations.huggingface import _Settings
 from fastdpo.losses import PreferenceOptions
+from fastdpo.models import lazy_head
+from fastdpo.models.huggingface import _Settings
 from fastdpo.validation import HeadOptions
 
 B, T, H, V = 2, 3, 8, 200

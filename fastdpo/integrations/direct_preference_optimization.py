@@ -3,7 +3,7 @@
 A repository to clone: its `trainers.py` must be importable, as it is where its `train.py` runs.
 """
 
-from .seams import Adapter
+from .adapter import Adapter
 
 _adapter = Adapter("direct_preference_optimization", {"trainers": {"BasicTrainer": ("get_batch_metrics",)}})
 patch, unpatch = _adapter.patch, _adapter.unpatch

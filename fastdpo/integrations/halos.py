@@ -3,7 +3,7 @@
 A repository to clone: its `train/trainers.py` must be importable, as it is where its `launch.py` runs.
 """
 
-from .seams import Adapter
+from .adapter import Adapter
 
 _adapter = Adapter(
     "halos",

@@ -3,7 +3,7 @@
 Their class order puts their own methods before TRL's, so `patch_trl` does not reach them.
 """
 
-from .seams import Adapter
+from .adapter import Adapter
 
 _adapter = Adapter(
     "llamafactory",

@@ -3,7 +3,7 @@
 Their class order puts their own methods before TRL's, and they import TRL's function of logits by name.
 """
 
-from .seams import Adapter
+from .adapter import Adapter
 from .trl_methods import FUNCTIONS
 
 _function = {"selective_log_softmax": FUNCTIONS["selective_log_softmax"]}

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from ..autograd import Function
 from ..logps import linear_logps
-from .lazy import IGNORED
-from .seams import ORIGINAL, Adapter
+from ..models.lazy import IGNORED
+from .adapter import ORIGINAL, Adapter
 
 PARAMETERS = (
     "tensor_parallel_hidden_states",

@@ -6,8 +6,8 @@ function from its arguments.
 
 import torch
 
-from .lazy import IGNORED
-from .seams import Adapter
+from ..models.lazy import IGNORED
+from .adapter import Adapter
 
 
 def _per_token_logps(logits, arguments):

@@ -4,7 +4,7 @@
 live in processes of Ray's: `patch` is for them, and not for the driver.
 """
 
-from .seams import Adapter
+from .adapter import Adapter
 
 
 def _log_probs(logits, arguments):

@@ -3,7 +3,7 @@
 A repository to clone: its `scripts/simpo_trainer.py` must be importable, as it is where `run_simpo.py` runs.
 """
 
-from .seams import Adapter
+from .adapter import Adapter
 
 _adapter = Adapter("simpo", {"simpo_trainer": {"SimPOTrainer": ("concatenated_forward",)}})
 patch, unpatch = _adapter.patch, _adapter.unpatch

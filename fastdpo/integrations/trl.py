@@ -20,8 +20,8 @@ import torch
 
 from ..autograd import apply
 from ..logps import LinearLogpsFunction, TokenStats
+from ..models.lazy_head import check_options
 from ..validation import HeadOptions
-from .lazy_head import check_options
 from .trl_methods import METHODS, STILL_LOGITS, patch_methods, trl_modules, unpatch_methods
 
 SUPPORTED = "0.24 to 1.16"

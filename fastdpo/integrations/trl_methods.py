@@ -12,8 +12,8 @@ import sys
 import warnings
 from types import ModuleType
 
-from .lazy import IGNORED, LazyLogits, lazy_aware
-from .seams import ORIGINAL, unwrap, wrap
+from ..models.lazy import IGNORED, LazyLogits, lazy_aware
+from .adapter import ORIGINAL, unwrap, wrap
 
 # Trainer -> its methods that call a model and read its logits. A release has some of them.
 METHODS = {

@@ -58,7 +58,7 @@ def reason() -> str | None:
 @functools.cache
 def build_info() -> dict:
     """What setup.py recorded: compiler, instruction sets, CUDA architectures, the reason for what is missing."""
-    path = Path(__file__).parent.parent / "_build.json"
+    path = Path(__file__).parents[1] / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {"reason": "not built (running from a source tree?)"}
 
 

@@ -1,0 +1,277 @@
+// Folds over fp32 tiles of logits. Compiled once per instruction set (FASTDPO_ISA); a block of 128 logits is
+// transformed into a local buffer, so it is read from memory once and never written back by the forward.
+#include "cpu/folds.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "shared/half.h"
+#include "shared/routing.h"
+#include "shared/row_formulas.h"
+#include "cpu/simd.h"
+
+namespace fastdpo {
+namespace FASTDPO_ISA {
+namespace {
+
+// softcap * tanh(y / softcap) and its derivative. With e = exp(-2|x|): tanh|x| = (1 - e) / (1 + e), and
+// 1 - tanh^2 = 4e / (1 + e)^2, which does not cancel where tanh saturates.
+struct Capped {
+  Vec value, slope;
+};
+inline Capped softcapped(Vec y, float softcap) {
+  const Vec x = y * splat(1.0f / softcap);
+  const Vec e = exp(splat(-2.0f) * (x < Vec{} ? -x : x));
+  const Vec inverse = splat(1.0f) / (splat(1.0f) + e);
+  const Vec t = (splat(1.0f) - e) * inverse;
+  return {splat(softcap) * (x < Vec{} ? -t : t), splat(4.0f) * e * inverse * inverse};
+}
+
+// Raw products of one block -> z, padded to kBlock with -inf; optionally dz/d(product).
+template <bool kSoftcap, bool kSlope>
+inline void transform_block(const float* raw, const float* bias, const LogitTransform& t, int64_t cols, float* z,
+                            float* slope) {
+  alignas(64) float padded[kBlock], padded_bias[kBlock];
+  if (cols < kBlock) {  // the ragged end of the vocabulary: pad the inputs, then overwrite the pads' logits
+    std::memset(padded, 0, sizeof padded);
+    std::memcpy(padded, raw, cols * sizeof(float));
+    raw = padded;
+    if (bias) {
+      std::memset(padded_bias, 0, sizeof padded_bias);
+      std::memcpy(padded_bias, bias, cols * sizeof(float));
+      bias = padded_bias;
+    }
+  }
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    Vec y = load(raw + i);
+    if (bias) y += load(bias + i);
+    y *= splat(t.scale);
+    if (kSoftcap) {
+      const Capped capped = softcapped(y, t.softcap);
+      y = capped.value;
+      if (kSlope) store(slope + i, capped.slope * splat(t.scale * t.inv_temperature));
+    }
+    store(z + i, y * splat(t.inv_temperature));
+  }
+  for (int64_t i = cols; i < kBlock; ++i) z[i] = -kInf;
+}
+
+inline void merge_stats(RowStats& row, const float* z, float block_max, float block_sum) {
+  if (block_sum == 0.0f) return;  // every logit is -inf
+  Vec sum_z{}, sum_sq{};
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const Vec d = load(z + i) - splat(block_max);
+    const Vec e = exp(d);
+    sum_z += e == Vec{} ? Vec{} : e * d;  // 0 * -inf
+    sum_sq += e * e;
+  }
+  const double m = std::fmax(row.max, static_cast<double>(block_max));
+  const double old_scale = row.sum_exp == 0.0 ? 0.0 : std::exp(row.max - m);
+  const double new_scale = std::exp(block_max - m);
+  const double old_shift = row.sum_exp == 0.0 ? 0.0 : row.max - m;
+  row.sum_exp_z = old_scale * (row.sum_exp_z + row.sum_exp * old_shift) +
+                  new_scale * (static_cast<double>(sum(sum_z)) + static_cast<double>(block_sum) * (block_max - m));
+  row.sum_exp_sq = old_scale * old_scale * row.sum_exp_sq + new_scale * new_scale * sum(sum_sq);
+  row.sum_exp = old_scale * row.sum_exp + new_scale * block_sum;
+  row.max = m;
+}
+
+template <bool kSoftcap, bool kStats>
+void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
+  const Tile& tile = a.tile;
+  alignas(64) float z[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t label = a.labels[row] - tile.col_start;  // may lie outside this tile
+    for (int64_t col = 0; col < tile.num_cols; col += kBlock) {
+      const int64_t cols = std::min(kBlock, tile.num_cols - col);
+      transform_block<kSoftcap, false>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
+                                       tile.transform, cols, z, nullptr);
+      if (kStats) {
+        float total = 0.0f;
+        if (cols == kBlock) {
+          Vec t{};
+          for (int64_t i = 0; i < kBlock; i += kLanes) t += load(z + i);
+          total = sum(t);
+        } else {
+          for (int64_t i = 0; i < cols; ++i) total += z[i];
+        }
+        a.stats[row].sum_z += total;
+      }
+      const int64_t in_block = label - col;
+      const bool has_label = in_block >= 0 && in_block < cols;
+      if (has_label) {
+        a.label_logit[row] = z[in_block];
+        z[in_block] = -kInf;
+      }
+      Vec m = splat(-kInf);
+      for (int64_t i = 0; i < kBlock; i += kLanes) m = max(m, load(z + i));
+      float block_max = max(m);
+      if (kStats) {
+        RowStats& stats = a.stats[row];
+        if (has_label) {
+          for (int64_t i = 0; i < cols; ++i) {
+            double& side = i < in_block ? stats.max_before : stats.max_after;
+            side = std::fmax(side, static_cast<double>(z[i]));
+          }
+        } else {
+          double& side = in_block > 0 ? stats.max_before : stats.max_after;
+          side = std::fmax(side, static_cast<double>(block_max));
+        }
+      }
+      if (block_max == -kInf) block_max = 0.0f;  // -inf - -inf is NaN; and `max` may have passed over NaNs
+      Vec s{};
+      for (int64_t i = 0; i < kBlock; i += kLanes) s += exp(load(z + i) - splat(block_max));
+      const float block_sum = sum(s);
+      a.block_lse[row * a.block_lse_stride + col / kBlock] = static_cast<double>(block_max) + std::log(block_sum);
+      if (kStats) merge_stats(a.stats[row], z, block_max, block_sum);
+    }
+  }
+}
+
+void fold_rows(const FoldArgs& a, int64_t begin, int64_t end) {
+  const bool softcap = a.tile.transform.softcap != 0.0f;
+  if (softcap)
+    a.stats ? fold_rows_as<true, true>(a, begin, end) : fold_rows_as<true, false>(a, begin, end);
+  else
+    a.stats ? fold_rows_as<false, true>(a, begin, end) : fold_rows_as<false, false>(a, begin, end);
+}
+
+// z of one block -> dz/d(product) * coef terms, into dz; returns the block's mass.
+template <bool kSoftcap>
+inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t col, int64_t cols, float* dz) {
+  const Tile& tile = a.tile;
+  alignas(64) float z[kBlock], slope[kBlock];
+  transform_block<kSoftcap, true>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
+                                  tile.transform, cols, z, slope);
+  const float constant_slope = tile.transform.scale * tile.transform.inv_temperature;
+  const Vec lse = splat(a.lse[token]), coef = splat(a.coef[token]);
+  const Vec coef_entropy = splat(a.coef_entropy ? a.coef_entropy[token] : 0.0f);
+  const Vec entropy = splat(a.entropy ? a.entropy[token] : 0.0f);
+  const int64_t label = a.labels[token] - tile.col_start - col;
+  const bool has_label = label >= 0 && label < cols;
+  Vec mass{};
+  for (int64_t i = 0; i < kBlock; i += kLanes) {
+    const Vec logp = load(z + i) - lse;
+    const Vec p = exp(logp);
+    mass += p;
+    const Vec g = a.coef_entropy ? other_grad(p, max(logp, splat(kLeastLogP)), coef, entropy, coef_entropy)
+                                 : other_grad(p, coef);
+    store(dz + i, kSoftcap ? g * load(slope + i) : g * splat(constant_slope));
+  }
+  if (has_label) {
+    dz[label] = label_grad(a.logps[token], a.coef[token], entropy[0], coef_entropy[0]) *
+                (kSoftcap ? slope[label] : constant_slope);
+  }
+  return sum(mass);
+}
+
+template <bool kSoftcap>
+void grad_rows_as(const GradArgs& a, int64_t begin, int64_t end) {
+  alignas(64) float dz[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t token = a.tokens ? a.tokens[row] : row;
+    for (int64_t col = 0; col < a.tile.num_cols; col += kBlock) {
+      const int64_t cols = std::min(kBlock, a.tile.num_cols - col);
+      grad_block<kSoftcap>(a, row, token, col, cols, dz);
+      std::memcpy(a.tile.data + row * a.tile.stride + col, dz, cols * sizeof(float));
+    }
+  }
+}
+
+void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
+  a.tile.transform.softcap != 0.0f ? grad_rows_as<true>(a, begin, end) : grad_rows_as<false>(a, begin, end);
+}
+
+// Leaves the unweighted dz in the tile and each row's weight in either set in row_weight.
+void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
+  const Tile& tile = a.grad.tile;
+  alignas(64) float dz[kBlock];
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t token = a.grad.tokens[row];
+    const float mass = tile.transform.softcap != 0.0f
+                           ? grad_block<true>(a.grad, row, token, 0, tile.num_cols, dz)
+                           : grad_block<false>(a.grad, row, token, 0, tile.num_cols, dz);
+    const int64_t label = a.grad.labels[token] - tile.col_start;
+    float weight = 1.0f, second = 1.0f;
+    if (label < 0 || label >= tile.num_cols) {
+      const float share = mass / -std::expm1(a.grad.logps[token]);
+      weight = pair_weight(pair_odds(share, a.tau));
+      if (a.second_bits) second = weight * pair_weight(second_pair_odds(share, a.tau, a.second_tau));
+    }
+    if (a.second_bits && !(a.second_bits[token * a.bitmap_stride] >> a.second_bit & 1)) second = 0.0f;
+    a.row_weight[row] = weight;
+    a.row_weight[tile.num_rows + row] = second;
+    std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
+  }
+}
+
+void add_row(float* dst, const float* src, int64_t num_cols) {
+  int64_t i = 0;
+  for (; i + kLanes <= num_cols; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
+  for (; i < num_cols; ++i) dst[i] += src[i];
+}
+
+void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
+  const uint16_t* half = static_cast<const uint16_t*>(src);
+  switch (type) {
+    case DType::kFloat32:
+      std::memcpy(dst, src, num_cols * sizeof(float));
+      return;
+    case DType::kBFloat16:
+      for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(BFloat16{half[i]});
+      return;
+    case DType::kFloat16:
+      for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(Float16{half[i]});
+      return;
+  }
+}
+
+void route_row(const RouteArgs& a, int64_t row) {
+  const double* block_lse = a.block_lse + row * a.num_blocks;
+  const bool two_sets = a.second_tau >= 0.0f;
+  uint8_t* bits = a.bitmap + row * a.bitmap_stride;
+  uint8_t* second_bits = bits + a.set_bytes;
+  std::memset(bits, 0, a.bitmap_stride);
+  const double rest_lse = a.rest_lse[row];
+  const int64_t label_block = a.labels[row] >= 0 ? a.labels[row] / kBlock : -1;
+  const Philox4 draw = philox(a.seed, a.first_row + row);
+  uint32_t start[2] = {draw.word[0], draw.word[1]};
+  if (a.before) {
+    for (int set = 0; set < 2; ++set) start[set] += static_cast<uint32_t>(a.before[set * a.num_rows + row]);
+  }
+  uint32_t sum[2] = {start[0], start[1]};
+  uint64_t total = 0;
+  alignas(64) float log_share[kBlock], share[kBlock];
+  for (int64_t first = 0; first < a.num_blocks; first += kBlock) {
+    const int64_t count = std::min(kBlock, a.num_blocks - first);
+    for (int64_t i = 0; i < kBlock; ++i)
+      log_share[i] = i < count ? static_cast<float>(block_lse[first + i] - rest_lse) : -kInf;
+    for (int64_t i = 0; i < kBlock; i += kLanes) store(share + i, exp(load(log_share + i)));
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t block = first + i;
+      const uint64_t odds = block == label_block ? kOne : pair_odds(share[i], a.tau);
+      total += odds;
+      if (!take(sum[0], odds)) continue;
+      bits[block >> 3] |= static_cast<uint8_t>(1 << (block & 7));
+      if (!two_sets) continue;
+      if (take(sum[1], block == label_block ? kOne : second_pair_odds(share[i], a.tau, a.second_tau)))
+        second_bits[block >> 3] |= static_cast<uint8_t>(1 << (block & 7));
+    }
+  }
+  a.most_pairs[row] = static_cast<int32_t>((total + kOne - 1) >> 32);
+  if (a.sums) {
+    for (int set = 0; set < 2; ++set) a.sums[set * a.num_rows + row] = static_cast<uint32_t>(sum[set] - start[set]);
+  }
+}
+
+}  // namespace
+
+extern const CpuKernels kernels;
+#define FASTDPO_STRING_OF(x) #x
+#define FASTDPO_STRING(x) FASTDPO_STRING_OF(x)
+const CpuKernels kernels = {FASTDPO_STRING(FASTDPO_ISA), fold_rows, grad_rows, routed_grad_rows,
+                            add_row,                     load_row,  route_row};
+
+}  // namespace FASTDPO_ISA
+}  // namespace fastdpo

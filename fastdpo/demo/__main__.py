@@ -1,0 +1,5 @@
+import sys
+
+from .comparison import main
+
+sys.exit(main())

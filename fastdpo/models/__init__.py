@@ -1,0 +1,1 @@
+"""What turns a language model into hidden states and a head."""

@@ -1,0 +1,179 @@
+"""Which engine serves a call, in one place."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+
+from . import native, reference
+from .by_token import RowEngine, adapt
+from .cpu import forward as cpu
+from .selective import cpu as cpu_logits
+from .selective import cuda as cuda_logits
+
+ENGINES = ("reference", "cpu", "triton")
+TRITON_VERSION = (3, 6)  # the oldest whose kernels are tested
+OLDEST_GPU = (8, 0)
+_LOGITS = {
+    "reference": (reference.logits_forward, reference.logits_backward),
+    "cpu": (cpu_logits.forward, cpu_logits.backward),
+    "cuda": (cuda_logits.forward, cuda_logits.backward),
+}
+_ADAPTED = {"reference": adapt(reference), "cpu": adapt(cpu)}
+
+
+def _unavailable(engine: str, device: str) -> str | None:
+    """Why `engine` cannot serve tensors on `device`, or None when it can."""
+    if engine == "reference":
+        return None
+    if engine == "cpu":
+        if device != "cpu":
+            return f"the cpu engine takes CPU tensors, not {device}"
+        return None if native.available() else f"the native extension is missing ({native.reason()})"
+    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        hint = ", unless TRITON_INTERPRET=1" if device == "cpu" else ""
+        return f"the triton engine takes CUDA tensors, not {device}{hint}"
+    version = _triton_version()
+    if version is None:
+        return "Triton is not installed"
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
+        return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
+    if device == "cuda" and torch.cuda.is_initialized() and torch.cuda.get_device_capability() < OLDEST_GPU:
+        return f"the GPU's compute capability is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
+    return None
+
+
+def _engine_reasons() -> dict[str, str | None]:
+    """Why each engine cannot run on this machine, or None where it can."""
+    reasons = {name: _unavailable(name, "cpu") for name in ENGINES}
+    if torch.cuda.is_available():
+        reasons["triton"] = _unavailable("triton", "cuda")
+    elif reasons["triton"] is not None and _unavailable("triton", "cuda") is None:
+        reasons["triton"] = "no GPU here; TRITON_INTERPRET=1 serves CPU tensors"
+    return reasons
+
+
+@cache
+def _triton_version() -> str | None:
+    try:  # not at import: it takes a second, and the CPU does without
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def _choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
+    """(engine, why)."""
+    forced = os.environ.get("FASTDPO_ENGINE")
+    if forced:
+        if forced not in ENGINES:
+            raise ValueError(f"FASTDPO_ENGINE must be one of {', '.join(ENGINES)}; got {forced!r}")
+        problem = _unavailable(forced, device)
+        if problem:
+            raise RuntimeError(f"FASTDPO_ENGINE={forced} cannot run here: {problem}")
+        return forced, "FASTDPO_ENGINE"
+    if dtype == torch.float64:
+        return "reference", "fp64 inputs are computed in fp64"
+    wanted = "cpu" if device == "cpu" else "triton"
+    problem = _unavailable(wanted, device)
+    return (wanted, f"fastest for {device}") if problem is None else ("reference", problem)
+
+
+def engine_name(device: torch.device, dtype: torch.dtype) -> str:
+    """Which of ENGINES serves tensors of this device and type."""
+    name, _ = _choose(device.type, dtype)
+    return "reference" if dtype == torch.float64 else name
+
+
+def engine_for(device: torch.device, dtype: torch.dtype) -> RowEngine | ModuleType:
+    """What has the `forward` and `backward` of rows.py for tensors of this device and type."""
+    name = engine_name(device, dtype)
+    if name == "triton":
+        from .triton import forward as triton_engine
+
+        return triton_engine
+    return _ADAPTED[name]
+
+
+def _choose_logits(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """(cpu, cuda or reference, why) for logits -> logps. CUDA tensors need no Triton here; a forced reference holds."""
+    engine, why = _choose(device.type, dtype)
+    forced = os.environ.get("FASTDPO_ENGINE") == "reference"
+    if dtype == torch.float64 or device.type not in ("cpu", "cuda") or forced:
+        return "reference", why
+    if device.type == "cpu":
+        return (engine, why) if engine != "triton" else ("reference", "the triton engine starts from hidden states")
+    capability = torch.cuda.get_device_capability(device) if torch.cuda.is_initialized() else None
+    problem = native.cuda_problem(capability)
+    return ("cuda", f"fastest for {device.type}") if problem is None else ("reference", problem)
+
+
+def logits_engine(device: torch.device, dtype: torch.dtype) -> tuple[Callable, Callable]:
+    """(forward, backward) from logits to logps for tensors of this device and type."""
+    return _LOGITS[_choose_logits(device, dtype)[0]]
+
+
+def backends() -> dict:
+    """What this machine has and which engine each operation uses on it, with the reason.
+
+    Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
+    ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
+    ...), ``engines`` (``available`` and ``reason`` of each) and ``operations`` (per operation and device type: the
+    engine and why). Raises nothing, and starts no GPU context.
+    """
+    from .._version import __version__
+    from .cpu.gemm import USES_ONEDNN
+
+    info = native.build_info()
+    extension = native.extension()
+    slower = "logits folds, routing and losses run in plain torch: correct, several times slower"
+    operations = {}
+    for operation in ("linear_logps", "linear_token_stats", "linear_dpo_loss", "selective_log_softmax"):
+        operations[operation] = {}
+        for device in ("cpu", "cuda"):
+            try:
+                if operation == "selective_log_softmax":
+                    engine, why = _choose_logits(torch.device(device), torch.float32)
+                else:
+                    engine, why = _choose(device, torch.float32)
+            except (RuntimeError, ValueError) as error:
+                engine, why = "none", str(error)
+            operations[operation][device] = f"{engine} ({why})"
+    from .preference import templates as preference_native
+
+    operations["preference_loss"] = {}
+    for device in ("cpu", "cuda"):
+        problem = preference_native.problem(torch.device(device), torch.float32)
+        found = "native templates" if problem is None else f"reference ({problem})"
+        operations["preference_loss"][device] = found
+    return {
+        "versions": {
+            "fastdpo": __version__,
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "triton": _triton_version(),
+        },
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "matrix products": "oneDNN" if USES_ONEDNN else "torch.mm",
+        },
+        "native": {
+            "available": native.available(),
+            "reason": None if native.available() else f"{native.reason()}; {slower}",
+            "isa": extension.isa() if extension else None,
+            "threads": extension.parallel_backend() if extension else None,
+            "compiler": info.get("compiler"),
+            "cuda_archs": info.get("cuda_archs", []),
+            "cuda_reason": native.cuda_problem(),
+        },
+        "engines": {name: {"available": why is None, "reason": why} for name, why in _engine_reasons().items()},
+        "operations": operations,
+    }

@@ -1,0 +1,1 @@
+"""Preference losses from log-probs: csrc's templates, in one launch each way, otherwise plain torch."""

@@ -1,0 +1,241 @@
+"""Every preference loss in plain torch, differentiated by autograd: the oracle of csrc/shared/preference_loss.h, and
+the engine where that cannot run. Computed in fp64; same names as there:
+    a, b = chosen, rejected log-ratio    s = f-divergence score    d = s_w - s_l    n = completion tokens
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ...autograd import Function
+from ...losses import PreferenceOptions
+
+MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float
+# A mean log-prob of 0 says only that p rounds to 1, where the log-odds have a pole: it counts as that of the largest
+# probability below 1 that fp32 holds. So does all above -2^-126, where their slope would leave fp32.
+CERTAIN_LOGP = -(2.0**-24)
+MAX_MEAN_LOGP = -(2.0**-126)
+
+
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What sums and losses are computed in; Metal has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, but what is finite stays finite."""
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(x.dtype).max:
+        return x.to(dtype)
+    return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
+
+
+class _Cast(Function):
+    of = "fastdpo.preference_loss"
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = x.dtype
+        return saturate(x, dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return saturate(dy, ctx.dtype), None
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A conversion in which neither a finite value nor a finite gradient overflows."""
+    return x if x.dtype == dtype else _Cast.apply(x, dtype)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Sequence log-probs, all [B] and fp64, and what the formulas are written in."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | float
+    ref_rejected: Tensor | float
+    n_w: Tensor | None  # at least 1
+    n_l: Tensor | None
+    sft_logps: Tensor  # sums over the chosen tokens
+    sft_tokens: Tensor | None  # [B], zeros included
+    options: PreferenceOptions
+
+    @property
+    def a(self):
+        return self.chosen - self.ref_chosen
+
+    @property
+    def b(self):
+        return self.rejected - self.ref_rejected
+
+    @property
+    def s_w(self):
+        return score(self.a, self.options)
+
+    @property
+    def s_l(self):
+        return score(self.b, self.options)
+
+    @property
+    def x(self):
+        """beta d"""
+        return self.options.beta * (self.s_w - self.s_l)
+
+
+def sigmoid(x: Tensor) -> Tensor:
+    return logsigmoid(x).exp()  # torch.sigmoid's backward takes 1 - y, which is 0 from x = 37 on
+
+
+def expm1(x: Tensor) -> Tensor:
+    return torch.where(x < -0.5, x.exp() - 1, torch.expm1(x))  # torch.expm1's backward takes y + 1, 0 below x = -37
+
+
+def score(logratio: Tensor, options: PreferenceOptions) -> Tensor:
+    """f'(t) at log t; f-DPO, arXiv 2309.16240."""
+    kind = options.f_divergence_type
+    if kind == "forward_kl":
+        return -expm1((-logratio).clamp(max=MAX_EXPONENT))
+    if kind == "js_divergence":
+        return math.log(2) + logsigmoid(logratio)
+    power = options.f_alpha_divergence_coef - 1
+    if kind == "alpha_divergence" and power != 0:
+        return expm1((power * logratio).clamp(max=MAX_EXPONENT)) / power
+    return logratio
+
+
+def smoothed(x: Tensor, options: PreferenceOptions) -> Tensor:
+    e = options.label_smoothing
+    if e == 0:  # 0 * log S(-inf) would be NaN
+        return -logsigmoid(x)
+    return -(1 - e) * logsigmoid(x) - e * logsigmoid(-x)
+
+
+def robust(q: Inputs) -> Tensor:
+    e = q.options.label_smoothing
+    if e == 0:
+        return -logsigmoid(q.x)
+    return (-(1 - e) * logsigmoid(q.x) + e * logsigmoid(-q.x)) / (1 - 2 * e)
+
+
+def exo_pair(q: Inputs) -> Tensor:
+    e = q.options.label_smoothing
+    return sigmoid(q.x) * (logsigmoid(q.x) - math.log1p(-e)) + sigmoid(-q.x) * (logsigmoid(-q.x) - math.log(e))
+
+
+def sppo_hard(q: Inputs) -> Tensor:
+    half = 0.5 / q.options.beta
+    return (q.a - half) ** 2 + (q.b + half) ** 2
+
+
+def unsort(ranked: Tensor, like: Tensor) -> Tensor:
+    """Row k of `ranked` goes where the k-th smallest of `like` is."""
+    return torch.empty_like(ranked).index_copy(0, like.argsort(stable=True), ranked)
+
+
+def aot(q: Inputs) -> Tensor:
+    policy = q.chosen - q.rejected
+    reference = torch.zeros_like(policy) + q.ref_chosen - q.ref_rejected
+    ranked = policy.sort(stable=True).values - reference.sort(stable=True).values
+    return smoothed(q.options.beta * unsort(ranked, policy), q.options)
+
+
+def aot_unpaired(q: Inputs) -> Tensor:
+    ranked = q.a.sort(stable=True).values - q.b.sort(stable=True).values
+    return smoothed(q.options.beta * unsort(ranked, q.a), q.options)
+
+
+def discopop(q: Inputs) -> Tensor:
+    z = q.x / q.options.discopop_tau
+    # e^-x and S(z) overflow and vanish together: their exponents are added before either exists.
+    exponential = (logsigmoid(z) - q.x).clamp(max=MAX_EXPONENT).exp()
+    return -logsigmoid(q.x) * sigmoid(-z) + exponential
+
+
+def sft(logps: Tensor, tokens: Tensor) -> Tensor:
+    """Mean over the batch's chosen tokens, one number for every row; 0 without tokens."""
+    return (-logps.sum() / tokens.sum().clamp(min=1)).expand_as(logps)
+
+
+def log_odds(mean_logp: Tensor) -> Tensor:
+    certain = mean_logp > MAX_MEAN_LOGP
+    x = torch.where(certain, mean_logp - mean_logp.detach() + CERTAIN_LOGP, mean_logp)
+    return x - (-torch.expm1(x)).log()
+
+
+def kto(q: Inputs) -> Tensor:
+    o = q.options
+    desirable = sigmoid(-o.beta * (q.a - o.kto_kl))
+    undesirable = sigmoid(o.beta * (q.b - o.kto_kl))
+    return 0.5 * (o.desirable_weight * desirable + o.undesirable_weight * undesirable)
+
+
+def dpop(q: Inputs) -> Tensor:
+    return -logsigmoid(q.options.beta * (q.a - q.b - q.options.dpop_lambda * (-q.a).relu()))
+
+
+REFERENCE = {
+    "sigmoid": lambda q: smoothed(q.x, q.options),
+    "robust": robust,
+    "ipo": lambda q: (q.s_w / q.n_w - q.s_l / q.n_l - 0.5 / q.options.beta) ** 2,
+    "hinge": lambda q: (1 - q.x).relu(),
+    "exo_pair": exo_pair,
+    "nca_pair": lambda q: (
+        -logsigmoid(q.options.beta * q.a)
+        - 0.5 * logsigmoid(-q.options.beta * q.a)
+        - 0.5 * logsigmoid(-q.options.beta * q.b)
+    ),
+    "bco_pair": lambda q: -logsigmoid(q.options.beta * q.a) - logsigmoid(-q.options.beta * q.b),
+    "sppo_hard": sppo_hard,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": lambda q: sigmoid(-q.options.beta * q.a) + sigmoid(q.options.beta * q.b),
+    "apo_down": lambda q: sigmoid(q.options.beta * q.a) + sigmoid(-q.options.beta * (q.a - q.b)),
+    "discopop": discopop,
+    "sigmoid_norm": lambda q: -logsigmoid(q.options.beta * (q.s_w / q.n_w - q.s_l / q.n_l)),
+    "sft": lambda q: sft(q.sft_logps, q.sft_tokens),
+    "simpo": lambda q: smoothed(
+        q.options.beta * (q.chosen / q.n_w - q.rejected / q.n_l) - q.options.simpo_gamma, q.options
+    ),
+    "cpo": lambda q: smoothed(q.options.beta * (q.chosen - q.rejected), q.options),
+    "orpo": lambda q: -q.options.beta * logsigmoid(log_odds(q.chosen / q.n_w) - log_odds(q.rejected / q.n_l)),
+    "kto": kto,
+    "dpop": dpop,
+    "slic": lambda q: (q.options.slic_delta - q.options.beta * (q.chosen - q.rejected)).relu(),
+}
+
+
+def preference_losses_ref(
+    options: PreferenceOptions,
+    chosen: Tensor,
+    rejected: Tensor,
+    ref_chosen: Tensor | None,
+    ref_rejected: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    sft_logps: Tensor,
+) -> Tensor:
+    """The weighted sum of the losses, [B], in the inputs' dtype; every argument is [B]."""
+    dtype = wide_dtype(chosen.device)
+
+    def length(n):
+        return None if n is None else n.clamp(min=1).to(dtype)
+
+    inputs = Inputs(
+        cast(chosen, dtype),
+        cast(rejected, dtype),
+        0.0 if ref_chosen is None else cast(ref_chosen, dtype),
+        0.0 if ref_rejected is None else cast(ref_rejected, dtype),
+        length(chosen_lengths),
+        length(rejected_lengths),
+        cast(sft_logps, dtype),
+        chosen_lengths,
+        options,
+    )
+    return cast(sum(weight * REFERENCE[name](inputs) for name, weight in options.terms), chosen.dtype)

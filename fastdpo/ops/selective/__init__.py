@@ -1,0 +1,1 @@
+"""logits -> log p of chosen columns, for callers that already hold logits."""

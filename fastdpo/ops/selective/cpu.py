@@ -1,0 +1,85 @@
+"""logits -> logps on the CPU, for callers that already hold logits: the native folds over their rows.
+
+fp32 logits are read where they are; half types are converted a few rows at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...routing import num_blocks
+from ..layout import in_rows
+from ..native import address, extension
+
+CHUNK_BYTES = 16 << 20
+
+
+def _chunks(logits: Tensor):
+    size = max(1, CHUNK_BYTES // (4 * logits.shape[1]))
+    for start in range(0, logits.shape[0], size):
+        yield slice(start, min(start + size, logits.shape[0]))
+
+
+def _tile(data: Tensor, temperature: float):
+    return extension().Tile(
+        address(data, torch.float32, rows=True), data.stride(0), *data.shape, 0, 0, 1.0, 0.0, 1.0 / temperature
+    )
+
+
+def forward(
+    logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """[N, V] logits with unit column stride, [N] labels (< 0: none) -> (logps, lse, entropy or None), fp32 [N]."""
+    native, threads = extension(), torch.get_num_threads()
+    count, vocab_size = logits.shape
+    blocks = num_blocks(vocab_size)
+    fp32 = {"dtype": torch.float32, "device": logits.device}
+    logps, lse = torch.empty(count, **fp32), torch.empty(count, **fp32)
+    entropy = torch.empty(count, **fp32) if with_entropy else None
+    for rows in _chunks(logits):
+        data = in_rows(logits[rows].float())  # the conversion of overlapping rows may permute
+        n = data.shape[0]
+        block_lse = torch.empty(n, blocks, dtype=torch.float64, device=logits.device)
+        rest_lse, label_logit = block_lse.new_empty(n), torch.full((n,), -torch.inf, **fp32)
+        stats = None
+        if with_entropy:
+            stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64, device=logits.device)
+            native.init_stats(address(stats), n)
+        label = labels[rows].contiguous()
+        tile = _tile(data, temperature)
+        native.fold(tile, *map(address, (label, block_lse)), blocks, address(label_logit), address(stats), threads)
+        native.sum_blocks(address(block_lse), n, blocks, address(rest_lse), threads)
+        outputs = map(address, (logps[rows], lse[rows], entropy if entropy is None else entropy[rows]))
+        native.finish(n, vocab_size, *map(address, (rest_lse, label_logit, stats)), *outputs, 0, 0, 0, threads)
+    return logps, lse, entropy
+
+
+def backward(
+    logits: Tensor,
+    labels: Tensor,
+    logps: Tensor,
+    lse: Tensor,
+    coef: Tensor,
+    temperature: float,
+    out: Tensor,
+    entropy: Tensor | None = None,
+    coef_entropy: Tensor | None = None,
+) -> None:
+    """dlogits into `out`, which may be `logits`; zeros where the coefs are 0. Formula: csrc/shared/row_formulas.h."""
+    native, threads = extension(), torch.get_num_threads()
+    labels, coef = labels.contiguous(), coef.contiguous()
+    no_gradient = coef == 0
+    if coef_entropy is not None:
+        coef_entropy = coef_entropy.contiguous()
+        no_gradient &= coef_entropy == 0
+    for rows in _chunks(logits):
+        in_place = out.dtype == torch.float32 and out.stride(1) == 1
+        data = out[rows] if in_place else torch.empty(out[rows].shape, dtype=torch.float32, device=out.device)
+        if data.data_ptr() != logits[rows].data_ptr():
+            data.copy_(logits[rows])
+        of_rows = [None if x is None else x[rows] for x in (labels, lse, logps, coef, entropy, coef_entropy)]
+        native.grad(_tile(data, temperature), *map(address, of_rows), threads)
+        data[no_gradient[rows]] = 0  # whatever the logits: 0 * NaN would let a masked row's NaN out
+        if not in_place:
+            out[rows] = data.to(out.dtype)

@@ -1,0 +1,397 @@
+"""The measuring programs: they walk every case without a GPU, count right, and say what was not measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def run(*command, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+def is_a_reason(why: str) -> bool:
+    known = ("not installed", "has no", "need a GPU", "are for ", "no loss per token", "torch.compile failed")
+    return any(reason in why for reason in known)
+
+
+# The GPU suite
+
+
+def test_without_a_gpu_the_suite_says_so():
+    done = run(BENCHMARKS / "gpu.py", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and "no CUDA GPU here" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> dict:
+    output = tmp_path_factory.mktemp("gpu") / "dry.json"
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--output", output)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return {**json.loads(output.read_text()), "printed": done.stdout}
+
+
+def test_a_dry_run_walks_every_stage(dry_run):
+    from gpu import GRID
+    from gpu_cases import GROUPS
+
+    assert dry_run["device"]["name"] == "none" and "no GPU" in dry_run["title"]
+    assert dry_run["compile"]["status"] == 0 and dry_run["compile"]["faults"] == []
+    assert dry_run["tests"]["status"] == 0 and dry_run["tests"]["collected"] > 200
+    assert dry_run["sanitizers"] == {"without": 0}
+    assert dry_run["ceilings"]["flops"] > 0 and dry_run["ceilings"]["left out"] == {}
+    assert {group for _, _, groups, _ in GRID for group in groups} == set(GROUPS) == set(dry_run["shapes"][0]["groups"])
+    assert "MISS" not in dry_run["printed"]  # nothing of a dry run is judged
+
+
+def test_a_dry_run_runs_every_contender(dry_run):
+    from peers import PEERS, TOKEN_LOGPS
+
+    shape = dry_run["shapes"][0]
+    seen = {name: {row["name"] for row in group["rows"]} for name, group in shape["groups"].items()}
+    assert {"fastdpo exact", "fastdpo routed", "eager", "two torch.mm"} <= seen["step"] & seen["frozen step"]
+    assert {"exact", "routed", "exact, frozen head", "routed, frozen head"} <= seen["backward"]
+    assert set(TOKEN_LOGPS) <= seen["forward"] | shape["left out"].keys()
+    assert set(PEERS) - {"trl as its trainer"} <= seen["step"] | shape["left out"].keys()
+    assert all(is_a_reason(why) for why in shape["left out"].values()), shape["left out"]
+    for backward in ("routed", "exact"):
+        kernels = {row["kernel"] for row in shape["kernels"][backward]}
+        assert {"fold", "dz", "dweight", "spread"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
+
+
+def test_a_result_becomes_a_picture(dry_run, tmp_path):
+    result = tmp_path / "result.json"
+    result.write_text(json.dumps({name: value for name, value in dry_run.items() if name != "printed"}))
+    done = run(BENCHMARKS / "plot_gpu.py", result)
+    assert done.returncode == 0, done.stderr
+    assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_targets_are_judged_by_ratios():
+    from gpu import targets
+
+    def row(name, median, over, extra=None):
+        return {"name": name, "median": median, "over unit": over, "extra_mib": extra}
+
+    shape = {
+        "N": 8192, "V": 128256, "H": 4096, "dtype": "bfloat16",
+        "groups": {
+            "forward": {"rows": [row("torch.mm", 10.0, 1.0), row("fastdpo", 12.0, 1.2)]},
+            "step": {"rows": [row("two torch.mm", 20.0, 1.0), row("fastdpo routed", 24.0, 1.2, 100.0),
+                              row("fastdpo exact", 60.0, 3.0, 200.0), row("eager", 50.0, 2.5), row("cce", 80.0, 4.0)]},
+        },
+    }  # fmt: skip
+    met = {what.split(": ")[1]: value <= limit for what, value, limit in targets({"shapes": [shape]})}
+    assert met == {
+        "forward over torch.mm": False,
+        "routed step over two torch.mm": True,
+        "exact step over eager": False,
+        "routed step over eager": True,
+        "MiB beyond inputs and gradients, fastdpo routed": True,
+        "MiB beyond inputs and gradients, fastdpo exact": False,
+    }
+
+
+def test_a_contender_that_fails_is_named_and_the_others_timed():
+    from gpu_timing import interleaved
+    from peers import Unavailable
+
+    def absent():
+        raise Unavailable("not installed")
+
+    def broken():
+        raise ValueError("bad shape")
+
+    order = []
+    timings, left_out = interleaved(
+        {"a": lambda: order.append("a"), "absent": absent, "broken": broken, "b": lambda: order.append("b")},
+        "cpu",
+        rounds=4,
+    )
+    assert left_out == {"absent": "not installed", "broken": "ValueError: bad shape"}
+    assert {name: timing.runs for name, timing in timings.items()} == {"a": 4, "b": 4}
+    assert order[-8:] == ["a", "b"] * 4
+    assert all(timing.low <= timing.median <= timing.high for timing in timings.values())
+
+
+def test_tiles_are_timed_and_put_back():
+    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--tune", "fold", "dweight")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("(present)") == 2 and '"fold": {"fp32": {90: Tile(' in done.stdout
+
+
+# The peers
+
+
+def _agree_with_fp64(peers: dict, run, exact) -> set[str]:
+    """The names of those that run here; `run(peer)` and `exact` are tensors. The others give a reason."""
+    from peers import Unavailable
+
+    ran = set()
+    for name, peer in peers.items():
+        try:
+            mine = run(peer)
+        except Unavailable as error:
+            assert is_a_reason(str(error)), (name, error)
+            continue
+        ran.add(name)
+        for x, e in zip(mine, exact):
+            torch.testing.assert_close(x.double(), e, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    return ran
+
+
+def _peer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(4, 16, 64, generator=g), torch.randn(384, 64, generator=g) / 4
+    return hidden, weight, torch.randint(384, (4, 16), generator=g)
+
+
+def test_every_peers_token_logps_agree_with_fp64_or_say_why():
+    from peers import TOKEN_LOGPS, eager_logps
+
+    hidden, weight, labels = _peer_inputs()
+    coef = torch.linspace(-1, 1, labels.numel(), dtype=torch.float64)
+
+    def run(logps, dtype=torch.float32):
+        h, w = (x.to(dtype).requires_grad_() for x in (hidden.flatten(0, 1), weight))
+        out = logps(h, w, labels.flatten())
+        return out.detach(), *torch.autograd.grad(out, (h, w), coef.to(out.dtype))
+
+    def eager64(h, w, y):
+        return (h @ w.T).log_softmax(-1).gather(1, y[:, None])[:, 0]
+
+    ran = _agree_with_fp64(TOKEN_LOGPS, run, run(eager64, torch.float64))
+    assert eager_logps in {TOKEN_LOGPS[name] for name in ran} and "fastdpo" in ran
+
+
+def test_every_peers_selective_logps_agree_with_fp64_or_say_why():
+    from peers import SELECTIVE_LOGPS
+
+    hidden, weight, labels = _peer_inputs()
+    logits = (hidden @ weight.T).flatten(0, 1)
+
+    def run(logps, dtype=torch.float32):
+        z = logits.to(dtype).requires_grad_()
+        out = logps(z, labels.flatten())
+        return out.detach(), torch.autograd.grad(out.sum(), z)[0]
+
+    exact = run(lambda z, y: z.log_softmax(-1).gather(1, y[:, None])[:, 0], torch.float64)
+    assert "torch" in _agree_with_fp64(SELECTIVE_LOGPS, run, exact)
+
+
+def test_every_peers_step_agrees_with_fp64_or_says_why():
+    from peers import BETA, OURS, PEERS, Problem
+
+    hidden, weight, labels = _peer_inputs()
+    labels[:, :5] = -100
+    ref_hidden, ref_weight = hidden.flip(-1) / 2, weight * 0.5
+
+    def problem(dtype) -> Problem:
+        h, w, ref_h, ref_w = (x.to(dtype, copy=True) for x in (hidden, weight, ref_hidden, ref_weight))
+        return Problem(h.requires_grad_(), w.requires_grad_(), labels, ref_h, ref_w)
+
+    p = problem(torch.float64)
+    logps = [
+        ((h @ w.T).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)).sum(-1)
+        for h, w in ((p.hidden, p.weight), (p.ref_hidden, p.ref_weight))
+    ]
+    chosen, rejected = (logps[0] - logps[1]).chunk(2)
+    exact = p.gradients(-torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean())
+    assert {"eager", *OURS} <= _agree_with_fp64(PEERS, lambda step: step(problem(torch.float32)), exact)
+
+
+@pytest.mark.parametrize("sort", [False, True])
+def test_the_simulated_filter_drops_tiles_below_its_threshold(sort):
+    from cce_filter import cce_filter_logps
+
+    hidden, weight, labels = (x.flatten(0, -2) if x.ndim == 3 else x for x in _peer_inputs())
+    hidden, labels = hidden.repeat(4, 1).requires_grad_(), labels.flatten().repeat(4)
+    weight.requires_grad_()
+
+    def gradients(eps):
+        live = []
+        return live, torch.autograd.grad(
+            cce_filter_logps(hidden, weight, labels, eps, live, sort).sum(), (hidden, weight)
+        )
+
+    z = (hidden @ weight.T).log_softmax(-1)
+    exact = torch.autograd.grad(z.gather(1, labels[:, None]).sum(), (hidden, weight))
+    live, everything = gradients(0.0)
+    assert live == [1.0]
+    for x, e in zip(everything, exact):
+        torch.testing.assert_close(x, e, rtol=1e-4, atol=1e-5)
+    live, nothing = gradients(2.0)
+    assert live == [0.0] and all((x == 0).all() for x in nothing)
+    step = z.exp().detach() - torch.nn.functional.one_hot(labels, weight.shape[0])
+    order = (hidden @ weight.T).mean(0).argsort() if sort else torch.arange(weight.shape[0])
+    largest = step[:, order].abs().view(2, 128, 3, 128).amax((1, 3))
+    live, _ = gradients(largest.flatten().sort().values[2].item())
+    assert live[0] == pytest.approx(4 / 6)
+
+
+def test_bias_and_noise_are_told_apart():
+    from bench_bias import moments
+
+    exact = [torch.full((4, 4), 2.0, dtype=torch.float64), torch.full((3,), 1.0, dtype=torch.float64)]
+
+    def draw(seed):
+        return [exact[0] * 1.25 + (-1) ** seed * 0.5, exact[1].clone()]
+
+    row = moments(draw, exact, 64)
+    assert row["dhidden bias"] == pytest.approx(0.25) and row["dweight bias"] == 0.0
+    assert row["dhidden noise"] == pytest.approx(0.25 * (64 / 63) ** 0.5) and row["dweight noise"] == 0.0
+    assert row["dhidden standard error"] == pytest.approx(row["dhidden noise"] / 8)
+
+
+def test_the_share_of_pairs_is_that_of_the_routing_rule():
+    from bench_bias import TAUS, shares
+
+    from fastdpo.routing import BLOCK, Routing, num_blocks, route, unpack_bits
+
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=g) * 3, torch.randn(8 * BLOCK, 32, generator=g)
+    labels = torch.randint(8 * BLOCK, (64,), generator=g)
+    rest = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf)
+    share = rest.softmax(-1).view(64, 8, BLOCK).sum(-1)
+    found = shares(hidden, weight, labels)
+    for tau in TAUS:
+        kept = [
+            unpack_bits(route(share, labels, Routing(tau, tau, seed), torch.arange(64))[0], num_blocks(8 * BLOCK))
+            for seed in range(400)
+        ]
+        assert found[tau] == pytest.approx(torch.stack(kept).float().mean().item(), abs=5e-3)
+    assert found[min(TAUS)] - found[max(TAUS)] > 0.05
+
+
+# The cost model
+
+
+def test_published_times_are_reproduced_from_pass_counts():
+    from cost_model import GPUS
+    from peer_costs import ALGORITHMS, PUBLISHED
+
+    ratios = {}
+    for one in PUBLISHED:
+        modelled = ALGORITHMS[one.algorithm].seconds(one.shape, GPUS[one.gpu], **one.parts)
+        ratios.setdefault(one.algorithm, []).append(modelled / one.seconds)
+    near = {name for name, found in ratios.items() if any(0.8 < ratio < 1.2 for ratio in found)}
+    assert {"eager", "cce", "liger scaled ce"} <= near
+    assert all(ratio < 1.05 for found in ratios.values() for ratio in found)  # a floor: nobody is faster
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_counted_costs_follow_the_live_pairs(frozen):
+    from cost_model import GPUS, Shape, step_cost
+
+    from fastdpo.ops.triton.launch import Target
+
+    shape, options = Shape(4096, 32000, 2048), {"frozen": frozen, "tau": None, "target": Target(90, 132)}
+    few, many = (
+        step_cost(shape, live, live, backward="routed", **options)
+        for live in (torch.full((250,), 64.0), torch.full((250,), 640.0))
+    )
+    exact = step_cost(shape, None, None, backward="exact", **options)
+    gpu = GPUS["H200"]
+    assert 2.0 <= few.total().flops / shape.one_pass < many.total().flops / shape.one_pass < 3.0
+    # padding of ragged tiles comes on top of whole passes: 4 with a frozen head, 5 in a joint sweep, 6 in two
+    assert (4 if frozen else 5) <= exact.total().flops / shape.one_pass < (4.3 if frozen else 6.4)
+    assert few.floor(gpu) < many.floor(gpu) < exact.floor(gpu)
+    forward = step_cost(shape, None, None, backward="exact", parts=("reference",), **options)
+    backward = step_cost(shape, None, None, backward="exact", parts=("backward",), **options)
+    parts = 2 * forward.total().flops + backward.total().flops
+    assert parts == pytest.approx(exact.total().flops, rel=1e-6)
+
+
+# What was measured
+
+
+@pytest.fixture
+def sources(tmp_path) -> list[Path]:
+    from measured import KERNELS
+
+    copies = [tmp_path / file.name for file in KERNELS]
+    for file, copy in zip(KERNELS, copies):
+        copy.write_text(file.read_text())
+    return copies
+
+
+def edited(sources, name: str, old: str, new: str) -> set[str]:
+    """The kernels whose digest an edit changes."""
+    from measured import digests
+
+    before = digests(sources)
+    (file,) = (file for file in sources if file.name == name)
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+    after = digests(sources)
+    return {kernel for kernel in before if before[kernel] != after[kernel]}
+
+
+def test_an_edit_changes_the_digests_of_what_it_reaches(sources):
+    every = {"fold", "dz", "dhidden", "dweight", "routed_dz", "routed_dhidden", "routed_dweight", "finish", "spread"}
+    assert edited(sources, "triton_common.py", '"""', '""" ') == set()  # a docstring
+    assert edited(sources, "triton_backward.py", "@triton.jit", "# a comment\n@triton.jit") == set()
+    assert edited(sources, "triton_backward.py", 'float("nan")', "0.0") == {"spread"}
+    assert edited(sources, "triton_launch.py", '"fold": {', '"fold": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"fold"}
+    reached = edited(sources, "triton_common.py", "0xFFFFE000", "0xFFFFF000")  # what add_low_rank calls
+    assert {"fold", "dz", "routed_dz"} <= reached and not reached & {"dweight", "spread", "finish"}
+    assert every - {"routed_dz"} - edited(sources, "triton_common.py", "+ 0x7FFF", "+ 0x7FFE") < every
+
+
+def test_an_edit_of_a_header_changes_the_digest_of_the_cuda_files_with_it(tmp_path):
+    import shutil
+
+    from measured import CUDA, digests
+
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    files = [tmp_path / "csrc" / file.name for file in CUDA]
+    before = digests([], files)
+    assert "csrc/cuda/logits.cu" in before
+    header = tmp_path / "csrc" / "logits_row.h"
+    text = header.read_text()
+    header.write_text("// a comment\n" + text)
+    assert digests([], files) == before
+    header.write_text(text.replace("kBatch = 16", "kBatch = 32"))
+    assert digests([], files)["csrc/cuda/logits.cu"] != before["csrc/cuda/logits.cu"]
+
+
+def test_what_changed_since_it_was_measured_is_listed():
+    from measured import changed, line
+
+    now = {"fold": "a", "dz": "b", "spread": "c"}
+    old = {
+        "date": "2026-01-01",
+        "file": "old.json",
+        "device": {"name": "NVIDIA H200"},
+        "kernels": {"fold": "a", "dz": "x"},
+    }
+    assert changed([], now) == dict.fromkeys(now, "never measured")
+    assert changed([old], now) == {"dz": "changed since 2026-01-01 (old.json)", "spread": "never measured"}
+    assert "2026-01-01, NVIDIA H200" in line([old]) and "none yet" in line([])
+
+
+def test_the_readme_says_when_a_gpu_was_last_used():
+    done = run(BENCHMARKS / "measured.py", "--check")
+    assert done.returncode == 0, done.stdout

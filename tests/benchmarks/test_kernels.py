@@ -1,0 +1,154 @@
+"""The ahead-of-time check of the kernels finds what it is there to find."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+# In a process of its own: in this one Triton may be its interpreter.
+COMPILE = """
+import json, sys
+from dataclasses import replace
+
+sys.path.insert(0, sys.argv[1])
+from kernel_code import compile_variant, faults
+from kernel_variants import variants
+
+def with_constants(variant, **values):
+    at = {(list(variant.signature).index(name),): value for name, value in values.items()}
+    return replace(variant, constants={**variant.constants, **at})
+
+def examined(variant, judged_as=None):
+    code = compile_variant(variant)
+    found = faults(judged_as or variant, code)
+    return {"faults": found, "tensor core": code.tensor_core(), "registers": code.registers}
+
+half, *_ = variants(80, ["bf16"], "fold")
+single, *_ = variants(80, ["fp32"], "fold")
+print(json.dumps({
+    "as launched": examined(half),
+    "one warp": examined(replace(half, warps=1)),
+    "many stages": examined(replace(half, stages=9)),
+    "without tensor cores": examined(with_constants(replace(single, warps=8), PRECISION="ieee")),
+    "for another architecture": examined(half, judged_as=with_constants(replace(half, capability=90), TMA=True)),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", COMPILE, str(BENCHMARKS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_kernel_as_it_is_launched_has_no_fault(compiled):
+    assert compiled["as launched"]["faults"] == []
+    assert compiled["as launched"]["tensor core"]["HMMA"] > 0
+    assert 32 < compiled["as launched"]["registers"] <= 255
+
+
+@pytest.mark.parametrize(
+    "change,fault",
+    [
+        ("one warp", "spilled"),
+        ("many stages", "KiB of shared memory"),
+        ("without tensor cores", "without a tensor-core instruction"),
+        ("for another architecture", "no HGMMA"),
+        ("for another architecture", "no TMA instruction"),
+    ],
+)
+def test_a_changed_kernel_has_its_fault(compiled, change, fault):
+    assert any(fault in one for one in compiled[change]["faults"]), compiled[change]
+
+
+# An outer loop from 0x0040 that begins within the inner one, as ptxas rotates them, and a loop without a product.
+LISTING = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00 */
+        /*0010*/                   LDL R4, [R1] ;                  /* 0x00 */
+        /*0020*/                   LDG.E.128 R8, [R2.64] ;
+        /*0030*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0040*/              @!P0 LDL.64 R10, [R1+0x8] ;
+        /*0050*/              @!P0 BRA 0x20 ;
+        /*0060*/                   LDL R4, [R1+0x10] ;
+        /*0070*/               @P1 BRA `(.L_x_1) ;
+        /*0080*/                   BRA 0x40 ;
+        /*0090*/                   LDL R4, [R1+0x10] ;
+        /*00a0*/               @P2 BRA 0x90 ;
+        /*00b0*/                   EXIT ;
+"""
+
+
+def test_hot_loops_are_the_innermost_with_a_product(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from kernel_code import hot_loops, instructions
+
+    code = instructions(LISTING)
+    assert [mnemonic for _, mnemonic, _ in code][:3] == ["MOV", "LDL", "LDG.E.128"]
+    (loop,) = hot_loops(code)
+    assert [address for address, _, _ in loop] == [0x20, 0x30, 0x40, 0x50]
+    without_product = [one for one in code if "HMMA" not in one[1]]
+    assert {loop[0][0] for loop in hot_loops(without_product)} == {0x20, 0x90}
+
+
+# A CUDA kernel's loop over whole vectors, then one over single elements.
+USAGE = """
+ Function _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16ELb0EEEvNS_4ArgsE:
+  REG:40 STACK:0 SHARED:128 LOCAL:0 CONSTANT[0]:440 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+CUDA_LISTING = """
+		Function : _ZN7fastdpo41_GLOBAL__N__1_9_logits_cu_c1522logits_backward_kernelINS_8BFloat16ELb0EEEvNS_4ArgsE
+        /*0010*/                   LDG.E.EF.128 R8, [R2.64] ;
+        /*0020*/                   STG.E.EF.128 [R2.64], R8 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   LDG.E.U16 R8, [R2.64] ;
+        /*0050*/                   STG.E.U16 [R2.64], R8 ;
+        /*0060*/              @!P0 BRA 0x40 ;
+"""
+
+
+@pytest.mark.parametrize(
+    "old,new,fault",
+    [
+        ("", "", None),
+        ("STG.E.EF.128", "STG.E.EF.64", "1 loads but 0 stores of 16 bytes"),
+        ("LDG.E.EF.128", "LDG.E.EF.64", "no loop with 16-byte loads"),
+        ("LDG.E.U16 R8, [R2.64]", "LDL R8, [R1]", "local memory: 0 bytes, 1 accesses"),
+        ("STACK:0", "STACK:16", "local memory: 16 bytes"),
+    ],
+)
+def test_faults_of_a_cuda_kernel(monkeypatch, old, new, fault):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from cuda_kernels import faults, kernels_in
+
+    (kernel,) = kernels_in(CUDA_LISTING.replace(old, new), USAGE.replace(old, new))
+    assert (kernel.name, kernel.type, kernel.registers) == ("logits_backward_kernel", "bf16", 40)
+    found = faults(kernel)
+    assert fault in found[0] if fault else found == []
+
+
+def test_names_of_cuda_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from cuda_kernels import faults, kernels_in
+
+    def renamed(text, name):
+        return text.replace("22logits_backward_kernelINS_8BFloat16ELb0EEE", name)
+
+    for mangled, name, kind in [
+        ("21logits_forward_kernelIfLb1EEE", "logits_forward_kernel, entropy", "fp32"),
+        ("20logits_finish_kernelINS_7Float16ELb0EEE", "logits_finish_kernel", "fp16"),
+    ]:
+        listing = renamed(CUDA_LISTING, mangled).replace(".128", ".64")
+        (kernel,) = kernels_in(listing, renamed(USAGE, mangled))
+        assert (kernel.name, kernel.type) == (name, kind)
+        assert bool(faults(kernel)) == ("finish" not in name)  # which has no loop over a row

@@ -1,0 +1,167 @@
+"""The README's measured numbers are those of the committed result files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def benchmarks_on_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def test_tables_are_those_of_the_results():
+    from tables import DOCUMENTS, filled
+
+    for document in DOCUMENTS:
+        text = document.read_text()
+        assert text == filled(text, beside=document.parent), "run python benchmarks/tables.py"
+
+
+def test_every_result_has_its_table_and_every_link_its_file():
+    from tables import COMMANDS, DOCUMENTS, SOURCES
+
+    texts = [document.read_text() for document in DOCUMENTS]
+    assert {name for text in texts for name in re.findall(r"<!-- table: ([\w-]+) -->", text)} == set(SOURCES)
+    for document, text in zip(DOCUMENTS, texts):
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (document.parent / link).exists(), link
+    for source in SOURCES.values():
+        for file in source.files:
+            assert (ROOT / "benchmarks" / COMMANDS[file].split()[0]).exists(), file
+
+
+def test_figures_in_the_text_are_those_of_the_results():
+    from tables import RESULTS
+
+    def record(name: str) -> dict:
+        return json.loads((RESULTS / f"2026-11-{name}.json").read_text())
+
+    matrix, counted = record("model-matrix"), record("triton-counts")["results"]
+    sweep = [row for row in record("cpu-sweep")["rows"] if row["along"] == "tokens" and row["tokens"] == 512]
+    few = {row["path"]: row["seconds"] for row in sweep}
+    moved = counted["dhidden, bytes through the L2 cache"]
+    launches = [row["launches"] for title, row in counted.items() if title.startswith("routed") and "same" in title]
+    runs = record("training")["runs"]
+
+    def mean(key: str, path: str) -> float:
+        values = [run[key] for run in runs if run["path"] == path]
+        return sum(values) / len(values)
+
+    verdicts = {"wrong": 0, **matrix["counts"]}
+    figures = {
+        "README.md": [
+            f"of {len(matrix['rows'])} classes {verdicts['exact']} are exact, {verdicts['refused']} is refused, "
+            f"none wrong; {verdicts['not built']} could not be built tiny",
+            f"{few['fastdpo routed']:.2f} s routed and {few['fastdpo exact']:.2f} s exact on the CPU",
+            f"for about {moved['ordered'] / moved['atomics']:.1f} times the traffic",
+        ],
+        "benchmarks/README.md": [
+            f"({launches[0]} for the step below, {launches[1]} with a frozen head;",
+            f"{mean('distance', 'routed'):.2f} against {mean('distance', 'trl bf16'):.2f} "
+            f"of {mean('travelled', 'exact'):.1f} travelled",
+        ],
+    }
+    assert verdicts["wrong"] == 0
+    for document, sentences in figures.items():
+        text = " ".join((ROOT / document).read_text().split())
+        for sentence in sentences:
+            assert sentence in text, sentence
+
+
+def test_no_error_of_the_routed_default_is_above_that_of_bf16_logits():
+    from tables import RESULTS
+
+    rows = json.loads((RESULTS / "2026-11-cpu-accuracy.json").read_text())["rows"]
+    routed, eager = (
+        next(row for row in rows if row["path"] == path and row["inputs"] == "bfloat16")
+        for path in ("fastdpo routed", "eager")
+    )
+    compared = [key for key in routed if key not in ("path", "inputs")]
+    assert len(compared) > 8 and all(routed[key] < eager[key] for key in compared)
+
+
+def test_a_changed_result_changes_the_readme(tmp_path):
+    from tables import RESULTS, SOURCES, rendered
+
+    (file,) = SOURCES["step"].files
+    record = json.loads((RESULTS / file).read_text())
+    routed = next(row for row in record["rows"] if row["step"] == "fastdpo routed")
+    routed["median s"] = 123.0
+    (tmp_path / file).write_text(json.dumps(record))
+    changed = rendered("step", tmp_path)
+    assert "| **fastdpo, routed** | **123.00** |" in changed and changed != rendered("step")
+
+
+def test_the_best_peer_of_each_column_is_bold():
+    """Also where it is not fastdpo."""
+    from tables import summary
+
+    def rows(key, **values):
+        return [{key: name, **dict(zip(("median s", "MiB"), pair))} for name, pair in values.items()]
+
+    step = {"rows": rows("step", eager=(1.0,), liger=(3.0,)), "notes": {"skipped": {"cce": "needs a GPU"}}}
+    sweep = {
+        "rows": [{"path": p, "MiB": m, "along": "frozen", "frozen": False} for p, m in (("eager", 9), ("liger", 7))]
+    }
+    fits = {"rows": [{"path": "eager", "GiB": 2, "most tokens": 5, "at least": False}]}
+    accuracy = {"rows": [], "notes": {"left out": {"liger scaled ce": "Hopper only"}}}
+    keys = ("sequence log-prob, nats", "dhidden", "dhidden, p(label) 0.99 to 1.0", "dhidden, worst token", "dweight")
+    for path, error in (("eager", 0.5), ("fastdpo exact", 0.25)):
+        accuracy["rows"].append({"path": path, "inputs": "bfloat16", **dict.fromkeys(keys, error)})
+    lines = {line.split(" | ")[0].strip("| "): line for line in summary(step, sweep, fits, accuracy)}
+    assert "| **1.00** | 9 | **5** | 5.0e-1 |" in lines["eager logits"]
+    assert "| 3.00 | **7** | not measured |" in lines["Liger `LigerFusedLinearDPOLoss`"]
+    assert lines['fastdpo, `backward="exact"`'].count("**2.5e-1**") == 5
+    assert "not measured: needs a GPU" in lines["Cut Cross-Entropy's kernels"]
+
+
+def test_a_missing_result_is_said_to_be_missing(tmp_path):
+    from tables import SOURCES, filled
+
+    text = "<!-- table: training -->\nstale 1.0\n<!-- end -->\n"
+    assert "Not measured yet: `benchmarks/bench_training.py`" in filled(text, tmp_path)
+    assert "stale" not in filled(text, tmp_path)
+    with pytest.raises(ValueError, match="nothing"):
+        filled(text.replace("training", "nothing"), tmp_path)
+    assert SOURCES["training"].files[0] in filled("<!-- table: training -->\n<!-- end -->\n", _training(tmp_path))
+
+
+def test_the_routing_picture_shows_the_kernels_rule(tmp_path):
+    import torch
+    from plot_routing import draw, kinds_of
+
+    share = torch.tensor([[0.6, 0.3, 2e-4, 0.0], [2e-4, 0.9, 0.0, 0.0998]])
+    labels = torch.tensor([2 * 128, 0])  # in blocks 2 and 0, both light
+    kinds = torch.stack([kinds_of(share, labels, 1e-3, seed) for seed in range(200)])
+    sure = torch.tensor([[True, True, True, False], [True, True, False, True]])
+    assert (kinds[:, sure] == 2).all() and (kinds[:, ~sure] == 0).all()
+    light = torch.stack([kinds_of(share, torch.tensor([0, 128]), 1e-3, seed) for seed in range(400)])
+    assert 0.1 < (light[:, 0, 2] == 1).float().mean() < 0.3  # q = 0.2, four standard errors are 0.08
+    record = json.loads((ROOT / "benchmarks/results/2026-11-head-shares.json").read_text())
+    draw(record, tmp_path / "routing.png", 0)
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_are_light():
+    heavy = {file.name: file.stat().st_size for file in (ROOT / "benchmarks/results/plots").iterdir()}
+    assert {name: size for name, size in heavy.items() if size > 70_000} == {}
+
+
+def _training(folder: Path) -> Path:
+    from inputs import environment
+
+    values = {"loss": [0.7, 0.5], "margin": [0.0, 1.0], "accuracy": [0.5, 1.0], "entropy": [2.0, 2.0]}
+    runs = [
+        {"path": "exact", "seed": 0, "travelled": 1.0, **values},
+        {"path": "routed", "seed": 0, "travelled": 1.0, "distance": 0.25, **values},
+    ]
+    record = {"notes": {}, "environment": environment(), "runs": runs}
+    (folder / "2026-11-training.json").write_text(json.dumps(record))
+    return folder
