@@ -122,7 +122,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
 
     assert fastdpo.__version__
     n, v, h = shape.num_tokens, shape.vocab_size, shape.hidden_size
-    head = Head(meta(n, h), meta(v, h), None, None, None, 1.0, 1.0, 0.0, 1.0, shape.dtype)
+    head = Head(meta(n, h), meta(v, h), compute_dtype=shape.dtype)
     rows = Rows(meta(n, dtype=torch.int64), -100, 0, v)
     routing = None
     if backward == "routed":

@@ -65,7 +65,7 @@ class ShapeCases:
         from fastdpo.ops.triton import forward as triton_engine
         from fastdpo.routing import Routing, num_blocks, unpack_bits
 
-        head = Head(self.hidden, self.weight, None, None, None, 1.0, 1.0, 0.0, 1.0, self.shape.dtype)
+        head = Head(self.hidden, self.weight, compute_dtype=self.shape.dtype)
         rows = Rows(self.labels, -100, 0, self.shape.vocab_size)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)
         saved = triton_engine.forward(head, rows, stats=frozenset(), routing=Routing(tau, tau, seed), shards=None)

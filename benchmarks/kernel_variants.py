@@ -163,12 +163,8 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         hidden=meta(n, h, dtype=hidden_type),
         weight=meta(v, h),
         bias=meta(v) if problem.bias else None,
-        lora_a=meta(r, h) if r else None,
-        lora_b=meta(v, r) if r else None,
-        lora_scale=2.0,
-        logit_scale=1.0,
-        softcap=problem.softcap,
-        temperature=1.0,
+        lora=LoRA(meta(r, h), meta(v, r), 2.0) if r else None,
+        transform=LogitTransform(softcap=problem.softcap),
         compute_dtype=compute,
     )
     rows = Rows(meta(n, dtype=torch.int64), -100, 251 * 128 if problem.shard else 0, 128256)

@@ -17,7 +17,7 @@ from torch import Tensor
 from .autograd import Function, apply, once_differentiable, refuse_transforms
 from .distributed import VocabShards
 from .ops import operators as library
-from .ops.problem import STATS, Forward, Head, Needs, Rows
+from .ops.problem import STATS, Forward, Head, LogitTransform, LoRA, Needs, Rows
 from .routing import Routing, parse_tau
 from .validation import HeadOptions, check_head, check_names, lora_scale
 
@@ -203,12 +203,8 @@ def _problem(
         hidden,
         weight,
         bias,
-        lora_a,
-        lora_b,
-        options.lora_scale,
-        options.logit_scale,
-        options.softcap or 0.0,
-        options.temperature,
+        None if lora_a is None else LoRA(lora_a, lora_b, options.lora_scale),
+        LogitTransform(options.logit_scale, options.softcap or 0.0, options.temperature),
         _compute_dtype(hidden, weight),
     )
     return head, Rows(labels, options.ignore_index, shards.vocab_start, shards.vocab_size), routing
@@ -269,7 +265,8 @@ class LinearLogpsFunction(Function):
             ctx.save_for_backward(*inputs, labels, logps, result.lse, entropy, result.bitmap, result.most_pairs)
             ctx.needs, ctx.shards, ctx.weight_shape = needs, shards, weight.shape
             # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
-            ctx.head = head.replace(hidden=None, weight=None, bias=None, lora_a=None, lora_b=None)
+            ctx.head = head.replace(hidden=None, weight=None, bias=None, lora=None)
+            ctx.lora_scale = None if head.lora is None else head.lora.scale
             ctx.rows = replace(rows, labels=None)
             ctx.routing = None if routing is None else replace(routing, seed=None)
         constants = (result.mean_logit, result.is_top1, result.log_sum_sq_probs)
@@ -287,7 +284,8 @@ class LinearLogpsFunction(Function):
                 f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(weight.shape)} in the "
                 "backward: keep a sharded head gathered until the backward is done"
             )
-        head = ctx.head.replace(hidden=hidden, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+        lora = None if lora_a is None else LoRA(lora_a, lora_b, ctx.lora_scale)
+        head = ctx.head.replace(hidden=hidden, weight=weight, bias=bias, lora=lora)
         rows = replace(ctx.rows, labels=labels)
         logps, lse, entropy, bitmap, most_pairs = saved
         saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap, most_pairs=most_pairs)

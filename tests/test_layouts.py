@@ -85,7 +85,7 @@ def test_economies_of_layout_remain(monkeypatch):
 
     states, table = torch.randn(2, 5, 16), torch.randn(130, 24)
     for hidden in (states[:, :-1], states[0, :, :12], states[:, 0]):
-        head = Head(hidden, table[:, : hidden.shape[-1]], None, None, None, 1.0, 1.0, 0.0, 1.0, torch.float32)
+        head = Head(hidden, table[:, : hidden.shape[-1]])
         rows = Rows(torch.zeros(hidden.shape[:-1].numel(), dtype=torch.int64), -100, 0, 130)
         made, rows = laid_out(head, rows)
         assert made.hidden is hidden and made.weight.data_ptr() == table.data_ptr()

@@ -117,7 +117,7 @@ def saved_by_engine(head, taus, seed):
     from fastdpo.ops.problem import Head, Rows
 
     leaves = head.leaves(torch.float32, False)
-    problem = Head(leaves.hidden, leaves.weight, leaves.bias, None, None, 1.0, 1.0, 0.0, 1.0, torch.float32)
+    problem = Head(leaves.hidden, leaves.weight, leaves.bias)
     rows = Rows(leaves.labels, -100, 0, leaves.weight.shape[0])
     key = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
     return engine_for(leaves.hidden.device, torch.float32).forward(

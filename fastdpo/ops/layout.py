@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..tensors import plain, plain_or_none
 from .problem import Head, Rows
 
 
@@ -30,10 +29,9 @@ def in_rows(x: Tensor, *, apart: bool = False) -> Tensor:
 def laid_out(head: Head, rows: Rows) -> tuple[Head, Rows]:
     """The same problem as its types in problem.py describe it."""
     head = head.replace(
-        hidden=in_rows(plain("hidden", head.hidden)),
-        weight=in_rows(plain("weight", head.weight), apart=True),
-        bias=contiguous(plain_or_none("bias", head.bias)),
-        lora_a=contiguous(plain_or_none("lora A", head.lora_a)),
-        lora_b=contiguous(plain_or_none("lora B", head.lora_b)),
+        hidden=in_rows(head.hidden),
+        weight=in_rows(head.weight, apart=True),
+        bias=contiguous(head.bias),
+        lora=head.lora and head.lora._replace(a=contiguous(head.lora.a), b=contiguous(head.lora.b)),
     )
-    return head, rows.replace(labels=contiguous(plain("labels", rows.labels)))
+    return head, rows.replace(labels=contiguous(rows.labels))

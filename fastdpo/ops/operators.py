@@ -21,14 +21,14 @@ from ..tensors import plain
 from . import flops
 from .engines import engine_for, engine_name
 from .layout import contiguous, laid_out
-from .problem import Forward, Gradients, Head, Needs, Rows, Upstream
+from .problem import Forward, Gradients, Head, LogitTransform, LoRA, Needs, Rows, Upstream
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels"
 _SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap, Tensor? most_pairs"
 # a negative tau: that gradient is not wanted; without a seed, and then without a bitmap, nothing is routed
 _SCALARS = (
-    "float lora_scale, float logit_scale, float softcap, float temperature, int ignore_index, "
-    "ScalarType compute_dtype, float tau_hidden, float tau_weight"
+    "float lora_scale, float[] transform, int ignore_index, ScalarType compute_dtype, float tau_hidden, "
+    "float tau_weight"
 )
 _RESULTS = tuple(field.name for field in fields(Forward))
 _GRADIENTS = tuple(field.name for field in fields(Gradients))
@@ -107,7 +107,7 @@ def _as_operator(head: Head, rows: Rows) -> bool:
     see into Triton's kernels; but never with a shard of the vocabulary, which talks to other processes."""
     if rows.vocab_size != head.weight.shape[0]:
         return False
-    wanted = traced(head.hidden, head.weight, head.bias, head.lora_a, head.lora_b, rows.labels) or (
+    wanted = traced(*head.inputs, rows.labels) or (
         _get_current_dispatch_mode() is not None and engine_name(head.hidden.device, head.hidden.dtype) == "triton"
     )
     if wanted:
@@ -119,22 +119,22 @@ def _flatten(head: Head, rows: Rows, routing: Routing | None) -> tuple[tuple, di
     """The operators' first arguments: (tensors, scalars)."""
     tau_hidden, tau_weight = (-1.0, -1.0) if routing is None else (routing.tau_hidden, routing.tau_weight)
     scalars = {
-        "lora_scale": float(head.lora_scale),
-        "logit_scale": float(head.logit_scale),
-        "softcap": float(head.softcap),
-        "temperature": float(head.temperature),
+        "lora_scale": 1.0 if head.lora is None else head.lora.scale,
+        "transform": list(head.transform),
         "ignore_index": rows.ignore_index,
         "compute_dtype": head.compute_dtype,
         "tau_hidden": tau_hidden,
         "tau_weight": tau_weight,
     }
-    return (head.hidden, head.weight, head.bias, head.lora_a, head.lora_b, rows.labels), scalars
+    return (*head.inputs, rows.labels), scalars
 
 
 def _unflatten(
-    hidden, weight, bias, lora_a, lora_b, labels, *, ignore_index, tau_hidden, tau_weight, **scalars
-) -> tuple[Head, Rows, Routing]:
-    head = Head(hidden, weight, bias, lora_a, lora_b, **scalars)
+    hidden, weight, bias, lora_a, lora_b, labels, *,
+    lora_scale, transform, ignore_index, compute_dtype, tau_hidden, tau_weight,
+) -> tuple[Head, Rows, Routing]:  # fmt: skip
+    lora = None if lora_a is None else LoRA(lora_a, lora_b, lora_scale)
+    head = Head(hidden, weight, bias, lora, LogitTransform(*transform), compute_dtype)
     rows = Rows(labels, ignore_index, 0, weight.shape[0])
     return head, rows, Routing(tau_hidden, tau_weight)
 

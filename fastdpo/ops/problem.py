@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +11,45 @@ from torch import Tensor
 STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
 
 
+class LogitTransform(NamedTuple):
+    """z = softcap * tanh(scale * (product + bias) / softcap) / temperature."""
+
+    scale: float = 1.0
+    softcap: float = 0.0  # 0: none
+    temperature: float = 1.0
+
+
+IDENTITY = LogitTransform()
+
+
+class LoRA(NamedTuple):
+    """weight + scale * b @ a, never formed."""
+
+    a: Tensor  # [r, H]
+    b: Tensor  # [V, r]
+    scale: float
+
+
 @dataclass(frozen=True)
 class Head:
-    """z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature, for some rows of hidden."""
+    """The logits of some rows of hidden: `transform` of hidden @ weight.T + bias."""
 
     # What layout.py makes sure of: unit stride along H, and rows of `weight` that do not overlap; the rest contiguous.
     hidden: Tensor  # [..., H], any other strides; for engines that take tokens [*, H], rows apart
     weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
-    lora_a: Tensor | None  # [r, H]: weight + lora_scale * lora_b @ lora_a, never formed
-    lora_b: Tensor | None  # [V, r]
-    lora_scale: float
-    logit_scale: float
-    softcap: float  # 0: none
-    temperature: float
-    compute_dtype: torch.dtype  # both operands are rounded to this (autocast); products and sums are fp32
+    bias: Tensor | None = None  # [V]
+    lora: LoRA | None = None
+    transform: LogitTransform = IDENTITY
+    # both operands are rounded to it (autocast); products and sums are fp32
+    compute_dtype: torch.dtype = torch.float32
 
     def replace(self, **changes) -> Head:
         return replace(self, **changes)
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What may want a gradient, in the order of Needs and Gradients."""
+        return self.hidden, self.weight, self.bias, *((None, None) if self.lora is None else self.lora[:2])
 
 
 @dataclass(frozen=True)

@@ -46,16 +46,17 @@ def _operand(x: Tensor, head: Head) -> Tensor:
 def _logits(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
     """z and dz/d(product) of some rows."""
     y = hidden @ _operand(head.weight, head).T
-    if head.lora_a is not None:
-        y += head.lora_scale * (hidden @ _operand(head.lora_a, head).T) @ _operand(head.lora_b, head).T
+    if head.lora is not None:
+        y += head.lora.scale * (hidden @ _operand(head.lora.a, head).T) @ _operand(head.lora.b, head).T
     if head.bias is not None:
         y += head.bias.to(y.dtype)
-    y *= head.logit_scale
-    slope = head.logit_scale / head.temperature
-    if head.softcap:
-        t = torch.tanh(y / head.softcap)
-        y, slope = head.softcap * t, slope * (1 - t * t)
-    return y / head.temperature, slope
+    scale, softcap, temperature = head.transform
+    y *= scale
+    slope = scale / temperature
+    if softcap:
+        t = torch.tanh(y / softcap)
+        y, slope = softcap * t, slope * (1 - t * t)
+    return y / temperature, slope
 
 
 def _without_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,11 +169,11 @@ def backward(
         dhidden = torch.zeros(tokens.num_rows, head.hidden.shape[1], dtype=dtype, device=device)
     dweight = zeros(head.weight, needs.weight)
     dbias = zeros(head.bias, needs.bias)
-    dlora_a = zeros(head.lora_a, needs.lora_a)
-    dlora_b = zeros(head.lora_b, needs.lora_b)
+    like_a, like_b, lora_scale = head.lora or (None, None, 0.0)
+    dlora_a, dlora_b = zeros(like_a, needs.lora_a), zeros(like_b, needs.lora_b)
     weight = _operand(head.weight, head)
-    if head.lora_a is not None:
-        lora_a, lora_b = _operand(head.lora_a, head) * head.lora_scale, _operand(head.lora_b, head)
+    if head.lora is not None:
+        lora_a, lora_b = _operand(like_a, head) * lora_scale, _operand(like_b, head)
     for chunk in _chunks(head, tokens):
         hidden = _operand(head.hidden[_rows(tokens.source_rows, chunk)], head)
         z, slope = _logits(head, hidden)
@@ -195,11 +196,11 @@ def backward(
             dz_hidden, dz_weight = _routed(dz, z, saved, chunk, labels, routing)
         if needs.of_hidden:
             dproduct = dz_hidden @ weight
-            if head.lora_a is not None:
-                drank = dz_hidden @ lora_b
-                dproduct = dproduct + drank @ lora_a
+            if head.lora is not None:
+                dlow_rank = dz_hidden @ lora_b
+                dproduct = dproduct + dlow_rank @ lora_a
                 if dlora_a is not None:
-                    dlora_a += head.lora_scale * drank.T @ hidden
+                    dlora_a += lora_scale * dlow_rank.T @ hidden
             if dhidden is not None:
                 dhidden[_rows(tokens.rows, chunk)] = dproduct
         if dweight is not None:
@@ -216,8 +217,8 @@ def backward(
         cast(dhidden, head.hidden),
         cast(dweight, head.weight),
         cast(dbias, head.bias),
-        cast(dlora_a, head.lora_a),
-        cast(dlora_b, head.lora_b),
+        cast(dlora_a, like_a),
+        cast(dlora_b, like_b),
     )
 
 

@@ -20,7 +20,7 @@ def problem():
     head = small_head(N=7, V=300, H=16).leaves(torch.float32, False)
     labels = head.labels.clone()
     labels[IGNORED], labels[INVALID] = -7, 300
-    head = Head(head.hidden, head.weight, None, None, None, 1.0, 1.0, 0.0, 1.0, torch.float32)
+    head = Head(head.hidden, head.weight)
     return head, Rows(labels, -7, 0, 300), Routing(0.0, 0.0, torch.tensor(-3))
 
 
@@ -57,7 +57,7 @@ def test_nothing_ignored_nothing_copied(monkeypatch):
     """The adapter passes hidden and every saved tensor on as it got them."""
     monkeypatch.setenv("FASTDPO_ENGINE", "reference")
     leaves = small_head(N=6, V=300).leaves(torch.float32, False)
-    head = Head(leaves.hidden.view(2, 3, -1), leaves.weight, None, None, None, 1.0, 1.0, 0.0, 1.0, torch.float32)
+    head = Head(leaves.hidden.view(2, 3, -1), leaves.weight)
     rows, routing = Rows(leaves.labels, -100, 0, 300), Routing(0.0, 0.0, torch.tensor(1))
     adapter = ops.engine_for(leaves.hidden.device, torch.float32)
     seen = {}

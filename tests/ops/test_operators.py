@@ -20,9 +20,7 @@ from fastdpo.ops.selective.operators import selective_backward_op, selective_op
 
 SCALARS = {
     "lora_scale": 0.7,
-    "logit_scale": 1.2,
-    "softcap": 5.0,
-    "temperature": 0.8,
+    "transform": [1.2, 5.0, 0.8],
     "ignore_index": -100,
     "compute_dtype": torch.float32,
     "tau_hidden": 0.05,

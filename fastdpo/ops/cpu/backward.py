@@ -39,8 +39,8 @@ def backward(
         else None,
         weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device) if needs.weight else None,
         bias=torch.zeros(head.bias.shape, **fp32) if needs.bias else None,
-        lora_a=torch.zeros(head.lora_a.shape, **fp32) if needs.lora_a else None,
-        lora_b=torch.zeros(head.lora_b.shape, **fp32) if needs.lora_b else None,
+        lora_a=torch.zeros(head.lora.a.shape, **fp32) if needs.lora_a else None,
+        lora_b=torch.zeros(head.lora.b.shape, **fp32) if needs.lora_b else None,
     )
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
@@ -59,7 +59,7 @@ def backward(
             sums.finish()
     if needs.of_weight and not joint:
         add_tiles(0, count, None, grads)
-    for name, like in (("bias", head.bias), ("lora_a", head.lora_a), ("lora_b", head.lora_b)):
+    for name, like in zip(("bias", "lora_a", "lora_b"), head.inputs[2:]):
         if getattr(grads, name) is not None:
             setattr(grads, name, getattr(grads, name).to(like.dtype))
     return grads
@@ -108,7 +108,7 @@ class _TokenSums:
                 for first in range(start, stop, size):
                     last = min(first + size, stop)
                     part = self.drank[first - start : last - start]
-                    grads.lora_a.addmm_(part.T, ops.hidden(first, last), alpha=ops.head.lora_scale)
+                    grads.lora_a.addmm_(part.T, ops.hidden(first, last), alpha=ops.head.lora.scale)
             self.dhidden.addmm_(self.drank, ops.lora_a)
         if grads.hidden is not None:
             rows = slice(start, stop) if ops.tokens.rows is None else ops.tokens.rows[start:stop]

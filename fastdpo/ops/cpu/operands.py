@@ -28,8 +28,8 @@ class Operands:
         self.threads = torch.get_num_threads()
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
         self.lora_a = self.lora_b = None
-        if head.lora_a is not None:
-            self.lora_a, self.lora_b = self._fp32(head.lora_a) * head.lora_scale, self._fp32(head.lora_b)
+        if head.lora is not None:
+            self.lora_a, self.lora_b = self._fp32(head.lora.a) * head.lora.scale, self._fp32(head.lora.b)
         self.bias = None if head.bias is None else head.bias.float().contiguous()
 
     def serial(self) -> Operands:
@@ -101,7 +101,7 @@ class Operands:
             data.shape[1],
             start,
             address(None if self.bias is None else self.bias[start:], torch.float32),
-            head.logit_scale,
-            head.softcap,
-            1.0 / head.temperature,
+            head.transform.scale,
+            head.transform.softcap,
+            1.0 / head.transform.temperature,
         )

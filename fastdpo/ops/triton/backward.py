@@ -41,8 +41,8 @@ def backward(
         else None,
         weight=zeros(head.weight, needs.weight, torch.empty if some else torch.zeros),
         bias=zeros(head.bias, needs.bias, torch.empty if some else torch.zeros),
-        lora_a=zeros(head.lora_a, needs.lora_a),
-        lora_b=zeros(head.lora_b, needs.lora_b, torch.empty if some else torch.zeros),
+        lora_a=zeros(ops.lora_a, needs.lora_a),
+        lora_b=zeros(ops.lora_b, needs.lora_b, torch.empty if some else torch.zeros),
     )
     if some:
         with on_device(ops.device):
@@ -141,7 +141,7 @@ class _Sweep:
             drank = unit.drank[:, : ops.rank_size]
             if unit.dhidden is not None:
                 lora_a = ops.lora_a.to(ops.head.compute_dtype).float()
-                unit.dhidden.addmm_(drank, lora_a, alpha=ops.head.lora_scale)
+                unit.dhidden.addmm_(drank, lora_a, alpha=ops.head.lora.scale)
             if grads.lora_a is not None:
                 self._lora_a(unit)
         if unit.dhidden is not None:
@@ -372,7 +372,7 @@ class _Sweep:
     def _lora_a(self, unit: _Unit) -> None:
         """lora_scale * drank.T @ hidden, chunk by chunk in fp32; padding rows of both are zero."""
         ops = self.ops
-        unit.drank.mul_(ops.head.lora_scale)
+        unit.drank.mul_(ops.head.lora.scale)
         if self.lora_a_sums is None:
             self.lora_a_sums = torch.empty(ops.rank_size, ops.hidden_size, dtype=torch.float32, device=ops.device)
         for at, rows in self._gathered(unit.first, unit.capacity):

@@ -34,9 +34,9 @@ class Operands:
         self.vocab_size, self.hidden_size = head.weight.shape
         self.num_blocks = num_blocks(self.vocab_size)
         self.hidden = _three_dimensional(head.hidden)
-        self.weight, self.bias, self.lora_a, self.lora_b = head.weight, head.bias, head.lora_a, head.lora_b
-        self.rank_size = 0 if head.lora_a is None else head.lora_a.shape[0]
-        self.rank_pitch = 0 if head.lora_a is None else max(16, triton.next_power_of_2(self.rank_size))
+        _, self.weight, self.bias, self.lora_a, self.lora_b = head.inputs
+        self.rank_size = 0 if head.lora is None else head.lora.a.shape[0]
+        self.rank_pitch = 0 if head.lora is None else max(16, triton.next_power_of_2(self.rank_size))
         self.item_size = head.compute_dtype.itemsize
         self.pitch = triton.cdiv(self.hidden_size * self.item_size, 16) * 16 // self.item_size
         self.aligned = are_aligned(self.hidden, self.weight)
@@ -53,14 +53,15 @@ class Operands:
 
     @property
     def transform(self) -> tuple[float, float, float]:
-        return self.head.logit_scale, self.head.softcap, 1.0 / self.head.temperature
+        transform = self.head.transform
+        return transform.scale, transform.softcap, 1.0 / transform.temperature
 
     @property
     def variant(self) -> dict:
         """The constants that every kernel which recomputes logits is compiled for."""
         return {
             "COMPUTE": self.compute,
-            "SOFTCAP": self.head.softcap != 0,
+            "SOFTCAP": self.head.transform.softcap != 0,
             "R": self.rank_pitch,
             "PRECISION": self.precision,
         }
@@ -75,7 +76,9 @@ class Operands:
             kind = "fp32"
         else:
             recomputes = kernel in ("fold", "dz")
-            narrow = self.converts or entropy or (recomputes and (self.rank_size > 0 or self.head.softcap != 0))
+            narrow = (
+                self.converts or entropy or (recomputes and (self.rank_size > 0 or self.head.transform.softcap != 0))
+            )
             kind = "narrow" if narrow else "half"
         return tile(kernel, self.target, kind, out_columns)
 
@@ -116,7 +119,7 @@ class Operands:
         shape = self.tile("rank")
         launch(
             rank_kernel, (triton.cdiv(capacity, shape.m),),
-            gathered, self.lora_a, out, capacity, self.pitch, self.hidden_size, self.rank_size, self.head.lora_scale,
+            gathered, self.lora_a, out, capacity, self.pitch, self.hidden_size, self.rank_size, self.head.lora.scale,
             BM=shape.m, BK=shape.k, R=self.rank_pitch, PRECISION=self.precision, warps=shape.warps, stages=shape.stages,
         )  # fmt: skip
         return out

@@ -14,7 +14,7 @@ from heads import peaked_head, relative_error, small_head
 import fastdpo
 from fastdpo import routing
 from fastdpo.ops import reference
-from fastdpo.ops.problem import STATS, Forward, Head, Needs, Rows, Tokens, Upstream
+from fastdpo.ops.problem import STATS, Forward, Head, LogitTransform, LoRA, Needs, Rows, Tokens, Upstream
 
 if fastdpo.backends()["engines"]["triton"]["reason"]:
     pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
@@ -44,7 +44,7 @@ class Case:
     """One problem for both engines: the Triton engine by row, the reference in fp64 by token."""
 
     def __init__(self, head, dtype=torch.float32, routed=None, weight_dtype=None, **transform):
-        transform = {"logit_scale": 1.0, "softcap": 0.0, "temperature": 1.0, **transform}
+        transform = LogitTransform(**transform)
         self.labels, self.vocab_size = head.labels, head.weight.shape[0]
         leaves = head.leaves(dtype, False)
         if weight_dtype is not None:
@@ -52,9 +52,9 @@ class Case:
         self.dtype, self.routed = dtype, routed
 
         def build(x, compute):
-            lora = x.lora or (None, None, 1.0)
-            tensors = [None if t is None else t.to(DEVICE) for t in (x.hidden, x.weight, x.bias, *lora[:2])]
-            return Head(*tensors, lora[2], *transform.values(), compute)
+            lora = x.lora and LoRA(x.lora[0].to(DEVICE), x.lora[1].to(DEVICE), x.lora[2])
+            tensors = [None if t is None else t.to(DEVICE) for t in (x.hidden, x.weight, x.bias)]
+            return Head(*tensors, lora, transform, compute)
 
         self.head = build(leaves, dtype)
         exact = head.rounded(dtype)
@@ -72,9 +72,7 @@ class Case:
         return routing.Routing(*taus, torch.tensor(SEED - 2**64, device=DEVICE) if as_tensor else SEED)
 
     def run(self, coef, coef_entropy=None, needs=None, stats=STATS) -> tuple:
-        needs = needs or Needs(
-            True, True, *(x is not None for x in (self.head.bias, self.head.lora_a, self.head.lora_b))
-        )
+        needs = needs or Needs(*(x is not None for x in self.head.inputs))
         coef = coef.to(DEVICE)
         coef_entropy = None if coef_entropy is None else coef_entropy.to(DEVICE)
         mine = self.routing(True, needs) if coef_entropy is None else None
@@ -189,7 +187,7 @@ def test_the_workspace_is_spent_within_its_bound():
 def test_types_and_alignments(monkeypatch, how, dtype, H):
     monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
     head = small_head(N=50, V=700, H=H, bias=True, masked=True)
-    Case(head, dtype, ROUTED[how], logit_scale=0.5, temperature=1.2).check(torch.randn(50))
+    Case(head, dtype, ROUTED[how], scale=0.5, temperature=1.2).check(torch.randn(50))
 
 
 @pytest.mark.parametrize("how", ["exact", "routed"])
@@ -281,9 +279,12 @@ def test_nothing_waits_for_the_device(options):
     extras = options.get("extras", False)
     N, V, H = 5000, 50000, 256
     head = Head(
-        meta(N, H), meta(V, H), meta(V) if extras else None, meta(8, H) if extras else None,
-        meta(V, 8) if extras else None, 2.0, 1.0, 0.0, 1.0, torch.bfloat16,
-    )  # fmt: skip
+        meta(N, H),
+        meta(V, H),
+        meta(V) if extras else None,
+        LoRA(meta(8, H), meta(V, 8), 2.0) if extras else None,
+        compute_dtype=torch.bfloat16,
+    )
     rows = Rows(meta(N, dtype=torch.int64), -100, 0, V)
     key = routing.Routing(2.0**-10, 2.0**-12, meta(dtype=torch.int64)) if options.get("routed") else None
     needs = Needs(True, True, extras, extras, extras)
