@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
+from fastdpo.ops.problem import STATS, Head, LogitTransform, LoRA, Needs, Rows, Upstream
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton.launch import Recorder, Target
 from fastdpo.routing import Routing
