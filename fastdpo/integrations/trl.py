@@ -9,20 +9,22 @@ metrics stay TRL's; only the per-token log-probs change hands.
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import inspect
 import re
+import sys
 import warnings
-from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 
 import torch
 
 from ..autograd import apply
 from ..logps import LinearLogpsFunction, TokenStats
 from ..models.lazy_head import check_options
-from ..validation import HeadOptions
-from .trl_methods import METHODS, STILL_LOGITS, patch_methods, trl_modules, unpatch_methods
+from ..validation import HeadOptions, check_head
+from .adapter import load
+from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
 
 SUPPORTED = "0.24 to 1.16"
 
@@ -84,35 +86,31 @@ def patch_trl(**options) -> bool:
         those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
     check_options("patch_trl", options)
-    utils = _trl_utils()
-    current = getattr(utils, "_ChunkedLogProbFunction", _MISSING)
-    if isinstance(current, _Replacement):
-        current.options = options
-        patch_methods(current.trainers, options)
+    utils = load("trl.trainer.utils", "patch_trl needs TRL: pip install 'fastdpo[trl]'")
+    theirs = vars(utils).get("_ChunkedLogProbFunction", _MISSING)
+    if type(theirs) is _Replacement:
+        _placed.wrap_methods(theirs.trainers, options)
         return True
-    if current is _MISSING:
+    if theirs is _MISSING:
         if not (0, 24) <= _release() < (1, 1):
             raise RuntimeError(
                 f"TRL {_version()} has no trl.trainer.utils._ChunkedLogProbFunction; fastdpo supports TRL {SUPPORTED}"
             )
-        patch_methods(METHODS, options)
+        _placed.wrap_methods(METHODS, options)
         return True
-    if any(getattr(current, mark, False) for mark in UNSLOTH_MARKS):
+    if any(getattr(theirs, mark, False) for mark in UNSLOTH_MARKS):
         warnings.warn("Unsloth has replaced TRL's log-prob function; patch_trl leaves it alone", stacklevel=2)
         return False
 
-    signature = _understood(current)
+    signature = _understood(theirs)
     trainers = STILL_LOGITS if "outputs" in signature.parameters else tuple(METHODS)
-    patch_methods(trainers, options)
-    replacement = _Replacement(current, signature, options, trainers)
-    utils._ChunkedLogProbFunction = replacement
-    if current is not None:
-        for module in trl_modules():
-            for name in [name for name, value in vars(module).items() if value is current]:
-                setattr(module, name, replacement)
-    use_triton = getattr(utils, "_use_triton", None)
-    if use_triton is not None and _only_selects_rows(utils):
-        utils._use_triton = _SelectsRows(use_triton)
+    _placed.wrap_methods(trainers, options)
+    if theirs is None:
+        _placed.replace(utils, "_ChunkedLogProbFunction", lambda *_: _Replacement(None, signature, trainers))
+    else:
+        _placed.replace_everywhere(trl_modules(), theirs, lambda *_: _Replacement(theirs, signature, trainers))
+    if "_use_triton" in vars(utils) and _only_selects_rows(utils):
+        _placed.replace(utils, "_use_triton", _select_rows)
     return True
 
 
@@ -121,21 +119,19 @@ def unpatch_trl() -> None:
 
     Does nothing where `patch_trl` has not been called. What another library has replaced since stays.
     """
-    unpatch_methods()
-    for module in trl_modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, (_Replacement, _SelectsRows)):
-                setattr(module, name, value.original)
+    _placed.restore(trl_modules())
+
+
+_placed = Trainers()
 
 
 class _Replacement:
     """Stands in TRL's place for its autograd Function: `apply` takes and returns what that one did."""
 
-    def __init__(self, original, signature: inspect.Signature, options: dict, trainers: tuple[str, ...]):
+    def __init__(self, original, signature: inspect.Signature, trainers: tuple[str, ...]):
         self.original = original
         self.trainers = trainers  # those that do not call it, or not always: their methods are wrapped
         self.signature = signature  # of the original's forward, without ctx
-        self.options = options
 
     @property
     def forward(self):
@@ -176,13 +172,14 @@ class _Replacement:
             logit_scale=call.get("logit_scale", 1.0),
             softcap=call.get("softcap"),
             temperature=call["temperature"],
-            **self.options,
+            **_placed.options,
+        )
+        tensors = hidden, weight, labels, bias, *_ = check_head(
+            hidden, weight, call["labels"], bias, None, None, options
         )
         # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad
-        differentiable = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (hidden, weight, bias)
-        )
-        arguments = (hidden, weight, bias, None, None, call["labels"], options, stats, differentiable)
+        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+        arguments = (hidden, weight, bias, None, None, labels, options, stats, differentiable)
         return TokenStats(*apply(_RegatheringLogps, *arguments))
 
 
@@ -195,31 +192,16 @@ class _RegatheringLogps(LinearLogpsFunction):
         split = [x for x in ctx.saved_tensors if hasattr(x, "ds_status")]
         if not split:
             return LinearLogpsFunction.backward(ctx, *grads)
-        with _trl_utils().maybe_gather_lm_head_ctx(*split):
+        with sys.modules["trl.trainer.utils"].maybe_gather_lm_head_ctx(*split):
             return LinearLogpsFunction.backward(ctx, *grads)
 
 
-class _SelectsRows:
-    """Stands in for `_use_triton` of trl.trainer.utils, by which TRL drops the rows without a label or not.
+def _select_rows(theirs, _):
+    """In the place of `_use_triton` of trl.trainer.utils, by which TRL drops the rows without a label or not.
 
     CPU tensors gain by it as CUDA tensors do. Elsewhere (Neuron recompiles per shape) TRL's answer stands.
     """
-
-    def __init__(self, original):
-        self.original = original
-
-    def __call__(self, device: torch.device) -> bool:
-        return device.type == "cpu" or self.original(device)
-
-
-def _trl_utils() -> ModuleType:
-    try:
-        import trl.trainer.utils
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "trl":
-            raise
-        raise ImportError("patch_trl needs TRL: pip install 'fastdpo[trl]'") from error
-    return trl.trainer.utils
+    return lambda device: device.type == "cpu" or theirs(device)
 
 
 def _version() -> str:
@@ -271,18 +253,9 @@ def _forward_1_15(
 
 def _only_selects_rows(utils: ModuleType) -> bool:
     """Whether `add_fused_lm_head` alone asks `_use_triton` in trl.trainer.utils: nothing else may change."""
-
-    def names(code: CodeType) -> Iterator[str]:
-        yield from code.co_names
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from names(constant)
-
-    users = set()
-    for name, value in vars(utils).items():
-        if getattr(value, "__module__", None) == utils.__name__:
-            for member in vars(value).values() if isinstance(value, type) else [value]:
-                member = inspect.unwrap(getattr(member, "__func__", member))
-                if isinstance(member, FunctionType) and "_use_triton" in names(member.__code__):
-                    users.add(name)
-    return users == {"add_fused_lm_head"}
+    try:
+        definitions = ast.parse(inspect.getsource(utils)).body
+    except OSError:  # installed without its source
+        return False
+    users = [x for x in definitions if any(getattr(y, "id", None) == "_use_triton" for y in ast.walk(x))]
+    return [getattr(x, "name", None) for x in users] == ["add_fused_lm_head"]

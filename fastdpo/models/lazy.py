@@ -302,5 +302,4 @@ def lazy_aware(original, ours):
         lazy = isinstance(logits, LazyLogits) and logits.lazy
         return ours(logits, given.arguments) if lazy else original(*args, **kwargs)
 
-    function.fastdpo_original = original
     return function

@@ -45,32 +45,37 @@ def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
     _refuse_backward_hooks(module)
     if "_orig_mod" in module._modules:  # torch.compile
         module = _inner(module._modules["_orig_mod"])
-    if "peft" in sys.modules:
-        from peft.tuners.lora import Linear as LoraLinear
-        from peft.tuners.trainable_tokens import TrainableTokensLayer
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            _refuse_mixed_batches(module)
-        if isinstance(module, ModulesToSaveWrapper):
-            _refuse_forward(module, AuxiliaryTrainingWrapper)
-            return AppliedHead(hidden, *_linear(_saved(module)), None)
-        if isinstance(module, TrainableTokensWrapper):
-            _refuse_forward(module, AuxiliaryTrainingWrapper)
-            module = _inner(module.token_adapter)
-        if isinstance(module, LoraLinear):
-            _refuse_forward(module, LoraLinear)
-            return _lora(module, hidden)
-        if isinstance(module, TrainableTokensLayer):
-            _refuse_forward(module, TrainableTokensLayer)
-            return _trainable_tokens(module, hidden)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise NotImplementedError(
-                f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
-                "trainable tokens, LoRA and DoRA"
-            )
+    auxiliary = _of_peft("utils.other", "AuxiliaryTrainingWrapper")
+    saved = _of_peft("utils.other", "ModulesToSaveWrapper")
+    tokens = _of_peft("utils.other", "TrainableTokensWrapper")
+    if isinstance(module, auxiliary):
+        _refuse_mixed_batches(module)
+    if isinstance(module, saved):
+        _refuse_forward(module, saved)
+        return AppliedHead(hidden, *_linear(_saved(module)), None)
+    if isinstance(module, tokens):
+        _refuse_forward(module, tokens)
+        module = _inner(module.token_adapter)
+    lora, trainable = _of_peft("tuners.lora", "Linear"), _of_peft("tuners.trainable_tokens", "TrainableTokensLayer")
+    for layer, applied in ((lora, _lora), (trainable, _trainable_tokens)):
+        if isinstance(module, layer):
+            _refuse_forward(module, layer)
+            return applied(module, hidden)
+    if isinstance(module, (_of_peft("tuners.tuners_utils", "BaseTunerLayer"), auxiliary)):
+        raise NotImplementedError(
+            f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
+            "trainable tokens, LoRA and DoRA"
+        )
     return AppliedHead(hidden, *_plain(module), None)
+
+
+class _NotLoaded:
+    """In the place of a class that no module can be of."""
+
+
+def _of_peft(where: str, name: str) -> type:
+    """Looked up where PEFT has loaded it, and never imported: PEFT may be missing, broken or another release."""
+    return getattr(sys.modules.get(f"peft.{where}"), name, _NotLoaded)
 
 
 def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -174,6 +179,8 @@ def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
         for factor in (layer.lora_A[name], layer.lora_B[name]):
             _refuse_forward(_inner(factor), nn.Linear)
     factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])) for name in names]
+    if not hasattr(layer, "lora_variant"):
+        raise NotImplementedError("LoRA on the lm_head by a PEFT that does not say whether it is DoRA: before 0.16")
     dropped = [name for name in names if _drops(layer.lora_dropout[name])]
     variants = [name for name in names if name in layer.lora_variant]
     for name in variants:

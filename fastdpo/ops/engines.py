@@ -42,7 +42,7 @@ def _unavailable(engine: str, device: str) -> str | None:
         return f"the triton engine takes CUDA tensors, not {device}{hint}"
     version = _triton_version()
     if version is None:
-        return "Triton is not installed"
+        return "Triton cannot be imported"
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
         return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
     if device == "cuda" and torch.cuda.is_initialized() and torch.cuda.get_device_capability() < OLDEST_GPU:
@@ -64,9 +64,10 @@ def _engine_reasons() -> dict[str, str | None]:
 def _triton_version() -> str | None:
     try:  # not at import: it takes a second, and the CPU does without
         import triton
-    except ImportError:
+
+        return triton.__version__
+    except Exception:  # built for another Python or driver, it raises anything
         return None
-    return triton.__version__
 
 
 def _choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
