@@ -47,7 +47,7 @@ def test_isolated_build_holds_the_extension(tmp_path):
     assert info["native"] and info["reason"] is None
     assert info["cuda_archs"] == ([80] if info["cuda_reason"] is None else [])
     assert info["cuda_archs"] or not shutil.which("nvcc"), info["cuda_reason"]
-    for package in ("ops", "ops/triton", "models", "integrations", "demo"):
+    for package in ("ops", "ops/triton", "models", "models/lazy", "integrations", "demo"):
         assert f"fastdpo/{package}/__init__.py" in names
     if sys.platform == "linux":  # one build serves every torch
         wheel.extract(extension, tmp_path)

@@ -13,7 +13,7 @@ import torch
 
 import fastdpo
 from fastdpo.losses import PreferenceOptions
-from fastdpo.models import lazy_head
+from fastdpo.models import options as known
 from fastdpo.models.huggingface import _Settings
 from fastdpo.validation import HeadOptions
 
@@ -76,7 +76,7 @@ FUNCTIONS = {
         {"temperature": (2, {})},
     ),
     "patch_model": (lambda **o: _Settings.of(o), {"tau": (1, {}), "seed": (3, {}), "ignore_index": (7, {})}),
-    "patch_trl": (lambda **o: lazy_head.check_options("patch_trl", o), {"tau": (1, {}), "seed": (3, {})}),
+    "patch_trl": (lambda **o: known.head_options("patch_trl", o, known.TRAINER), {"tau": (1, {}), "seed": (3, {})}),
 }
 INTEGERS = ("ignore_index", "seed")
 CASES = [(name, option) for name, (_, options) in FUNCTIONS.items() for option in options]

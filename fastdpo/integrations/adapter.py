@@ -10,8 +10,9 @@ from types import ModuleType
 
 from torch import nn
 
-from ..models.lazy import lazy_aware
-from ..models.lazy_head import check_options, lazy_logits
+from ..models import options as known
+from ..models.lazy.head import lazy_logits
+from ..models.lazy.logits import lazy_aware
 
 MODELS = ("model", "ref_model", "policy", "reference_model")
 
@@ -114,7 +115,7 @@ class Adapter(Replacements):
             ImportError: the package cannot be imported.
             RuntimeError: a release whose classes or methods are others than are known; nothing is replaced.
         """
-        check_options(f"{self.package}.patch", options)
+        known.head_options(f"{self.package}.patch", options, known.TRAINER)
         found = list(self._found())
         self.options = options
         for owner, name, make in found:

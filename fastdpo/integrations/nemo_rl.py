@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ..autograd import Function
 from ..logps import linear_logps
-from ..models.lazy import IGNORED
+from ..models.lazy.logits import IGNORED
 from .adapter import Adapter, Replacements
 
 PARAMETERS = (

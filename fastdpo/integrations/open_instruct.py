@@ -6,7 +6,7 @@ function from its arguments.
 
 import torch
 
-from ..models.lazy import IGNORED
+from ..models.lazy.logits import IGNORED
 from .adapter import Adapter
 
 

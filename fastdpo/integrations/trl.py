@@ -21,7 +21,7 @@ import torch
 
 from ..autograd import apply
 from ..logps import LinearLogpsFunction, TokenStats
-from ..models.lazy_head import check_options
+from ..models import options as known
 from ..validation import HeadOptions, check_head
 from .adapter import load
 from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
@@ -85,7 +85,7 @@ def patch_trl(**options) -> bool:
         forward and again for the backward, one gather each on every rank, as in TRL. Trainers that take logits get
         those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
-    check_options("patch_trl", options)
+    known.head_options("patch_trl", options, known.TRAINER)
     utils = load("trl.trainer.utils", "patch_trl needs TRL: pip install 'fastdpo[trl]'")
     theirs = vars(utils).get("_ChunkedLogProbFunction", _MISSING)
     if type(theirs) is _Replacement:

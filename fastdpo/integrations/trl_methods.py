@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable
 from types import ModuleType
 
-from ..models.lazy import IGNORED, LazyLogits, lazy_aware
+from ..models.lazy.logits import IGNORED, LazyLogits, lazy_aware
 from .adapter import Replacements, lazily
 
 # Trainer -> its methods that call a model and read its logits. A release has some of them.

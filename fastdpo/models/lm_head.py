@@ -15,19 +15,70 @@ from torch.nn.functional import pad
 from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..validation import FLOATS
+from ..logps import TokenStats, linear_token_stats
+from ..ops.problem import LogitTransform, LoRA
+from ..validation import FLOATS, HeadOptions
 
 # Columns of hidden that dropout's side path takes are rounded up to this: TMA wants rows of 16 bytes
 COLUMNS = 16
 
 
 class AppliedHead(NamedTuple):
-    """The arguments of one `linear_token_stats` call."""
+    """The tensors of one call of the door."""
 
     hidden: Tensor  # [..., H], or [..., H + r] where dropout gives LoRA's A another input than the head's
     weight: Tensor  # [V, H] or [V, H + r]
     bias: Tensor | None  # [V]
-    lora: tuple[Tensor, Tensor, float] | None  # A [r, H], B [V, r], s
+    lora: LoRA | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self[:3], *((None, None) if self.lora is None else self.lora[:2])
+
+    def map(self, function) -> AppliedHead:
+        """`function` of each tensor."""
+        hidden, weight, bias, a, b = (None if x is None else function(x) for x in self.tensors)
+        return AppliedHead(hidden, weight, bias, None if a is None else LoRA(a, b, self.lora.scale))
+
+    def token_stats(
+        self, labels: Tensor, transform: LogitTransform, options: HeadOptions, stats: tuple[str, ...]
+    ) -> TokenStats:
+        """Shaped like `labels`; `transform` in the place of what `options` say of it."""
+        scale, softcap, temperature = transform
+        device = self.weight.device  # device_map may put inputs, hidden and head on three devices
+        return linear_token_stats(
+            self.hidden.to(device),
+            self.weight,
+            labels.to(device),
+            self.bias,
+            stats=stats,
+            ignore_index=options.ignore_index,
+            logit_scale=scale,
+            softcap=softcap or None,
+            temperature=temperature,
+            backward=options.backward,
+            tau=options.tau,
+            seed=options.seed,
+            lora=self.lora,
+            check_labels=options.check_labels,
+        )
+
+
+def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
+    scale, softcap, temperature = transform
+    z = z if scale == 1.0 else z * scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return z if temperature == 1.0 else z / temperature
+
+
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """On the device of `x`; None without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast(x: Tensor, dtype: torch.dtype | None):
+    return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
 
 
 def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
@@ -198,14 +249,14 @@ def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
         vector = layer.lora_magnitude_vector[names[0]]
         norm = vector.get_weight_norm(weight, (b @ a).detach().to(weight.dtype), scale).detach()
         ratio = (vector.weight / norm)[:, None]
-        return AppliedHead(hidden, ratio * weight, bias, (a, ratio * b, scale))
+        return AppliedHead(hidden, ratio * weight, bias, LoRA(a, ratio * b, scale))
     if dropped:
         return _with_dropout(layer, names, hidden, weight, bias)
     if len(factors) == 1:
-        return AppliedHead(hidden, weight, bias, factors[0])
+        return AppliedHead(hidden, weight, bias, LoRA(*factors[0]))
     a = torch.cat([a for a, _, _ in factors])
     b = torch.cat([b * scale for _, b, scale in factors], dim=1)
-    return AppliedHead(hidden, weight, bias, (a, b, 1.0))
+    return AppliedHead(hidden, weight, bias, LoRA(a, b, 1.0))
 
 
 def _with_dropout(layer: nn.Module, names: list[str], hidden: Tensor, weight: Tensor, bias) -> AppliedHead:
@@ -215,13 +266,13 @@ def _with_dropout(layer: nn.Module, names: list[str], hidden: Tensor, weight: Te
         a = layer.lora_A[name].weight
         products.append(layer.lora_A[name](layer.lora_dropout[name](hidden.to(a.dtype))) * layer.scaling[name])
     product = torch.cat(products, dim=-1)
-    rank = product.shape[-1]
-    width = -(-rank // COLUMNS) * COLUMNS
-    wide = torch.cat((hidden, pad(product, (0, width - rank)).to(hidden.dtype)), dim=-1)
-    pick = torch.eye(rank, width, dtype=hidden.dtype, device=hidden.device)
-    a = torch.cat((pick.new_zeros(rank, hidden.shape[-1]), pick), dim=1)
+    lora_rank = product.shape[-1]
+    width = -(-lora_rank // COLUMNS) * COLUMNS
+    wide = torch.cat((hidden, pad(product, (0, width - lora_rank)).to(hidden.dtype)), dim=-1)
+    pick = torch.eye(lora_rank, width, dtype=hidden.dtype, device=hidden.device)
+    a = torch.cat((pick.new_zeros(lora_rank, hidden.shape[-1]), pick), dim=1)
     b = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
-    return AppliedHead(wide, pad(weight, (0, width)), bias, (a, b, 1.0))
+    return AppliedHead(wide, pad(weight, (0, width)), bias, LoRA(a, b, 1.0))
 
 
 def _trainable_tokens(layer: nn.Module, hidden: Tensor) -> AppliedHead:

@@ -19,7 +19,8 @@ from causal_models import MODELS, SHAPE, V, assert_same, batch, build, definitio
 import fastdpo
 from fastdpo.integrations import patch_model, unpatch_model
 from fastdpo.models import head_call, probe
-from fastdpo.models.huggingface import LogitsTransform, _PatchedForward
+from fastdpo.models.huggingface import _PatchedForward
+from fastdpo.ops.problem import LogitTransform
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -224,7 +225,7 @@ def test_a_wrong_declaration_is_overruled():
     model.config.final_logit_softcapping = 30.0
     model.config.logit_scale = 0.5
     patch_model(model, backward="exact")
-    assert model.forward.transform == LogitsTransform()
+    assert model.forward.transform == LogitTransform()
     assert_same(model)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 transformers = pytest.importorskip("transformers")
 
 from fastdpo.integrations import lazy_logits
-from fastdpo.models.lazy import LazyArgmax, LazyLogits
+from fastdpo.models.lazy.logits import LazyArgmax, LazyLogits
 
 V, H, B, T = 300, 16, 4, 6
 
@@ -145,16 +145,16 @@ def test_what_is_not_known_is_computed_and_said(read):
 
 
 def test_statistics_come_from_the_pass_of_the_log_probs(monkeypatch):
-    from fastdpo.models import lazy_head
+    from fastdpo.models import lm_head
 
     calls = []
-    original = lazy_head.linear_token_stats
+    original = lm_head.linear_token_stats
 
     def spy(*args, **options):
         calls.append(options["stats"])
         return original(*args, **options)
 
-    monkeypatch.setattr(lazy_head, "linear_token_stats", spy)
+    monkeypatch.setattr(lm_head, "linear_token_stats", spy)
     model = Reader()
     labels = torch.randint(V, (B, T))
     with lazy_logits(model.head):

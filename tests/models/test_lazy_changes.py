@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastdpo.integrations import lazy_logits
-from fastdpo.models.lazy import LazyArgmax, LazyLogits
-from fastdpo.models.lazy_head import Held
+from fastdpo.models.lazy.logits import LazyArgmax, LazyLogits
+from fastdpo.models.lazy.source import Held
 
 V, H, B, T = 300, 16, 4, 6
 
@@ -509,7 +509,7 @@ def test_threads_do_not_see_each_other():
             inside.wait()
             for _ in range(50):
                 logits = model(hidden)
-                assert isinstance(logits, LazyLogits) and logits.source.options["tau"] == tau
+                assert isinstance(logits, LazyLogits) and logits.source.options.tau == tau
             found[tau] = picked(logits, labels)
             done.wait()
 
@@ -533,7 +533,7 @@ def test_the_inner_options_hold_inside():
         with lazy_logits(model, tau=0.25):
             inner = model(hidden)
         outer = model(hidden)
-    assert inner.source.options == {"tau": 0.25} and outer.source.options == {"backward": "exact"}
+    assert inner.source.options.tau == 0.25 and outer.source.options.backward == "exact"
 
 
 def test_a_replaced_forward_is_refused():

@@ -1,9 +1,9 @@
 """Logits that are computed only if somebody reads them.
 
-slices, masks, scale, softcap, temperature      followed, on row numbers (lazy_rows.py) and one `Source` (lazy_head.py)
+slices, masks, scale, softcap, temperature      followed, on row numbers (rows.py) and one `Source` (source.py)
 log_softmax(-1).gather(-1, y), cross_entropy    linear_logps: [B, T, V] never exists
 anything that is not known here                 the logits themselves, with a warning, and from then on they are real
-                                                (lazy_tensor.py): slower, never another result
+                                                (tensor.py): slower, never another result
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..logps import TokenStats
-from .lazy_rows import VIEWS, WHOLE, LazyRows, factor_of
-from .lazy_tensor import Cell, Lazy, serves
+from ...logps import TokenStats
+from ...validation import HeadOptions
+from .rows import VIEWS, WHOLE, LazyRows, factor_of
+from .tensor import Cell, Lazy, serves
 
-IGNORED = -100
+IGNORED = HeadOptions.ignore_index
 
 
 @dataclass(eq=False, repr=False)
@@ -121,7 +122,7 @@ class LazyLogits(LazyRows):
         """Each row's mean logit, None where there is no way to them but the logits."""
         if self.power is not None or self.source.bent:
             return None
-        if self.source.softcap is None:  # linear in the head: the mean column's logit
+        if not self.source.transform.softcap:  # linear in the head: the mean column's logit
             return self._quietly(self.source.column(None).values, self.rows)[..., 0]
         return None if self.requires_grad and torch.is_grad_enabled() else self._statistic("mean_logit")
 
@@ -158,7 +159,7 @@ class LazyLogits(LazyRows):
             labels = labels.masked_fill(row_mask == 0, IGNORED)
         if not self.lazy:
             return self.token_stats(labels).logps
-        stats = tuple(sorted(self.source.head.wanted)) if row_mask is None else ()
+        stats = tuple(sorted(self.source.wanted)) if row_mask is None else ()
         return self.token_stats(labels, stats, remember=row_mask is None).logps
 
     def token_stats(self, labels: Tensor, stats: tuple[str, ...] = (), remember: bool = False) -> TokenStats:
@@ -174,7 +175,7 @@ class LazyLogits(LazyRows):
             rows, flat = self.rows.reshape(-1), labels.reshape(-1)
             computed = self._quietly(lambda: source.of_rows(rows).token_stats(flat, stats))
             return TokenStats(*(None if x is None else x.view(labels.shape) for x in computed))
-        spread = self.rows.new_full((len(source.hidden),), IGNORED)
+        spread = self.rows.new_full((len(source.head.hidden),), IGNORED)
         spread = spread.index_put((self.rows.reshape(-1),), labels.reshape(-1))
         computed = self._quietly(source.token_stats, spread, stats)
         if remember:
@@ -187,7 +188,7 @@ class LazyLogits(LazyRows):
             labels = torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device) if labels is None else labels
             return getattr(self.token_stats(labels), name)
         source, value = self.source, None
-        source.head.wanted.add(name)
+        source.wanted.add(name)
         if source.computed is not None and source.computed_by in self.lineage:
             if labels is None or torch.equal(source.computed_for[self.rows], labels):
                 value = getattr(source.computed, name)

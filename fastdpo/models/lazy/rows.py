@@ -8,15 +8,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .lazy_tensor import Cell, Lazy
-
-if TYPE_CHECKING:
-    from .lazy_head import Source
+from .source import Source
+from .tensor import Cell, Lazy
 
 WHOLE = slice(None)
 VIEWS = (

@@ -28,9 +28,8 @@ METADATA = (
 )  # fmt: skip
 # What sees the gradient that arrives at this very tensor
 WATCHES = ("register_hook", "retain_grad", "grad_fn")
-PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _signature = functools.cache(inspect.signature)
-QUIET = (PACKAGE + os.sep, os.path.dirname(torch.__file__) + os.sep)
+QUIET = tuple(os.path.dirname(sys.modules[name].__file__) + os.sep for name in ("fastdpo", "torch"))
 
 
 @dataclass(eq=False, repr=False)
@@ -142,7 +141,7 @@ def _refuse_function(value: Lazy) -> None:
     frame = None if torch.is_grad_enabled() or not value.requires_grad else sys._getframe(2)
     while frame is not None:
         names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-        if len(names) > 1 and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
+        if len(names) > 1 and issubclass(type(frame.f_locals.get(names[0])), FunctionCtx):
             if any(frame.f_locals.get(name) is value for name in names[1:]):
                 raise TypeError("a torch.autograd.Function of lazy logits has no gradient: give it logits + 0")
         frame = frame.f_back
