@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import fastdpo
+from fastdpo.head import HeadOptions
 from fastdpo.losses import PreferenceOptions
 from fastdpo.models import lazy_head
 from fastdpo.models.huggingface import _Settings
-from fastdpo.validation import HeadOptions
 
 B, T, H, V = 2, 3, 8, 200
 G = torch.Generator().manual_seed(0)

@@ -19,9 +19,9 @@ from types import CodeType, FunctionType, ModuleType
 import torch
 
 from ..autograd import apply
+from ..head import HeadOptions
 from ..logps import LinearLogpsFunction, TokenStats
 from ..models.lazy_head import check_options
-from ..validation import HeadOptions
 from .trl_methods import METHODS, STILL_LOGITS, patch_methods, trl_modules, unpatch_methods
 
 SUPPORTED = "0.24 to 1.16"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..head import HeadOptions
 from ..logps import TokenStats, linear_token_stats
-from ..validation import HeadOptions
 from .lm_head import applied_head
 
 # The numbers, after the logits' scale, reach this far: smaller ones do not show a softcap of 30 (Gemma, xLSTM)

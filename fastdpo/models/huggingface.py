@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..head import HeadOptions
 from ..ops.problem import STATS
-from ..validation import HeadOptions, check_names
+from ..validation import check_names
 from .head_call import PLAIN, HeadCall, LogitsTransform, calling, other_hooks, place_hooks, remove_hooks
 from .lm_head import origin
 from .probe import declared_transforms, logits_of, probe

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..head import HeadOptions
 from ..logps import TokenStats, linear_token_stats
-from ..validation import HeadOptions
 from .lazy import IGNORED, LazyLogits
 from .lm_head import applied_head
 

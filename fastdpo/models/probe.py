@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..validation import HeadOptions
+from ..head import HeadOptions
 from .head_call import ANSWER, LogitsTransform
 
 if TYPE_CHECKING:
