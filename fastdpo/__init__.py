@@ -2,8 +2,10 @@
 
 from ._version import __version__
 from .integrations import ModelTokenStats, patch_model, patch_trl, unpatch_model, unpatch_trl
-from .logps import LinearLogpsFunction, TokenStats, linear_logps, linear_token_stats
+from .logps import linear_logps, linear_token_stats
 from .ops.engines import backends
+from .ops.operators import LinearLogpsFunction
+from .ops.problem import TokenStats
 from .preference import (
     DPOOutput,
     LinearDPOLoss,

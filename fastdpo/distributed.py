@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .ops.problem import Gradients
 from .routing import ONE
 
 
@@ -86,8 +85,8 @@ class VocabShards:
         ]
         return torch.stack(columns, 1).contiguous()
 
-    def reduce(self, grads: Gradients) -> None:
-        """Sums over the vocabulary cross ranks; the others belong to one shard."""
+    def reduce(self, grads) -> None:
+        """Of the Gradients of a shard: sums over the vocabulary cross ranks; the others belong to one shard."""
         if self.size == 1:
             return
         for name in ("hidden", "lora_a"):

@@ -14,14 +14,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import refuse_transforms
+from .head import HeadOptions
 from .logps import TokenStats, linear_token_stats
 from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
 from .ops.preference.losses import batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference.reference import cast
 from .sequences import Sequences, check_layout, num_sequences
-from .tensors import plain, plain_or_none
-from .validation import FLOATS, HeadOptions, check_flag, check_number
+from .tensors import plain, plain_or_none, refuse_transforms
+from .validation import FLOATS, check_flag, check_number
 
 
 class DPOOutput(NamedTuple):

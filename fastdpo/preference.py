@@ -13,12 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import refuse_transforms, traced
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import LOSSES, PreferenceOptions, check_options, check_reference_use
 from .ops.preference.losses import PreferenceLossFunction, batch_losses, mean_loss, rewards, sequence_losses
 from .ops.preference.reference import cast
-from .tensors import plain
+from .tensors import plain, refuse_transforms, traced
 from .validation import FLOATS
 
 __all__ = [

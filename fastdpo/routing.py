@@ -10,58 +10,10 @@ weights sum to within tau of 1, and at most 1 / tau + 2 pairs are kept. csrc/sha
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import torch
 
 BLOCK = 128  # vocabulary columns per block
 ONE = 1 << 32  # probability 1 in fixed point: integer sums have the same bits in any order, so no tile or shard shows
-
-# Chosen so that on a trained head every error (overall, of sure tokens, of the worst token, of dweight) stays below
-# that of bf16 logits, and that training, where Adam amplifies noise in rows of the head with tiny gradients, follows
-# the exact run. One set of pairs serves both gradients: benchmarks/results/.
-DEFAULT_TAU = 2.0**-10
-FROZEN_HEAD_TAU = 2.0**-9  # where dhidden alone is wanted
-
-
-@dataclass(frozen=True)
-class Routing:
-    """`tau` of each gradient and the generator's key; a negative `tau` says that gradient is not wanted."""
-
-    tau_hidden: float
-    tau_weight: float
-    seed: torch.Tensor | int | None = None  # 0-d int64 on hidden's device, the key's 64 bits; None in the backward
-
-    @property
-    def tau(self) -> float:
-        """The smaller wanted `tau`: its kept set holds the other's."""
-        return min(tau for tau in (self.tau_hidden, self.tau_weight) if tau >= 0)
-
-    @property
-    def second_tau(self) -> float | None:
-        """The larger, where both gradients are wanted and they differ."""
-        two = min(self.tau_hidden, self.tau_weight) >= 0 and self.tau_hidden != self.tau_weight
-        return max(self.tau_hidden, self.tau_weight) if two else None
-
-    def bitmap_bytes(self, num_blocks: int) -> int:
-        """Of one row of a bitmap: one bit per pair, then one more for the second, smaller set."""
-        return set_bytes(num_blocks) * (1 if self.second_tau is None else 2)
-
-
-def parse_tau(tau, of_weight: bool = True) -> tuple[float, float]:
-    """`tau` as the public functions take it -> (dhidden, dweight); `of_weight`: the head takes a gradient."""
-    if tau is None:
-        tau = DEFAULT_TAU if of_weight else FROZEN_HEAD_TAU
-    values = tuple(tau) if isinstance(tau, (tuple, list)) else (tau, tau)
-    if len(values) != 2:
-        raise ValueError(f"tau must be one number or two, (dhidden, dweight); got {tau!r}")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"tau must be a number in [0, 1] or a pair of them; got {tau!r}")
-        if not 0.0 <= value <= 1.0 or math.isnan(value):
-            raise ValueError(f"tau must lie in [0, 1]; got {tau!r}")
-    return float(values[0]), float(values[1])
 
 
 def num_blocks(vocab_size: int) -> int:
@@ -143,21 +95,22 @@ def own_block(labels: torch.Tensor, num_blocks: int) -> torch.Tensor:
 def route(
     share: torch.Tensor,  # [N, K] fp32
     labels: torch.Tensor,  # [N] columns of this shard
-    routing: Routing,
+    taus: tuple[float, ...],  # one, or two, ascending: of the set of kept pairs, of a smaller one in it
+    seed: int,
     tokens: torch.Tensor,  # [N] the generator's counters
     shards=None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """([N, routing.bitmap_bytes(K)] uint8 kept pairs, [N] int32 the most pairs that any draw keeps)."""
-    own, draws = own_block(labels, share.shape[1]), philox(int(routing.seed), tokens)
+    """([N, len(taus) * set_bytes(K)] uint8 kept pairs, [N] int32 the most pairs that any draw keeps)."""
+    own, draws = own_block(labels, share.shape[1]), philox(seed, tokens)
 
     def sample(odds: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         return keep(odds, draw if shards is None else draw + shards.sum_before(odds.sum(1) % ONE))
 
-    first = odds(share, own, routing.tau)
+    first = odds(share, own, taus[0])
     kept = sample(first, draws[:, 0])
     bitmap = pack_bits(kept)
-    if routing.second_tau is not None:
-        second = second_odds(share, own, routing.tau, routing.second_tau) * kept
+    if len(taus) == 2:
+        second = second_odds(share, own, *taus) * kept
         bitmap = torch.cat((bitmap, pack_bits(sample(second, draws[:, 1]) & kept)), 1)
     return bitmap, most_pairs(first)
 

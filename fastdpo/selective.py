@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import Function, apply, once_differentiable, refuse_transforms, traced
+from .autograd import Function, apply, once_differentiable
 from .ops.selective.operators import backward as logits_backward
 from .ops.selective.operators import forward as logits_forward
 from .ops.selective.operators import selective_op
-from .tensors import plain
+from .tensors import plain, refuse_transforms, traced
 from .validation import FLOATS, check_flag, check_number
 
 

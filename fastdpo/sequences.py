@@ -11,8 +11,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .autograd import traced
 from .ops.preference.reference import cast, wide_dtype
+from .tensors import traced
 
 
 def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:

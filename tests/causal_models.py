@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from fastdpo.ops.problem import LogitTransform
+from fastdpo.head import LogitTransform
 
 V = 300
 SHAPE = {

@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 import torch
-from heads import peaked_head, relative_error, shares, small_head
+from heads import engine_of, peaked_head, relative_error, shares, small_head
 
 import fastdpo
 from fastdpo import routing
+from fastdpo.head import Routing
 
 
 def test_philox_known_answers():
@@ -66,7 +67,7 @@ def test_inclusion_probabilities():
     share = (torch.randn(1, 40).double() * 1.5).softmax(1).float().expand(draws, -1)
     labels = torch.full((draws,), 7 * routing.BLOCK)
     own = routing.own_block(labels, 40)
-    bitmap, _ = routing.route(share, labels, routing.Routing(*taus, 5), torch.arange(draws))
+    bitmap, _ = routing.route(share, labels, tuple(sorted(taus)), 5, torch.arange(draws))
     first, second = (routing.unpack_bits(part, 40) for part in bitmap.split(routing.set_bytes(40), 1))
     assert (first | ~second).all()
     for kept, tau in zip((first, second), taus):
@@ -78,8 +79,8 @@ def test_inclusion_probabilities():
 def test_shards_keep_what_the_whole_keeps():
     """For given shares: a shard's running sum begins at the sum of the shards before it, for either set."""
     share, labels = (torch.randn(50, 61) * 2).softmax(1), torch.randint(0, 61 * 128, (50,))
-    rule, tokens = routing.Routing(0.02, 0.005, 2**63 + 1), torch.arange(50)
-    whole, _ = routing.route(share, labels, rule, tokens)
+    rule, tokens = ((0.005, 0.02), 2**63 + 1), torch.arange(50)
+    whole, _ = routing.route(share, labels, *rule, tokens)
     whole = torch.stack([routing.unpack_bits(x, 61) for x in whole.split(routing.set_bytes(61), 1)])
     edges = (0, 5, 24, 61)
     sums: list[list] = [[], [], []]  # by rank, in the order in which they are exchanged
@@ -94,7 +95,7 @@ def test_shards_keep_what_the_whole_keeps():
             return sum((s[self.calls - 1] for s in sums[: self.rank]), torch.zeros_like(x)) % routing.ONE
 
     for rank, (low, high) in enumerate(itertools.pairwise(edges)):
-        part, _ = routing.route(share[:, low:high], labels - low * 128, rule, tokens, Shards(rank))
+        part, _ = routing.route(share[:, low:high], labels - low * 128, *rule, tokens, Shards(rank))
         part = [routing.unpack_bits(x, high - low) for x in part.split(routing.set_bytes(high - low), 1)]
         assert torch.equal(torch.stack(part), whole[:, :, low:high])
 
@@ -113,15 +114,14 @@ def never_exact(engine, monkeypatch):
 
 def saved_by_engine(head, taus, seed):
     """What an engine's forward saves, through the engine interface."""
-    from fastdpo.ops.engines import engine_for
     from fastdpo.ops.problem import Head, Rows
 
     leaves = head.leaves(torch.float32, False)
     problem = Head(leaves.hidden, leaves.weight, leaves.bias)
     rows = Rows(leaves.labels, -100, 0, leaves.weight.shape[0])
     key = torch.full((), seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
-    return engine_for(leaves.hidden.device, torch.float32).forward(
-        problem, rows, stats=frozenset(), routing=routing.Routing(*taus, key), shards=None
+    return engine_of(leaves.hidden).forward(
+        problem, rows, stats=frozenset(), routing=Routing.of(*taus, key), shards=None
     )
 
 
@@ -134,7 +134,7 @@ def test_engine_keeps_what_the_rule_says(engine, kind, taus):
     seed = 2**63 + 17
     saved, (share, own) = saved_by_engine(head, taus, seed), shares(head)
     blocks = share.shape[1]
-    expected, most = routing.route(share.float(), head.labels, routing.Routing(*taus, seed), torch.arange(60))
+    expected, most = routing.route(share.float(), head.labels, Routing.of(*taus).taus, seed, torch.arange(60))
     assert saved.bitmap.shape == expected.shape
     bits = [routing.unpack_bits(x.to(expected.device), 8 * x.shape[1]) for x in (saved.bitmap, expected)]
     differ = (bits[0] != bits[1]).sum().item()

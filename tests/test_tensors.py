@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastdpo
 from fastdpo import losses
+from fastdpo.head import HeadOptions
 from fastdpo.ops import engines as ops
 from fastdpo.ops import native
 from fastdpo.ops.preference.losses import PreferenceLossFunction
@@ -183,7 +184,7 @@ def test_upstream_gradients_are_checked_too():
 def test_functions_are_checked_where_they_reach_engines():
     """The exported Functions, called without the public function before them."""
     head = small_head(N=6, V=V, H=H).leaves(torch.float32, False)
-    options = fastdpo.validation.HeadOptions()
+    options = HeadOptions()
     for name in ("hidden", "weight", "labels"):
         given = {"hidden": head.hidden, "weight": head.weight, "labels": head.labels}
         given[name] = Wrapper(given[name])

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import fastdpo
+from fastdpo.head import HeadOptions
 from fastdpo.losses import PreferenceOptions
 from fastdpo.models import options as known
 from fastdpo.models.huggingface import _Settings
-from fastdpo.validation import HeadOptions
 
 B, T, H, V = 2, 3, 8, 200
 G = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ KINDS = (float, Fraction, np.float16, np.float32, np.float64, np.longdouble, *IN
 def call(name, option, value):
     function, options = FUNCTIONS[name]
     result = function(**options[option][1], **{option: value})
-    return result if result is None or isinstance(result, _Settings) else first(result)
+    return result if result is None or isinstance(result, (HeadOptions, _Settings)) else first(result)
 
 
 @pytest.mark.parametrize("name,option", CASES)

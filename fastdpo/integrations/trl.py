@@ -17,12 +17,11 @@ import sys
 import warnings
 from types import ModuleType
 
-import torch
-
-from ..autograd import apply
-from ..logps import LinearLogpsFunction, TokenStats
+from ..head import HeadOptions
+from ..logps import token_stats
 from ..models import options as known
-from ..validation import HeadOptions, check_head
+from ..ops.operators import LinearLogpsFunction
+from ..ops.problem import TokenStats
 from .adapter import load
 from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
 
@@ -174,13 +173,8 @@ class _Replacement:
             temperature=call["temperature"],
             **_placed.options,
         )
-        tensors = hidden, weight, labels, bias, *_ = check_head(
-            hidden, weight, call["labels"], bias, None, None, options
-        )
-        # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad
-        differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-        arguments = (hidden, weight, bias, None, None, labels, options, stats, differentiable)
-        return TokenStats(*apply(_RegatheringLogps, *arguments))
+        given = {"bias": bias, "options": options, "stats": stats, "function": _RegatheringLogps}
+        return token_stats(hidden, weight, call["labels"], **given)
 
 
 class _RegatheringLogps(LinearLogpsFunction):

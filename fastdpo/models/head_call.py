@@ -12,9 +12,8 @@ import threading
 import torch
 from torch import Tensor, nn
 
-from ..logps import TokenStats
-from ..ops.problem import IDENTITY, LogitTransform
-from ..validation import HeadOptions
+from ..head import HeadOptions, LogitTransform
+from ..ops.problem import IDENTITY, TokenStats
 from .lm_head import applied_head, autocast, autocast_type, transformed
 
 # The numbers, after the logits' scale, reach this far: smaller ones do not show a softcap of 30 (Gemma, xLSTM)

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..ops.problem import IDENTITY, STATS, LogitTransform
-from ..validation import HeadOptions, check_names
+from ..head import HeadOptions, LogitTransform
+from ..ops.problem import STATS
+from ..validation import check_names
 from . import options as known
 from .head_call import PLAIN, HeadCall, calling, other_hooks, place_hooks, remove_hooks
 from .lm_head import origin
@@ -141,7 +142,7 @@ class _PatchedForward:
         self.previous = model.__dict__.get("forward")  # the instance's own, TRL's for one; None: the class's
         self.unprepared = model.__dict__.get(UNPREPARED)
         self.settings: _Settings | None = settings  # None: unpatched, inside of what else has wrapped the forward
-        self.seen = (None, IDENTITY)  # what the configuration declared, and which of it the model does
+        self.seen = (None, LogitTransform())  # what the configuration declared, and which of it the model does
         self.taken = (None, ())  # a forward, and the names of its positional arguments
         self.forward_then = self.forward_name()
 

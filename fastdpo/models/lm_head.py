@@ -7,6 +7,7 @@ none of these, or has a forward or hooks of its own that this arithmetic would l
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from torch.nn.functional import pad
 from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..logps import TokenStats, linear_token_stats
-from ..ops.problem import LogitTransform, LoRA
-from ..validation import FLOATS, HeadOptions
+from ..head import HeadOptions, LogitTransform, LoRA
+from ..logps import token_stats
+from ..ops.problem import TokenStats
+from ..validation import FLOATS
 
 # Columns of hidden that dropout's side path takes are rounded up to this: TMA wants rows of 16 bytes
 COLUMNS = 16
@@ -45,23 +47,11 @@ class AppliedHead(NamedTuple):
     ) -> TokenStats:
         """Shaped like `labels`; `transform` in the place of what `options` say of it."""
         scale, softcap, temperature = transform
-        device = self.weight.device  # device_map may put inputs, hidden and head on three devices
-        return linear_token_stats(
-            self.hidden.to(device),
-            self.weight,
-            labels.to(device),
-            self.bias,
-            stats=stats,
-            ignore_index=options.ignore_index,
-            logit_scale=scale,
-            softcap=softcap or None,
-            temperature=temperature,
-            backward=options.backward,
-            tau=options.tau,
-            seed=options.seed,
-            lora=self.lora,
-            check_labels=options.check_labels,
-        )
+        options = replace(options, logit_scale=scale, softcap=softcap or None, temperature=temperature)
+        hidden, weight, bias, lora = self
+        # device_map may put inputs, hidden and head on three devices
+        hidden, labels = hidden.to(weight.device), labels.to(weight.device)
+        return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options, stats=stats)
 
 
 def transformed(z: Tensor, transform: LogitTransform) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..validation import HeadOptions
+from ..head import HeadOptions
 
 TRAINER = ("backward", "tau", "seed")  # beside a trainer, which says everything else in its own terms
 MODEL = (

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..ops.problem import IDENTITY, LogitTransform
-from ..validation import HeadOptions
+from ..head import HeadOptions, LogitTransform
 from .head_call import ANSWER
 
 # Under these names configurations hold the factor of the logits: Cohere, Muse and Falcon-H1 multiply by it,
@@ -63,7 +62,7 @@ def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[Log
             ids, logits = _first_logits(causal, forward, generator)
             gain = max(1.0, ANSWER / max(float(logits.abs().max()), 1e-6))
             logits = logits_of(forward(input_ids=ids))[:, :8]
-            call, _ = run(IDENTITY, input_ids=ids)
+            call, _ = run(LogitTransform(), input_ids=ids)
         finally:
             hook.remove()
         call.hidden = call.hidden[:, :8]

@@ -1,7 +1,4 @@
-"""What a call passes to an engine, row by row, and the adapter for engines that take completion tokens.
-
-    forward(head, rows, *, stats, routing, shards) -> Forward
-    backward(head, rows, saved, upstream, routing, needs) -> Gradients
+"""An engine by row from one by token.
 
 By row nothing depends on how many labels are ignored, so nothing has to wait for the device. The adapter does count:
 its engines are the CPU's, and the reference for what no other engine takes.
@@ -10,57 +7,56 @@ its engines are the CPU's, and the reference for what no other engine takes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from types import ModuleType
+from dataclasses import fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ..routing import Routing
-from .layout import in_rows
-from .problem import Forward, Gradients, Head, Needs, Rows, Tokens, Upstream
+from ..head import Routing
+from ..tensors import in_rows
+from .problem import Engine, Forward, Gradients, Head, Needs, Rows, Tokens, Upstream
 
 
-@dataclass(frozen=True)
-class RowEngine:
-    """An engine by row around one whose forward and backward take Tokens."""
-
-    engine: ModuleType
-
-    def forward(
-        self, head: Head, rows: Rows, *, stats: frozenset[str], routing: Routing | None, shards=None
-    ) -> Forward:
-        head, tokens, invalid = _completion_tokens(head, rows)
-        result = self.engine.forward(head, tokens, stats=stats, routing=_with_int_seed(routing), shards=shards)
-        return _each(result, lambda values: _spread(values, tokens, invalid))
-
-    def backward(
-        self, head: Head, rows: Rows, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
-    ) -> Gradients:
-        head, tokens, invalid = _completion_tokens(head, rows)
-        if tokens.rows is not None:
-            saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
-        if routing is None:
-            tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
-        grads = self.engine.backward(head, tokens, saved, upstream, routing, needs)
-        if invalid is not None and grads.hidden is not None:
-            grads.hidden[invalid] = torch.nan
-        return grads
+def by_row(engine: Engine) -> Engine:
+    """`engine`, whose forward and backward take Tokens for Rows."""
+    return Engine(engine.name, partial(_forward, engine.forward), partial(_backward, engine.backward))
 
 
-def adapt(engine: ModuleType) -> RowEngine:
-    """`engine`, whose forward and backward take completion tokens, as an engine by row."""
-    return RowEngine(engine)
+def _forward(
+    of_tokens: Callable, head: Head, rows: Rows, *, stats: frozenset[str], routing: Routing | None, shards=None
+) -> Forward:
+    head, tokens, invalid = _completion_tokens(head, rows)
+    if routing is not None:
+        routing = routing._replace(seed=int(routing.seed) % 2**64)
+    result = of_tokens(head, tokens, stats=stats, routing=routing, shards=shards)
+    return result if tokens.rows is None else _each(result, lambda values: _spread(values, tokens, invalid))
+
+
+def _backward(
+    of_tokens: Callable,
+    head: Head,
+    rows: Rows,
+    saved: Forward,
+    upstream: Upstream,
+    routing: Routing | None,
+    needs: Needs,
+) -> Gradients:
+    head, tokens, invalid = _completion_tokens(head, rows)
+    if tokens.rows is not None:
+        saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
+    if routing is None:
+        tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
+    grads = of_tokens(head, tokens, saved, upstream, routing, needs)
+    if invalid is not None and grads.hidden is not None:
+        grads.hidden[invalid] = torch.nan
+    return grads
 
 
 def _each(tensors, function: Callable[[Tensor], Tensor]):
     """`function` of every tensor of a Forward or an Upstream."""
     values = {field.name: getattr(tensors, field.name) for field in fields(tensors)}
     return replace(tensors, **{name: function(x) for name, x in values.items() if x is not None})
-
-
-def _with_int_seed(routing: Routing | None) -> Routing | None:
-    return None if routing is None else replace(routing, seed=int(routing.seed) % 2**64)
 
 
 def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -70,9 +66,11 @@ def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     them there instead of copying.
     """
     size = hidden.shape[-1]
+    if hidden.is_contiguous():
+        return hidden.view(-1, size), None
     step = hidden.stride(-2) if hidden.ndim > 2 else 0
     aligned = step >= size and all(stride % step == 0 for stride in hidden.stride()[:-1])
-    if not aligned or hidden.is_contiguous() or hidden.numel() == 0:
+    if not aligned or hidden.numel() == 0:
         return in_rows(hidden.reshape(-1, size), apart=True), None
     rows = torch.zeros((), dtype=torch.int64, device=hidden.device)
     last = 0
@@ -118,8 +116,6 @@ def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[
 
 def _spread(values: Tensor, tokens: Tokens, invalid: Tensor | None) -> Tensor:
     """Per-token values -> per row: 0 where ignored, NaN (False, no bits) where the label is out of range."""
-    if tokens.rows is None:
-        return values
     out = values.new_zeros(tokens.num_rows, *values.shape[1:])
     out[tokens.rows] = values
     if invalid is not None and values.is_floating_point():

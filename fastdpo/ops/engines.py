@@ -7,13 +7,14 @@ import re
 import sys
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 
 import torch
 
 from . import native, reference
-from .by_token import RowEngine, adapt
-from .cpu import forward as cpu
+from .by_token import by_row
+from .cpu import backward as cpu_backward
+from .cpu import forward as cpu_forward
+from .problem import Engine
 from .selective import cpu as cpu_logits
 from .selective import cuda as cuda_logits
 
@@ -25,37 +26,41 @@ _LOGITS = {
     "cpu": (cpu_logits.forward, cpu_logits.backward),
     "cuda": (cuda_logits.forward, cuda_logits.backward),
 }
-_ADAPTED = {"reference": adapt(reference), "cpu": adapt(cpu)}
+_BY_TOKEN = {
+    "reference": Engine("reference", reference.forward, reference.backward),
+    "cpu": Engine("cpu", cpu_forward.forward, cpu_backward.backward),
+}
 
 
-def _unavailable(engine: str, device: str) -> str | None:
-    """Why `engine` cannot serve tensors on `device`, or None when it can."""
+def _unavailable(engine: str, device: torch.device, interpret: str | None) -> str | None:
+    """Why `engine` cannot serve tensors on `device`, or None when it can; `interpret`: TRITON_INTERPRET."""
     if engine == "reference":
         return None
     if engine == "cpu":
-        if device != "cpu":
-            return f"the cpu engine takes CPU tensors, not {device}"
+        if device.type != "cpu":
+            return f"the cpu engine takes CPU tensors, not {device.type}"
         return None if native.available() else f"the native extension is missing ({native.reason()})"
-    interpreted = device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device != "cuda" and not interpreted:
-        hint = ", unless TRITON_INTERPRET=1" if device == "cpu" else ""
-        return f"the triton engine takes CUDA tensors, not {device}{hint}"
+    interpreted = device.type == "cpu" and interpret == "1"
+    if device.type != "cuda" and not interpreted:
+        hint = ", unless TRITON_INTERPRET=1" if device.type == "cpu" else ""
+        return f"the triton engine takes CUDA tensors, not {device.type}{hint}"
     version = _triton_version()
     if version is None:
         return "Triton cannot be imported"
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
         return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
-    if device == "cuda" and torch.cuda.is_initialized() and torch.cuda.get_device_capability() < OLDEST_GPU:
+    if not interpreted and torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return f"the GPU's compute capability is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     return None
 
 
 def _engine_reasons() -> dict[str, str | None]:
     """Why each engine cannot run on this machine, or None where it can."""
-    reasons = {name: _unavailable(name, "cpu") for name in ENGINES}
+    cpu, cuda, interpret = torch.device("cpu"), torch.device("cuda"), os.environ.get("TRITON_INTERPRET")
+    reasons = {name: _unavailable(name, cpu, interpret) for name in ENGINES}
     if torch.cuda.is_available():
-        reasons["triton"] = _unavailable("triton", "cuda")
-    elif reasons["triton"] is not None and _unavailable("triton", "cuda") is None:
+        reasons["triton"] = _unavailable("triton", cuda, interpret)
+    elif reasons["triton"] is not None and _unavailable("triton", cuda, interpret) is None:
         reasons["triton"] = "no GPU here; TRITON_INTERPRET=1 serves CPU tensors"
     return reasons
 
@@ -70,44 +75,40 @@ def _triton_version() -> str | None:
         return None
 
 
-def _choose(device: str, dtype: torch.dtype) -> tuple[str, str]:
+def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interpret: str | None) -> tuple[str, str]:
     """(engine, why)."""
-    forced = os.environ.get("FASTDPO_ENGINE")
     if forced:
         if forced not in ENGINES:
             raise ValueError(f"FASTDPO_ENGINE must be one of {', '.join(ENGINES)}; got {forced!r}")
-        problem = _unavailable(forced, device)
+        problem = _unavailable(forced, device, interpret)
         if problem:
             raise RuntimeError(f"FASTDPO_ENGINE={forced} cannot run here: {problem}")
-        return forced, "FASTDPO_ENGINE"
+        if dtype != torch.float64:
+            return forced, "FASTDPO_ENGINE"
     if dtype == torch.float64:
         return "reference", "fp64 inputs are computed in fp64"
-    wanted = "cpu" if device == "cpu" else "triton"
-    problem = _unavailable(wanted, device)
-    return (wanted, f"fastest for {device}") if problem is None else ("reference", problem)
+    wanted = "cpu" if device.type == "cpu" else "triton"
+    problem = _unavailable(wanted, device, interpret)
+    return (wanted, f"fastest for {device.type}") if problem is None else ("reference", problem)
 
 
-def engine_name(device: torch.device, dtype: torch.dtype) -> str:
-    """Which of ENGINES serves tensors of this device and type."""
-    name, _ = _choose(device.type, dtype)
-    return "reference" if dtype == torch.float64 else name
-
-
-def engine_for(device: torch.device, dtype: torch.dtype) -> RowEngine | ModuleType:
-    """What has the `forward` and `backward` of rows.py for tensors of this device and type."""
-    name = engine_name(device, dtype)
+@cache
+def engine_for(device: torch.device, dtype: torch.dtype, forced: str | None, interpret: str | None) -> Engine:
+    """Which engine serves tensors of this device and type, by rows; `forced` and `interpret` are the values of
+    FASTDPO_ENGINE and TRITON_INTERPRET."""
+    name, _ = _choose(device, dtype, forced, interpret)
     if name == "triton":
-        from .triton import forward as triton_engine
+        from .triton import backward, forward
 
-        return triton_engine
-    return _ADAPTED[name]
+        return Engine("triton", forward.forward, backward.backward)
+    return by_row(_BY_TOKEN[name])
 
 
 def _choose_logits(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(cpu, cuda or reference, why) for logits -> logps. CUDA tensors need no Triton here; a forced reference holds."""
-    engine, why = _choose(device.type, dtype)
-    forced = os.environ.get("FASTDPO_ENGINE") == "reference"
-    if dtype == torch.float64 or device.type not in ("cpu", "cuda") or forced:
+    forced = os.environ.get("FASTDPO_ENGINE")
+    engine, why = _choose(device, dtype, forced, os.environ.get("TRITON_INTERPRET"))
+    if dtype == torch.float64 or device.type not in ("cpu", "cuda") or forced == "reference":
         return "reference", why
     if device.type == "cpu":
         return (engine, why) if engine != "triton" else ("reference", "the triton engine starts from hidden states")
@@ -143,7 +144,8 @@ def backends() -> dict:
                 if operation == "selective_log_softmax":
                     engine, why = _choose_logits(torch.device(device), torch.float32)
                 else:
-                    engine, why = _choose(device, torch.float32)
+                    forced, interpret = os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET")
+                    engine, why = _choose(torch.device(device), torch.float32, forced, interpret)
             except (RuntimeError, ValueError) as error:
                 engine, why = "none", str(error)
             operations[operation][device] = f"{engine} ({why})"

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from ..autograd import traced
 from ..routing import BLOCK, num_blocks, unpack_bits
+from ..tensors import traced
 
 
 def _scored(labels: Tensor, ignore_index: int) -> int:

@@ -1,142 +1,222 @@
-"""The head's forward and backward as functional torch.library operators: one node of a compiled graph each.
+"""The head's forward and backward with autograd around them, twice: as an autograd Function, and as functional
+torch.library operators, each one node of a compiled graph.
 
     fastdpo::linear_token_stats            one tensor per field of Forward
     fastdpo::linear_token_stats_backward   one tensor per field of Gradients, hidden's shaped like hidden
 
-What was not asked for comes back with 0 elements. A call whose tensors hold their data reaches the engine without
-the operators, so that a dispatch mode such as torch's FlopCounterMode sees the engine's own operations.
+Neither can stand for the other. torch.compile cannot look into the engines' loops, so that a Function breaks its graph;
+an operator takes no process group, costs more per call in eager mode, and hides the engine's own operations from a
+dispatch mode such as torch's FlopCounterMode. What was not asked for comes back from an operator with 0 elements.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
+from os import environ
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..autograd import NO_SECOND_DERIVATIVE, refuse_transforms, traced
-from ..routing import Routing, num_blocks
-from ..tensors import plain
+from ..autograd import Function, no_second_derivative, once_differentiable, uncompiled
+from ..distributed import VocabShards
+from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head
+from ..routing import num_blocks, set_bytes
+from ..tensors import contiguous, in_rows, plain, refuse_transforms, traced
+from ..validation import check_flag, check_names
 from . import flops
-from .engines import engine_for, engine_name
-from .layout import contiguous, laid_out
-from .problem import Forward, Gradients, Head, LogitTransform, LoRA, Needs, Rows, Upstream
-
-_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels"
-_SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap, Tensor? most_pairs"
-# a negative tau: that gradient is not wanted; without a seed, and then without a bitmap, nothing is routed
-_SCALARS = (
-    "float lora_scale, float[] transform, int ignore_index, ScalarType compute_dtype, float tau_hidden, "
-    "float tau_weight"
-)
-_RESULTS = tuple(field.name for field in fields(Forward))
-_GRADIENTS = tuple(field.name for field in fields(Gradients))
+from .engines import Engine, engine_for
+from .problem import STATS, Forward, Gradients, Head, Needs, Rows, Upstream
 
 
-def forward(head: Head, rows: Rows, *, stats: frozenset[str], routing: Routing | None, shards=None) -> Forward:
-    """The engine's forward, without autograd; `shards` when `weight` is one of several."""
-    if _as_operator(head, rows):
-        return token_stats(head, rows, routing, stats)
-    return _forward(head, rows, routing, stats, shards)
+class LinearLogpsFunction(Function):
+    """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [...],
+    HeadOptions, stats, differentiable, lora_scale)`` returns the five tensors of TokenStats, flat, None where not asked
+    for. `differentiable`: whether a gradient of them may be wanted. It checks what `linear_token_stats` checks.
+
+    Saved besides the inputs, per row: logp, lse and, routed, one bit per block.
+    """
+
+    of = "fastdpo.linear_logps"
+
+    @classmethod
+    def apply(cls, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
+        refuse_transforms(cls.of, hidden, weight, bias, lora_a, lora_b)
+        if not isinstance(options, HeadOptions):
+            raise TypeError(f"options must be HeadOptions; got {options!r}")
+        stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
+        lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
+        return cls.checked(check_head(hidden, weight, labels, bias, lora, options), options, stats, differentiable)
+
+    @classmethod
+    def checked(cls, call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], differentiable: bool):
+        """`apply` of what the door has checked."""
+        arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
+        apply = super(Function, cls).apply
+        return uncompiled(apply, *arguments) if torch.compiler.is_compiling() else apply(*arguments)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, lora_scale, options, stats, differentiable):
+        ctx.set_materialize_grads(False)
+        shards = None if options.vocab_group is None else VocabShards.of(options.vocab_group, weight)
+        needs = Needs(*ctx.needs_input_grad[:5]) if differentiable else Needs()
+        tensors = (hidden, weight, bias, lora_a, lora_b, labels)
+        key, scalars = _prepare(options, needs, hidden, weight, lora_scale, shards)
+        run = _forward_operator if _is_operator(tensors, shards) else _forward
+        result = run(tensors, key, scalars, stats, shards)
+        if True in needs:
+            # copies: the caller may change in place what is returned
+            logps, entropy = result.logps.clone(), None if result.entropy is None else result.entropy.clone()
+            # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
+            ctx.save_for_backward(*tensors, logps, result.lse, entropy, result.bitmap, result.most_pairs)
+            ctx.needs, ctx.scalars, ctx.shards, ctx.weight_shape = needs, scalars, shards, weight.shape
+        constants = (result.mean_logit, result.is_top1, result.log_sum_sq_probs)
+        ctx.mark_non_differentiable(*filter(torch.is_tensor, constants))  # a second call would undo a first
+        return result.logps, result.entropy, *constants
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogps, dentropy, *_):
+        if dlogps is None and dentropy is None:
+            return (None,) * 10
+        saved = ctx.saved_tensors
+        if saved[1].shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
+            raise RuntimeError(
+                f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(saved[1].shape)} in the "
+                "backward: keep a sharded head gathered until the backward is done"
+            )
+        run = _backward_operator if _is_operator(saved[:6], ctx.shards) else _backward
+        grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, ctx.shards)
+        if ctx.shards is not None:
+            ctx.shards.reduce(grads)
+        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None, None
 
 
-def backward(
-    head: Head,
-    rows: Rows,
-    saved: Forward,
-    dlogps: Tensor | None,  # [M]
-    dentropy: Tensor | None,  # [M]; one of them at least
-    routing: Routing | None,
-    needs: Needs,
-) -> Gradients:
-    """The engine's backward; the gradient of hidden is shaped like hidden."""
-    if not _as_operator(head, rows):
-        return _backward(head, rows, saved, dlogps, dentropy, routing, needs)
-    inputs, scalars = _flatten(head, rows, routing)
-    saved = (saved.logps, saved.lse, saved.entropy, saved.bitmap, saved.most_pairs)
-    flags = [getattr(needs, name) for name in _GRADIENTS]
-    grads = token_stats_backward_op(*inputs, *saved, dlogps, dentropy, **scalars, needs=flags)
-    return Gradients(*(grad if flag else None for grad, flag in zip(grads, flags)))
+def compiled(call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], differentiable: bool) -> tuple:
+    """What `LinearLogpsFunction` returns, by one operator of a compiled graph."""
+    inputs = call.tensors[:5]
+    needs = Needs(*[differentiable and x is not None and x.requires_grad for x in inputs])
+    key, scalars = _prepare(options, needs, *inputs[:2], call.lora_scale, None)
+    result = _forward_operator(call.tensors, key, scalars, stats)
+    return result.logps, result.entropy, result.mean_logit, result.is_top1, result.log_sum_sq_probs
 
 
-def token_stats(head: Head, rows: Rows, routing: Routing | None, stats: frozenset[str]) -> Forward:
-    """The forward as one operator, with autograd; `logps` and `entropy` are differentiable."""
-    inputs, scalars = _flatten(head, rows, routing)
-    outputs = token_stats_op(*inputs, None if routing is None else routing.seed, **scalars, stats=sorted(stats))
-    present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if routing is not None else set())
-    return Forward(*(x if name in present else None for name, x in zip(_RESULTS, outputs)))
+class Scalars(NamedTuple):
+    """What of a call is not a tensor, as the operators take it."""
+
+    lora_scale: float
+    transform: LogitTransform
+    ignore_index: int
+    compute_dtype: torch.dtype
+    taus: tuple[float, ...]  # and the sets: of Routing. Empty: every pair is computed
+    hidden_set: int
+    weight_set: int
 
 
-def _forward(head: Head, rows: Rows, routing: Routing | None, stats: frozenset[str], shards=None) -> Forward:
-    engine = engine_for(head.hidden.device, head.hidden.dtype)
-    head, rows = laid_out(head, rows)
-    with torch.autocast(head.hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
-        return engine.forward(head, rows, stats=stats, routing=routing, shards=shards)
+def _prepare(
+    options: HeadOptions, needs: Needs, hidden: Tensor, weight: Tensor, lora_scale: float, shards
+) -> tuple[Tensor | None, Scalars]:
+    """(the draws' key, None where nothing is drawn; scalars). Routed where a gradient is needed, unless the options say
+    otherwise."""
+    key = options.key(hidden.device)
+    routing = options.routing(needs.hidden or needs.lora_a, needs.weight or needs.bias or needs.lora_b)
+    if not routing.taus:
+        key = None
+    elif shards is not None:
+        key = shards.common_seed(key)
+    # what F.linear would multiply in: the autocast type, or the common type of both
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return key, Scalars(lora_scale, options.transform, options.ignore_index, dtype, *routing[:3])
 
 
-def _backward(
-    head: Head,
-    rows: Rows,
-    saved: Forward,
-    dlogps: Tensor | None,
-    dentropy: Tensor | None,
-    routing: Routing | None,
-    needs: Needs,
-) -> Gradients:
-    def of_rows(upstream: Tensor | None) -> Tensor | None:
-        return None if upstream is None else contiguous(plain("an upstream gradient", upstream).to(saved.logps.dtype))
-
-    head, rows = laid_out(head, rows)
-    upstream = Upstream(torch.zeros_like(saved.logps) if dlogps is None else of_rows(dlogps), of_rows(dentropy))
-    if dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
-        routing = None
-    logps, lse, entropy = map(contiguous, (saved.logps, saved.lse, saved.entropy))
-    pairs = (None, None) if routing is None else map(contiguous, (saved.bitmap, saved.most_pairs))
-    saved = Forward(logps, lse, entropy, None, None, None, *pairs)
-    engine = engine_for(head.hidden.device, head.hidden.dtype)
-    with torch.autocast(head.hidden.device.type, enabled=False):
-        grads = engine.backward(head, rows, saved, upstream, routing, needs)
-    if grads.hidden is not None:
-        grads.hidden = grads.hidden.view(head.hidden.shape)
-    return grads
-
-
-def _as_operator(head: Head, rows: Rows) -> bool:
+def _is_operator(tensors, shards) -> bool:
     """Whether a call has to be one operator: where it is only traced, or where a dispatch mode is on that could not
     see into Triton's kernels; but never with a shard of the vocabulary, which talks to other processes."""
-    if rows.vocab_size != head.weight.shape[0]:
+    if shards is not None:
         return False
-    wanted = traced(*head.inputs, rows.labels) or (
-        _get_current_dispatch_mode() is not None and engine_name(head.hidden.device, head.hidden.dtype) == "triton"
-    )
+    wanted = traced(*tensors) or (_get_current_dispatch_mode() is not None and _engine(tensors[0]).name == "triton")
     if wanted:
         flops.register()
     return wanted
 
 
-def _flatten(head: Head, rows: Rows, routing: Routing | None) -> tuple[tuple, dict]:
-    """The operators' first arguments: (tensors, scalars)."""
-    tau_hidden, tau_weight = (-1.0, -1.0) if routing is None else (routing.tau_hidden, routing.tau_weight)
-    scalars = {
-        "lora_scale": 1.0 if head.lora is None else head.lora.scale,
-        "transform": list(head.transform),
-        "ignore_index": rows.ignore_index,
-        "compute_dtype": head.compute_dtype,
-        "tau_hidden": tau_hidden,
-        "tau_weight": tau_weight,
-    }
-    return (*head.inputs, rows.labels), scalars
+def _engine(hidden: Tensor) -> Engine:
+    return engine_for(hidden.device, hidden.dtype, environ.get("FASTDPO_ENGINE"), environ.get("TRITON_INTERPRET"))
 
 
-def _unflatten(
-    hidden, weight, bias, lora_a, lora_b, labels, *,
-    lora_scale, transform, ignore_index, compute_dtype, tau_hidden, tau_weight,
-) -> tuple[Head, Rows, Routing]:  # fmt: skip
-    lora = None if lora_a is None else LoRA(lora_a, lora_b, lora_scale)
-    head = Head(hidden, weight, bias, lora, LogitTransform(*transform), compute_dtype)
-    rows = Rows(labels, ignore_index, 0, weight.shape[0])
-    return head, rows, Routing(tau_hidden, tau_weight)
+def _problem(tensors, key: Tensor | None, scalars: Scalars, shards) -> tuple[Head, Rows, Routing | None]:
+    """What an engine takes, laid out as problem.py says."""
+    hidden, weight, bias, lora_a, lora_b, labels = tensors
+    lora = None if lora_a is None else LoRA(contiguous(lora_a), contiguous(lora_b), scalars.lora_scale)
+    bias = None if bias is None else contiguous(bias)
+    transform = LogitTransform(*scalars.transform)
+    head = Head(in_rows(hidden), in_rows(weight, apart=True), bias, lora, transform, scalars.compute_dtype)
+    vocabulary = (0, weight.shape[0]) if shards is None else (shards.vocab_start, shards.vocab_size)
+    rows = Rows(contiguous(labels), scalars.ignore_index, *vocabulary)
+    routing = Routing(scalars.taus, scalars.hidden_set, scalars.weight_set, key) if scalars.taus else None
+    return head, rows, routing
+
+
+def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) -> Forward:
+    engine = _engine(tensors[0])
+    head, rows, routing = _problem(tensors, key, scalars, shards)
+    shards = None if shards is None or shards.size == 1 else shards
+    with torch.autocast(head.hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
+        return engine.forward(head, rows, stats=frozenset(stats), routing=routing, shards=shards)
+
+
+def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None) -> Gradients:
+    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least."""
+    tensors, (logps, lse, entropy, bitmap, most_pairs) = _plain(saved[:6]), saved[6:]
+    engine = _engine(tensors[0])
+    head, rows, routing = _problem(tensors, None, scalars, shards)
+    dlogps, dentropy = _plain((dlogps, dentropy), (_UPSTREAM, _UPSTREAM))
+    coef = torch.zeros_like(logps) if dlogps is None else contiguous(dlogps.to(logps.dtype))
+    coef_entropy = None if dentropy is None else contiguous(dentropy.to(logps.dtype))
+    if bitmap is None or dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
+        routing = bitmap = most_pairs = None
+    logps, lse, entropy = contiguous(logps), contiguous(lse), contiguous(entropy)
+    saved = Forward(logps, lse, entropy, None, None, None, contiguous(bitmap), contiguous(most_pairs))
+    with torch.autocast(head.hidden.device.type, enabled=False):
+        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs)
+    if grads.hidden is not None:
+        grads.hidden = grads.hidden.view(head.hidden.shape)
+    return grads
+
+
+_NAMES = ("hidden", "weight", "bias", "lora A", "lora B", "labels")
+_UPSTREAM = "an upstream gradient"
+
+
+def _plain(tensors, names=_NAMES) -> list[Tensor | None]:
+    """What an operator was given, or a backward after others had the tensors: a storage may have been released."""
+    return [None if x is None else plain(name, x) for name, x in zip(names, tensors)]
+
+
+# The operators
+
+_INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels"
+_SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap, Tensor? most_pairs"
+# without a key, and then without a bitmap, nothing is routed
+_SCALARS = (
+    "float lora_scale, float[] transform, int ignore_index, ScalarType compute_dtype, float[] taus, int hidden_set, "
+    "int weight_set"
+)
+_RESULTS = tuple(field.name for field in fields(Forward))
+
+
+def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) -> Forward:
+    outputs = token_stats_op(*tensors, key, **scalars._asdict(), stats=sorted(stats))
+    present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if key is not None else set())
+    return Forward(*[x if name in present else None for name, x in zip(_RESULTS, outputs)])
+
+
+def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None) -> Gradients:
+    grads = token_stats_backward_op(*saved, dlogps, dentropy, **scalars._asdict(), needs=list(needs))
+    return Gradients(*[grad if need else None for grad, need in zip(grads, needs)])
 
 
 def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
@@ -148,26 +228,24 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
 @torch.library.custom_op(
     "fastdpo::linear_token_stats",
     mutates_args=(),
-    schema=f"({_INPUTS}, Tensor? seed, *, {_SCALARS}, str[] stats) -> ({', '.join(['Tensor'] * len(_RESULTS))})",
+    schema=f"({_INPUTS}, Tensor? key, *, {_SCALARS}, str[] stats) -> ({', '.join(['Tensor'] * len(_RESULTS))})",
 )
-def token_stats_op(*inputs, stats, **scalars):
-    refuse_transforms("fastdpo.linear_logps", *inputs)
-    *inputs, seed = inputs
-    head, rows, routing = _unflatten(*inputs, **scalars)
-    result = _forward(head, rows, None if seed is None else replace(routing, seed=seed), frozenset(stats))
-    outputs = {name: getattr(result, name) for name in _RESULTS}
-    return tuple(
-        head.hidden.new_empty(0, dtype=dtype) if outputs[name] is None else outputs[name]
-        for name, dtype in _dtypes(head.hidden).items()
-    )
+def token_stats_op(*tensors, stats, **scalars):
+    refuse_transforms("fastdpo.linear_logps", *tensors)
+    key, scalars = tensors[6], Scalars(**scalars)
+    if key is None:
+        scalars = scalars._replace(taus=())
+    result = _forward(_plain(tensors[:6]), key, scalars, stats)
+    made = [(getattr(result, name), dtype) for name, dtype in _dtypes(tensors[0]).items()]
+    return tuple(tensors[0].new_empty(0, dtype=dtype) if x is None else x for x, dtype in made)
 
 
 @token_stats_op.register_fake
-def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, tau_hidden, tau_weight, **scalars):
+def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scalars):
     shapes = dict.fromkeys(("logps", "lse", *stats), labels.shape)
-    if seed is not None:
-        width = Routing(tau_hidden, tau_weight).bitmap_bytes(num_blocks(weight.shape[0]))
-        shapes |= {"bitmap": (labels.shape[0], width), "most_pairs": labels.shape}
+    if key is not None:
+        bitmap = (labels.shape[0], len(taus) * set_bytes(num_blocks(weight.shape[0])))
+        shapes |= {"bitmap": bitmap, "most_pairs": labels.shape}
     return tuple(hidden.new_empty(shapes.get(name, (0,)), dtype=dtype) for name, dtype in _dtypes(hidden).items())
 
 
@@ -179,28 +257,19 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, seed, *, stats, tau_hidden, 
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
-    inputs, (logps, lse, entropy, bitmap, most_pairs, dlogps, dentropy) = tensors[:6], tensors[6:]
-    head, rows, routing = _unflatten(*inputs, **scalars)
-    saved = Forward(logps, lse, entropy=entropy, bitmap=bitmap, most_pairs=most_pairs)
-    routing = None if bitmap is None else routing
-    grads = _backward(head, rows, saved, dlogps, dentropy, routing, Needs(*needs))
-    return tuple(
-        head.hidden.new_empty(0, dtype=_gradient_dtype(like, head.hidden)) if grad is None else grad
-        for grad, like in zip((getattr(grads, name) for name in _GRADIENTS), inputs)
-    )
+    grads = _backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
+    made = zip((grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b), tensors)
+    return tuple(_absent(like, tensors[0]) if grad is None else grad for grad, like in made)
 
 
 @token_stats_backward_op.register_fake
 def _(*tensors, needs, **scalars):
     hidden = tensors[0]
-    return tuple(
-        hidden.new_empty(like.shape if need else (0,), dtype=_gradient_dtype(like, hidden))
-        for like, need in zip(tensors, needs)
-    )
+    return tuple(x.new_empty(x.shape) if need else _absent(x, hidden) for x, need in zip(tensors, needs))
 
 
-def _gradient_dtype(like: Tensor | None, hidden: Tensor) -> torch.dtype:
-    return hidden.dtype if like is None else like.dtype
+def _absent(like: Tensor | None, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(0, dtype=hidden.dtype if like is None else like.dtype)
 
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
@@ -227,9 +296,5 @@ def _autograd_backward(ctx, dlogps, dlse, dentropy, *_):
     return (*(grad if need else None for grad, need in zip(grads, needs)), None, None)
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
 token_stats_op.register_autograd(_autograd_backward, setup_context=_setup_context)
-token_stats_backward_op.register_autograd(_no_second_derivative)
+token_stats_backward_op.register_autograd(no_second_derivative)

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+from ..head import LogitTransform, LoRA
 
 
-class LogitTransform(NamedTuple):
-    """z = softcap * tanh(scale * (product + bias) / softcap) / temperature."""
+class TokenStats(NamedTuple):
+    """Per token, shaped like `labels`, 0 (False) where ignored; a statistic that was not asked for is None."""
 
-    scale: float = 1.0
-    softcap: float = 0.0  # 0: none
-    temperature: float = 1.0
+    logps: Tensor  # fp32, nats
+    entropy: Tensor | None  # fp32, nats; differentiable
+    mean_logit: Tensor | None  # fp32, mean of z over the vocabulary
+    is_top1: Tensor | None  # bool, label == argmax z (first maximum, as torch.argmax)
+    log_sum_sq_probs: Tensor | None  # fp32, log sum_v p[v]^2
 
 
+STATS = TokenStats._fields[1:]
 IDENTITY = LogitTransform()
-
-
-class LoRA(NamedTuple):
-    """weight + scale * b @ a, never formed."""
-
-    a: Tensor  # [r, H]
-    b: Tensor  # [V, r]
-    scale: float
 
 
 @dataclass(frozen=True)
 class Head:
     """The logits of some rows of hidden: `transform` of hidden @ weight.T + bias."""
 
-    # What layout.py makes sure of: unit stride along H, and rows of `weight` that do not overlap; the rest contiguous.
+    # operators.py makes sure of unit stride along H, and that rows of `weight` do not overlap; the rest is contiguous.
     hidden: Tensor  # [..., H], any other strides; for engines that take tokens [*, H], rows apart
     weight: Tensor  # [V, H]
     bias: Tensor | None = None  # [V]
@@ -91,7 +87,7 @@ class Forward:
     mean_logit: Tensor | None = None
     is_top1: Tensor | None = None  # bool
     log_sum_sq_probs: Tensor | None = None
-    bitmap: Tensor | None = None  # [N, Routing.bitmap_bytes] uint8, kept pairs at the smaller wanted tau, at the larger
+    bitmap: Tensor | None = None  # uint8 [N, ceil(blocks / 8) of each of Routing.taus], the kept pairs
     most_pairs: Tensor | None = None  # [N] int32, kept at the smaller tau by any draw: what routed or exact hangs on
 
 
@@ -104,15 +100,14 @@ class Upstream:
     coef_entropy: Tensor | None = None  # [N] dL/dentropy; takes the exact path
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """Which gradients were asked for; an engine spends nothing on the others."""
 
-    hidden: bool
-    weight: bool
-    bias: bool
-    lora_a: bool
-    lora_b: bool
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    lora_a: bool = False
+    lora_b: bool = False
 
     @property
     def of_hidden(self) -> bool:
@@ -124,9 +119,6 @@ class Needs:
         """dz.T @ something is needed."""
         return self.weight or self.bias or self.lora_b
 
-    def __bool__(self) -> bool:
-        return self.of_hidden or self.of_weight
-
 
 @dataclass
 class Gradients:
@@ -137,3 +129,15 @@ class Gradients:
     bias: Tensor | None = None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+
+
+class Engine(NamedTuple):
+    """What computes.
+
+    forward(head, rows, *, stats, routing, shards) -> Forward
+    backward(head, rows, saved, upstream, routing, needs) -> Gradients
+    """
+
+    name: str
+    forward: Callable[..., Forward]
+    backward: Callable[..., Gradients]

@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..routing import (
-    BLOCK,
-    Routing,
-    num_blocks,
-    odds,
-    own_block,
-    pair_weights,
-    route,
-    second_odds,
-    set_bytes,
-    unpack_bits,
-)
+from ..head import Routing
+from ..routing import BLOCK, num_blocks, odds, own_block, pair_weights, route, second_odds, set_bytes, unpack_bits
 from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 
 LOGITS_BYTES = 32 << 20  # of one chunk's logits; a handful of such temporaries live at a time
@@ -117,7 +107,9 @@ def forward(
                 emit("is_top1", (label_logit > side[0]) & (label_logit >= side[1]))
         if routing is not None:
             token_ids = torch.arange(chunk.start, chunk.stop, device=device)
-            bitmap, most = route(_block_share(rest, rest_lse), labels, routing, token_ids, shards)
+            bitmap, most = route(
+                _block_share(rest, rest_lse), labels, routing.taus, int(routing.seed), token_ids, shards
+            )
             emit("bitmap", bitmap)
             emit("most_pairs", most)
     if not columns:  # no completion tokens
@@ -125,7 +117,7 @@ def forward(
         if "is_top1" in stats:
             columns["is_top1"] = [torch.empty(0, dtype=torch.bool, device=device)]
         if routing is not None:
-            width = routing.bitmap_bytes(num_blocks(head.weight.shape[0]))
+            width = len(routing.taus) * set_bytes(num_blocks(head.weight.shape[0]))
             emit("bitmap", torch.empty(0, width, dtype=torch.uint8, device=device))
             emit("most_pairs", torch.empty(0, dtype=torch.int32, device=device))
     return Forward(**{name: torch.cat(values) for name, values in columns.items()})
@@ -144,16 +136,16 @@ def _routed(dz: Tensor, z: Tensor, saved: Forward, chunk: slice, labels: Tensor,
     share, bits = _block_share(rest, rest_lse), saved.bitmap[chunk]
     own, one_set = own_block(labels, share.shape[1]), set_bytes(share.shape[1])
 
-    def weighted(tau: float) -> Tensor:
-        weights, which = pair_weights(odds(share, own, routing.tau)), bits[:, :one_set]
-        if tau != routing.tau:
-            weights = weights * pair_weights(second_odds(share, own, routing.tau, routing.second_tau))
+    def weighted(second: bool) -> Tensor:
+        weights, which = pair_weights(odds(share, own, routing.taus[0])), bits[:, :one_set]
+        if second:
+            weights = weights * pair_weights(second_odds(share, own, *routing.taus))
             which = bits[:, one_set:]
         kept = unpack_bits(which, share.shape[1])
         weights = torch.where(kept, weights, 0).to(dz.dtype).repeat_interleave(BLOCK, 1)[:, : dz.shape[1]]
         return torch.where(weights == 0, 0, dz * weights)
 
-    return [weighted(tau) if tau >= 0 else dz for tau in (routing.tau_hidden, routing.tau_weight)]
+    return [weighted(which == 1) if which >= 0 else dz for which in (routing.hidden_set, routing.weight_set)]
 
 
 def backward(

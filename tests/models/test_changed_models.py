@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 import transformers
 from causal_models import SHAPE, V, assert_same, batch, build, definition, gradients
 
+from fastdpo.head import LogitTransform
 from fastdpo.integrations import patch_model
-from fastdpo.ops.problem import LogitTransform
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ pytest.importorskip("transformers")
 import transformers
 from causal_models import V, assert_same, batch, build, definition
 
+from fastdpo.head import LogitTransform
 from fastdpo.integrations import patch_model, unpatch_model
 from fastdpo.models.head_call import PLAIN, HeadCall
-from fastdpo.ops.problem import LogitTransform
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import transformers
 from causal_models import MODELS, SHAPE, V, assert_same, batch, build, definition, gradients
 
 import fastdpo
+from fastdpo.head import LogitTransform
 from fastdpo.integrations import patch_model, unpatch_model
 from fastdpo.models import head_call, probe
 from fastdpo.models.huggingface import _PatchedForward
-from fastdpo.ops.problem import LogitTransform
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -148,13 +148,13 @@ def test_statistics_come_from_the_pass_of_the_log_probs(monkeypatch):
     from fastdpo.models import lm_head
 
     calls = []
-    original = lm_head.linear_token_stats
+    original = lm_head.token_stats
 
     def spy(*args, **options):
         calls.append(options["stats"])
         return original(*args, **options)
 
-    monkeypatch.setattr(lm_head, "linear_token_stats", spy)
+    monkeypatch.setattr(lm_head, "token_stats", spy)
     model = Reader()
     labels = torch.randint(V, (B, T))
     with lazy_logits(model.head):

@@ -7,13 +7,14 @@ from functools import partial
 
 import pytest
 import torch
-from heads import peaked_head, relative_error, small_head
+from heads import engine_of, peaked_head, relative_error, small_head
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
+from fastdpo.head import HeadOptions
 from fastdpo.ops import operators as library
 from fastdpo.ops.problem import STATS, Forward, Gradients
 from fastdpo.ops.selective.operators import selective_backward_op, selective_op
@@ -23,8 +24,9 @@ SCALARS = {
     "transform": [1.2, 5.0, 0.8],
     "ignore_index": -100,
     "compute_dtype": torch.float32,
-    "tau_hidden": 0.05,
-    "tau_weight": 0.02,
+    "taus": [0.02, 0.05],
+    "hidden_set": 1,
+    "weight_set": 0,
 }
 OPERANDS = {"plain": {}, "bias, lora, masked": {"bias": True, "lora": True, "masked": True}}
 HOW = {"exact": {"backward": "exact"}, "routed": {"tau": (0.05, 0.02), "seed": 2**63 + 9}}
@@ -307,7 +309,7 @@ class Zeros:
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_waits_between_the_call_and_the_engine(monkeypatch, call):
     """A tensor without data raises where one of a GPU would wait: at item(), nonzero(), indexing with a mask."""
-    monkeypatch.setattr(library, "engine_for", lambda device, dtype: Zeros)
+    monkeypatch.setattr(library, "_engine", lambda hidden: Zeros)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # neither knows this device
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
     loss, *grads = with_gradients(call, *call_inputs("meta"))
@@ -331,7 +333,7 @@ def test_kernels_that_no_mode_sees_are_counted_by_formula(monkeypatch, how):
     """The cpu engine stands in for Triton's."""
     head = peaked_head(N=64, V=2048).leaves(torch.float32)
     head.labels[::4] = -100
-    monkeypatch.setattr(library, "engine_name", lambda device, dtype: "triton")
+    monkeypatch.setattr(library, "_engine", lambda hidden: engine_of(hidden)._replace(name="triton"))
     with FlopCounterMode(display=False) as counter:
         logps = fastdpo.linear_logps(head.hidden, head.weight, head.labels, **HOW[how])
         *_, bitmap, _ = logps.grad_fn.next_functions[0][0].saved_tensors
@@ -352,3 +354,37 @@ def test_flops_of_fake_tensors_are_those_of_all_rows(how):
         hidden, weight = (torch.empty(n, 16, requires_grad=True) for n in (10, 300))
         fastdpo.linear_logps(hidden, weight, torch.zeros(10, dtype=torch.int64), **HOW[how]).sum().backward()
     assert counter.get_total_flops() == 4 * 2 * 10 * 300 * 16
+
+
+N, V, H = 12, 40, 8
+# What the exported Function is given for what it should be, and what the door says of it.
+WRONG = {
+    "more labels than rows": ({"labels": torch.zeros(18, dtype=torch.int64)}, ValueError, "labels must be shaped like"),
+    "labels of floats": ({"labels": torch.zeros(N)}, TypeError, "labels must be int64 or int32"),
+    "int8 weight": ({"weight": torch.zeros(V, H, dtype=torch.int8)}, TypeError, "weight must be fp32"),
+    "another H": ({"weight": torch.zeros(V, 2 * H)}, ValueError, f"hidden has H = {H} but weight has H = {2 * H}"),
+    "a short bias": ({"bias": torch.zeros(V - 1)}, ValueError, "bias must have shape"),
+    "half a LoRA": ({"lora_a": torch.zeros(2, H)}, TypeError, "lora's B must be a torch.Tensor"),
+    "LoRA of two ranks": ({"lora_a": torch.zeros(2, H), "lora_b": torch.zeros(V, 3)}, ValueError, "lora must be"),
+    "another device": (
+        {"weight": torch.zeros(V, H, device="meta")},
+        ValueError,
+        "weight is on meta but hidden is on cpu",
+    ),
+    "one double": ({"hidden": torch.zeros(N, H, dtype=torch.float64)}, TypeError, "fp64 is for checking"),
+    "options as a dict": ({"options": {}}, TypeError, "options must be HeadOptions"),
+    "an unknown statistic": ({"stats": ("variance",)}, ValueError, "stats must be a collection of names"),
+    "a number for a flag": ({"differentiable": 1}, TypeError, "differentiable must be True or False"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_the_exported_function_checks_what_the_door_checks(engine, wrong):
+    given, error, says = WRONG[wrong]
+    call = {
+        "hidden": torch.zeros(N, H), "weight": torch.zeros(V, H), "bias": None, "lora_a": None, "lora_b": None,
+        "labels": torch.zeros(N, dtype=torch.int64), "options": HeadOptions(), "stats": (), "differentiable": True,
+    }  # fmt: skip
+    fastdpo.LinearLogpsFunction.apply(*call.values())
+    with pytest.raises(error, match=says):
+        fastdpo.LinearLogpsFunction.apply(*(call | given).values())

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ...logps import TokenStats
-from ...validation import HeadOptions
+from ...head import HeadOptions
+from ...ops.problem import TokenStats
 from .rows import VIEWS, WHOLE, LazyRows, factor_of
 from .tensor import Cell, Lazy, serves
 

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...logps import TokenStats
-from ...ops.problem import IDENTITY, LogitTransform
-from ...validation import HeadOptions
+from ...head import HeadOptions, LogitTransform
+from ...ops.problem import IDENTITY, TokenStats
 from ..lm_head import AppliedHead, autocast, transformed
 
 

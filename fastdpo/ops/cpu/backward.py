@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...routing import BLOCK, Routing, num_blocks, set_bytes
+from ...head import Routing
+from ...routing import BLOCK, num_blocks, set_bytes
 from ..native import address
 from ..problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 from .gemm import matmul, padded_rows
@@ -208,15 +209,12 @@ class _Routed:
         most = self.saved.most_pairs.masked_fill(self.upstream.coef == 0, 0).sum().item()
         return most / max(1, len(self.ops.tokens) * self.num_blocks)
 
-    def _set_of(self, tau: float) -> int:
-        return 0 if tau == self.routing.tau else 1
-
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops = self.ops.serial()
         # Tokens a thread works on at once, so that all threads together stay within a few tiles and kernels are few.
         size = min(1024, max(64, ops.chunk_rows() // self.ops.threads))
-        hidden_set = -1 if sums is None else self._set_of(self.routing.tau_hidden)
-        weight_set = -1 if grads is None else self._set_of(self.routing.tau_weight)
+        hidden_set = -1 if sums is None else self.routing.hidden_set
+        weight_set = -1 if grads is None else self.routing.weight_set
         listed = min(which for which in (hidden_set, weight_set) if which >= 0)
         tile = partial(self._tile, ops, hidden_set, weight_set)
         pieces = (

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...routing import BLOCK, Routing, num_blocks, set_bytes
+from ...head import Routing
+from ...routing import BLOCK, num_blocks, set_bytes
 from ..native import address, extension
 from ..problem import Forward, Head, Tokens
 from .backward import backward
@@ -40,7 +41,7 @@ def forward(
         log_sum_sq_probs=torch.empty(count, **fp32) if "log_sum_sq_probs" in stats else None,
         bitmap=None
         if routing is None
-        else torch.empty(count, routing.bitmap_bytes(blocks), dtype=torch.uint8, device=device),
+        else torch.empty(count, len(routing.taus) * set_bytes(blocks), dtype=torch.uint8, device=device),
         most_pairs=None if routing is None else torch.empty(count, dtype=torch.int32, device=device),
     )
     size = ops.chunk_rows(8 * blocks)

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...autograd import NO_SECOND_DERIVATIVE, refuse_transforms
+from ...autograd import NO_SECOND_DERIVATIVE
 from ...losses import PreferenceOptions
+from ...tensors import contiguous, in_rows, refuse_transforms
 from .. import native
-from ..layout import contiguous, in_rows
 
 # Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
 _extension = native.extension()

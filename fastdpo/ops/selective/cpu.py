@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...routing import num_blocks
-from ..layout import in_rows
+from ...tensors import in_rows
 from ..native import address, extension
 
 CHUNK_BYTES = 16 << 20

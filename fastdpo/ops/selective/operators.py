@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...autograd import NO_SECOND_DERIVATIVE, refuse_transforms
+from ...autograd import NO_SECOND_DERIVATIVE
+from ...tensors import contiguous, in_rows, refuse_transforms
 from ..engines import logits_engine
-from ..layout import contiguous, in_rows
 
 IGNORE_INDEX = -100
 NO_LABEL, LEFT_OUT = -1, -2  # in an engine's labels: only the lse is wanted, or nothing (the row need not be read)

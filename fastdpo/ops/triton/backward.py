@@ -12,7 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ...routing import BLOCK, Routing, set_bytes
+from ...head import Routing
+from ...routing import BLOCK, set_bytes
 from ..problem import Forward, Gradients, Head, Needs, Rows, Upstream
 from . import lists as triton_lists
 from . import memory
@@ -100,8 +101,8 @@ class _Sweep:
 
         smaller_hidden = smaller_weight = False  # which gradient takes the smaller set
         if routing is not None and routing.second_tau is not None:
-            smaller_hidden = hidden and routing.tau_hidden != routing.tau
-            smaller_weight = weight and routing.tau_weight != routing.tau
+            smaller_hidden = hidden and routing.hidden_set == 1
+            smaller_weight = weight and routing.weight_set == 1
         both = hidden and weight
         low_rank = ops.lora_a is not None
         held = 4 * (ops.hidden_size + ops.rank_pitch) * hidden  # per token

@@ -39,7 +39,7 @@ def forward(head: Head, rows: Rows, *, stats: frozenset[str] = frozenset(), rout
         # zeros where no token is, so that the same call gives the same bits
         bitmap=None
         if routing is None
-        else torch.zeros(m, routing.bitmap_bytes(ops.num_blocks), dtype=torch.uint8, device=device),
+        else torch.zeros(m, len(routing.taus) * set_bytes(ops.num_blocks), dtype=torch.uint8, device=device),
         most_pairs=None if routing is None else torch.zeros(m, dtype=torch.int32, device=device),
     )
     if m == 0:

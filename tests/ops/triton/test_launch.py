@@ -12,9 +12,9 @@ import torch
 from heads import peaked_head, relative_error, small_head
 
 import fastdpo
-from fastdpo import routing
+from fastdpo.head import LogitTransform, LoRA, Routing
 from fastdpo.ops import reference
-from fastdpo.ops.problem import STATS, Forward, Head, LogitTransform, LoRA, Needs, Rows, Tokens, Upstream
+from fastdpo.ops.problem import STATS, Forward, Head, Needs, Rows, Tokens, Upstream
 
 if fastdpo.backends()["engines"]["triton"]["reason"]:
     pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
@@ -69,7 +69,7 @@ class Case:
         if self.routed is None:
             return None
         taus = (self.routed[0] if needs.of_hidden else -1.0, self.routed[1] if needs.of_weight else -1.0)
-        return routing.Routing(*taus, torch.tensor(SEED - 2**64, device=DEVICE) if as_tensor else SEED)
+        return Routing.of(*taus, torch.tensor(SEED - 2**64, device=DEVICE) if as_tensor else SEED)
 
     def run(self, coef, coef_entropy=None, needs=None, stats=STATS) -> tuple:
         needs = needs or Needs(*(x is not None for x in self.head.inputs))
@@ -286,7 +286,7 @@ def test_nothing_waits_for_the_device(options):
         compute_dtype=torch.bfloat16,
     )
     rows = Rows(meta(N, dtype=torch.int64), -100, 0, V)
-    key = routing.Routing(2.0**-10, 2.0**-12, meta(dtype=torch.int64)) if options.get("routed") else None
+    key = Routing.of(2.0**-10, 2.0**-12, meta(dtype=torch.int64)) if options.get("routed") else None
     needs = Needs(True, True, extras, extras, extras)
     with Recorder(Target(90, 132)) as launches:
         saved = triton_engine.forward(head, rows, stats=options.get("stats", frozenset()), routing=key, shards=None)

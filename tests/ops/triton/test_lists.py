@@ -27,7 +27,7 @@ def kept_pairs(kind: str) -> torch.Tensor:
     labels = torch.randint(0, BLOCKS * routing.BLOCK, (TOKENS,))
     spread = {"random": 4.0, "flat": 0.0, "one-hot": 1e4}[kind]
     share = (spread * torch.randn(TOKENS, BLOCKS)).softmax(1)
-    bitmap, _ = routing.route(share, labels, routing.Routing(2.0**-7, 2.0**-7, SEED), torch.arange(TOKENS))
+    bitmap, _ = routing.route(share, labels, (2.0**-7,), SEED, torch.arange(TOKENS))
     return routing.unpack_bits(bitmap, BLOCKS)
 
 

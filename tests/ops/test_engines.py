@@ -1,0 +1,55 @@
+"""Which engine serves a call."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import fastdpo
+from fastdpo.ops import engines
+
+UNAVAILABLE = [
+    ("triton", "cpu", "3.6.0", {}, "CUDA tensors, not cpu, unless TRITON_INTERPRET=1"),
+    ("triton", "mps", "3.6.0", {"TRITON_INTERPRET": "1"}, "CUDA tensors, not mps"),
+    ("triton", "cuda", None, {}, "not installed"),
+    ("triton", "cuda", "3.5.1", {}, "3.5.1 is older than 3.6"),
+    ("triton", "cuda", "3.10.0+git", {}, None),
+    ("triton", "cpu", "3.6.0", {"TRITON_INTERPRET": "1"}, None),
+    ("cpu", "cuda", "3.6.0", {}, "CPU tensors, not cuda"),
+    ("reference", "mps", None, {}, None),
+]
+
+
+@pytest.mark.parametrize("engine_name,device,version,environment,reason", UNAVAILABLE)
+def test_why_an_engine_cannot_run(monkeypatch, engine_name, device, version, environment, reason):
+    monkeypatch.setattr(engines, "_triton_version", lambda: version)
+    problem = engines._unavailable(engine_name, torch.device(device), environment.get("TRITON_INTERPRET"))
+    assert problem is None if reason is None else reason in problem
+
+
+def test_choice_of_engine(monkeypatch):
+    monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(engines, "_triton_version", lambda: "3.6.0")
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    engines.engine_for.cache_clear()
+
+    def chosen(device: torch.device, dtype: torch.dtype) -> str:
+        forced, interpret = os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET")
+        return engines.engine_for(device, dtype, forced, interpret).name
+
+    assert chosen(cuda, torch.bfloat16) == "triton"
+    assert chosen(cuda, torch.float64) == "reference"
+    assert chosen(cpu, torch.float32) != "triton"  # the interpreter only where it is asked for
+    monkeypatch.setenv("FASTDPO_ENGINE", "triton")
+    assert chosen(cpu, torch.float32) == "triton"
+    assert chosen(cpu, torch.float64) == "reference"
+    assert engines.logits_engine(cpu, torch.float32) == (
+        engines.reference.logits_forward,
+        engines.reference.logits_backward,
+    )
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match=r"FASTDPO_ENGINE=triton cannot run here.*TRITON_INTERPRET"):
+        fastdpo.linear_logps(torch.zeros(6, 8), torch.zeros(20, 8), torch.zeros(6, dtype=torch.int64))
