@@ -1,5 +1,5 @@
-"""logits -> log p of chosen columns, with autograd twice, for the reasons that ../operators.py gives: as a Function, and
-as functional torch.library operators.
+"""logits -> log p of chosen columns, with autograd twice, for the reasons that ../operators.py gives: as a Function,
+and as functional torch.library operators.
 
     fastdpo::selective_log_softmax(logits [N, V], index [N] or [N, K], temperature, with_entropy)
         -> (result, entropy like index, logps, lse, entropy)
