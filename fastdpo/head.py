@@ -51,8 +51,9 @@ class Routing(NamedTuple):
         """A negative `tau` says that this gradient is not wanted."""
         taus = [tau_hidden] if tau_hidden == tau_weight else sorted((tau_hidden, tau_weight))
         taus = tuple(taus[1:] if taus[0] < 0 else taus)
-        sets = (-1 if tau < 0 else taus.index(tau) for tau in (tau_hidden, tau_weight))
-        return Routing(taus, *sets, seed)
+        hidden_set = -1 if tau_hidden < 0 else taus.index(tau_hidden)
+        weight_set = -1 if tau_weight < 0 else taus.index(tau_weight)
+        return Routing(taus, hidden_set, weight_set, seed)
 
     @property
     def tau(self) -> float:

@@ -9,11 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import Function, apply, once_differentiable
-from .ops.selective.operators import backward as logits_backward
-from .ops.selective.operators import forward as logits_forward
-from .ops.selective.operators import selective_op
-from .tensors import plain, refuse_transforms, traced
+from .ops.selective.operators import log_softmax_at
+from .tensors import plain, refuse_transforms
 from .validation import FLOATS, check_flag, check_number
 
 
@@ -94,11 +91,7 @@ def selective_log_softmax(
             raise ValueError(f"inplace_backward needs logits viewable as [N, V]; strides {logits.stride()}") from error
     else:
         flat = logits.reshape(-1, logits.shape[-1])
-    arguments = (flat, flat_index.long(), temperature, return_entropy)
-    if traced(logits, index) and not (inplace_backward and torch.compiler.is_compiling()):
-        logps, entropy = selective_op(*arguments)[:2]
-    else:
-        logps, entropy = apply(_SelectiveLogSoftmax, *arguments, inplace_backward)
+    logps, entropy = log_softmax_at(flat, flat_index.long(), temperature, return_entropy, inplace_backward)
     logps = logps.view(index.shape)
     return (logps, entropy.view(index.shape)) if return_entropy else logps
 
@@ -111,32 +104,3 @@ def _overlaps(x: Tensor) -> bool:
             return True
         reach += stride * (size - 1)
     return False
-
-
-class _SelectiveLogSoftmax(Function):
-    """[N, V] logits and [N] or [N, K] int64 columns."""
-
-    of = "fastdpo.selective_log_softmax"
-
-    @staticmethod
-    def forward(ctx, logits, index, temperature, return_entropy, inplace_backward):
-        result, of_index, logps, lse, entropy = logits_forward(logits, index, temperature, return_entropy)
-        ctx.save_for_backward(logits, index, logps, lse, entropy)
-        ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
-        ctx.set_materialize_grads(False)  # without a gradient of the entropy its terms are not computed
-        return result, of_index
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dlogps, dentropy):
-        saved = ctx.saved_tensors
-        logits, logps = saved[0], saved[2]
-        dlogits = (
-            logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        )
-        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
-        logits_backward(*saved, dlogps, dentropy, ctx.temperature, dlogits)
-        if ctx.inplace_backward:
-            torch.autograd.graph.increment_version(logits)
-            dlogits = dlogits.detach()
-        return dlogits, None, None, None, None

@@ -126,8 +126,8 @@ def _has_tangent(x) -> bool:
 
 
 def contiguous(x: Tensor | None) -> Tensor | None:
-    if x is None:
-        return None
+    if x is None or (x.is_contiguous() and not x.is_neg() and not x._is_zerotensor()):
+        return x
     return x.clone() if x._is_zerotensor() else x.resolve_neg().contiguous()
 
 

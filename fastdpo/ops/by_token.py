@@ -94,7 +94,7 @@ def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | N
     elif kept is not None:
         source_rows = source_rows[kept]
     tokens = Tokens(labels.long() - rows.vocab_start, kept, source_rows, rows.labels.shape[0])
-    return head.replace(hidden=hidden), tokens, invalid
+    return replace(head, hidden=hidden), tokens, invalid
 
 
 def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:

@@ -5,8 +5,9 @@ torch.library operators, each one node of a compiled graph.
     fastdpo::linear_token_stats_backward   one tensor per field of Gradients, hidden's shaped like hidden
 
 Neither can stand for the other. torch.compile cannot look into the engines' loops, so that a Function breaks its graph;
-an operator takes no process group, costs more per call in eager mode, and hides the engine's own operations from a
-dispatch mode such as torch's FlopCounterMode. What was not asked for comes back from an operator with 0 elements.
+an operator takes no process group, hides the engine's own operations from dispatch modes such as FlopCounterMode, and
+costs half as much time again: 345 us against 238, forward of 8 tokens on a Xeon, November 2026. What was not asked for
+comes back from an operator with 0 elements.
 """
 
 from __future__ import annotations
@@ -170,16 +171,17 @@ def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) 
 
 def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None) -> Gradients:
     """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least."""
-    tensors, (logps, lse, entropy, bitmap, most_pairs) = _plain(saved[:6]), saved[6:]
+    # hooks on saved tensors, and callers of the operator, may give back another layout
+    results = [x if x is None or x.is_contiguous() else contiguous(x) for x in saved[6:]]
+    logps, lse, entropy, bitmap, most_pairs = results
+    tensors, (dlogps, dentropy) = _plain(_NAMES, saved[:6]), _plain(_UPSTREAM, (dlogps, dentropy))
     engine = _engine(tensors[0])
     head, rows, routing = _problem(tensors, None, scalars, shards)
-    dlogps, dentropy = _plain((dlogps, dentropy), (_UPSTREAM, _UPSTREAM))
     coef = torch.zeros_like(logps) if dlogps is None else contiguous(dlogps.to(logps.dtype))
     coef_entropy = None if dentropy is None else contiguous(dentropy.to(logps.dtype))
     if bitmap is None or dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
         routing = bitmap = most_pairs = None
-    logps, lse, entropy = contiguous(logps), contiguous(lse), contiguous(entropy)
-    saved = Forward(logps, lse, entropy, None, None, None, contiguous(bitmap), contiguous(most_pairs))
+    saved = Forward(logps, lse, entropy, None, None, None, bitmap, most_pairs)
     with torch.autocast(head.hidden.device.type, enabled=False):
         grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs)
     if grads.hidden is not None:
@@ -188,12 +190,15 @@ def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=No
 
 
 _NAMES = ("hidden", "weight", "bias", "lora A", "lora B", "labels")
-_UPSTREAM = "an upstream gradient"
+_UPSTREAM = ("an upstream gradient",) * 2
 
 
-def _plain(tensors, names=_NAMES) -> list[Tensor | None]:
+def _plain(names: tuple[str, ...], tensors) -> list[Tensor | None]:
     """What an operator was given, or a backward after others had the tensors: a storage may have been released."""
-    return [None if x is None else plain(name, x) for name, x in zip(names, tensors)]
+    checked = []
+    for name, x in zip(names, tensors):
+        checked.append(None if x is None else plain(name, x))
+    return checked
 
 
 # The operators
@@ -235,7 +240,7 @@ def token_stats_op(*tensors, stats, **scalars):
     key, scalars = tensors[6], Scalars(**scalars)
     if key is None:
         scalars = scalars._replace(taus=())
-    result = _forward(_plain(tensors[:6]), key, scalars, stats)
+    result = _forward(_plain(_NAMES, tensors), key, scalars, stats)
     made = [(getattr(result, name), dtype) for name, dtype in _dtypes(tensors[0]).items()]
     return tuple(tensors[0].new_empty(0, dtype=dtype) if x is None else x for x, dtype in made)
 

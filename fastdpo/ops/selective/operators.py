@@ -1,4 +1,5 @@
-"""logits -> log p of chosen columns, for plain tensors and as functional torch.library operators.
+"""logits -> log p of chosen columns, with autograd twice, for the reasons that ../operators.py gives: as a Function,
+and as functional torch.library operators.
 
     fastdpo::selective_log_softmax(logits [N, V], index [N] or [N, K], temperature, with_entropy)
         -> (result, entropy like index, logps, lse, entropy)
@@ -14,8 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...autograd import NO_SECOND_DERIVATIVE
-from ...tensors import contiguous, in_rows, refuse_transforms
+from ...autograd import Function, apply, no_second_derivative, once_differentiable
+from ...tensors import contiguous, in_rows, refuse_transforms, traced
 from ..engines import logits_engine
 
 IGNORE_INDEX = -100
@@ -98,6 +99,44 @@ def backward(
     out.scatter_(1, column, value.masked_fill(empty, 0.0).to(out.dtype))
 
 
+def log_softmax_at(
+    logits: Tensor, index: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(log-probs like index, entropy like index or None), with gradients: the one way into this file."""
+    if traced(logits, index) and not (inplace_backward and torch.compiler.is_compiling()):
+        return selective_op(logits, index, temperature, with_entropy)[:2]
+    return apply(_SelectiveLogSoftmax, logits, index, temperature, with_entropy, inplace_backward)
+
+
+class _SelectiveLogSoftmax(Function):
+    """[N, V] logits and [N] or [N, K] int64 columns."""
+
+    of = "fastdpo.selective_log_softmax"
+
+    @staticmethod
+    def forward(ctx, logits, index, temperature, return_entropy, inplace_backward):
+        result, of_index, logps, lse, entropy = forward(logits, index, temperature, return_entropy)
+        ctx.save_for_backward(logits, index, logps, lse, entropy)
+        ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
+        ctx.set_materialize_grads(False)  # without a gradient of the entropy its terms are not computed
+        return result, of_index
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogps, dentropy):
+        saved = ctx.saved_tensors
+        logits, logps = saved[0], saved[2]
+        dlogits = (
+            logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        )
+        dlogps = torch.zeros_like(logps) if dlogps is None else dlogps
+        backward(*saved, dlogps, dentropy, ctx.temperature, dlogits)
+        if ctx.inplace_backward:
+            torch.autograd.graph.increment_version(logits)
+            dlogits = dlogits.detach()
+        return dlogits, None, None, None, None
+
+
 @torch.library.custom_op("fastdpo::selective_log_softmax", mutates_args=())
 def selective_op(
     logits: Tensor, index: Tensor, temperature: float, with_entropy: bool
@@ -152,9 +191,5 @@ def _backward(ctx, dresult, dentropy, *_):
     return gradient, None, None, None
 
 
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
 selective_op.register_autograd(_backward, setup_context=_setup_context)
-selective_backward_op.register_autograd(_no_second_derivative)
+selective_backward_op.register_autograd(no_second_derivative)
