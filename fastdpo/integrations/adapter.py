@@ -12,7 +12,7 @@ from torch import nn
 
 from ..models import options as known
 from ..models.lazy.head import lazy_logits
-from ..models.lazy.logits import lazy_aware
+from ..models.lazy.logits import LazyLogits
 
 MODELS = ("model", "ref_model", "policy", "reference_model")
 
@@ -75,6 +75,25 @@ def lazily(method, replacements: Replacements):
     return wrapper
 
 
+def lazy_aware(ours):
+    """Makes of a function of logits and more one that is ``ours(logits, arguments)`` for `LazyLogits`."""
+
+    def make(original, _):
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def function(*args, **kwargs):
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            logits = next(iter(given.arguments.values()))
+            lazy = isinstance(logits, LazyLogits) and logits.lazy
+            return ours(logits, given.arguments) if lazy else original(*args, **kwargs)
+
+        return function
+
+    return make
+
+
 def load(module: str, needs: str) -> ModuleType:
     """`module`; or an ImportError that begins with `needs`, whatever importing it raises."""
     try:
@@ -84,23 +103,16 @@ def load(module: str, needs: str) -> ModuleType:
 
 
 class Adapter(Replacements):
-    """`patch` and `unpatch` of one package: ``{module: {class: (method, ...)}}``, with None in the class's place for
-    functions of the module, and ``{module: {function: ours}}`` for functions of logits, with `ours` as in `lazy_aware`.
-    `make` gives what replaces the former, and raises RuntimeError for an original that it does not know.
+    """`patch` and `unpatch` of one package: ``{module: names}``, with methods as ``"Class.method"``, for what runs with
+    lazy logits; and ``{module: {name: make}}``, with `make` as in `replace`, which raises RuntimeError for an original
+    that it does not know.
     """
 
-    def __init__(
-        self,
-        package: str,
-        seams: dict[str, dict[str | None, tuple[str, ...]]],
-        functions: dict | None = None,
-        make=lazily,
-    ):
+    def __init__(self, package: str, lazy: dict[str, tuple[str, ...]], others: dict[str, dict] | None = None):
         super().__init__()
         self.package = package
-        self.seams = seams
-        self.functions = functions or {}
-        self.make = make
+        self.seams = [(module, dict.fromkeys(names, lazily)) for module, names in lazy.items()]
+        self.seams += (others or {}).items()
 
     def patch(self, **options) -> None:
         """Let the package's preference trainers compute their log-probs with fastdpo, from the next step on.
@@ -116,31 +128,19 @@ class Adapter(Replacements):
             RuntimeError: a release whose classes or methods are others than are known; nothing is replaced.
         """
         known.head_options(f"{self.package}.patch", options, known.TRAINER)
-        found = list(self._found())
+        found = []
+        for module, names in self.seams:
+            loaded = load(module, f"{self.package}.patch needs {self.package}")
+            for path, make in names.items():
+                kind, _, name = path.rpartition(".")
+                owner = vars(loaded).get(kind) if kind else loaded
+                if not inspect.isfunction(getattr(owner, "__dict__", {}).get(name)):
+                    raise RuntimeError(f"{'.'.join(filter(None, (module, kind)))} has no {name!r} of its own")
+                found.append((owner, name, make))
         self.options = options
-        for owner, name, make in found:
-            self.replace(owner, name, make)
+        for place in found:
+            self.replace(*place)
 
     def unpatch(self) -> None:
         """Put the package's own methods back; does nothing where `patch` has not been called."""
         self.restore()
-
-    def _found(self):
-        """(owner, name, make) of all that is to be replaced."""
-        needs = f"{self.package}.patch needs {self.package}"
-        for module, classes in self.seams.items():
-            loaded = load(module, needs)
-            for kind, names in classes.items():
-                owner = loaded if kind is None else vars(loaded).get(kind)
-                if owner is None:
-                    raise RuntimeError(f"{module} has no class {kind!r}")
-                for name in names:
-                    if not inspect.isfunction(vars(owner).get(name)):
-                        raise RuntimeError(f"{owner} has no {name!r} of its own")
-                    yield owner, name, self.make
-        for module, functions in self.functions.items():
-            loaded = load(module, needs)
-            for name, ours in functions.items():
-                if name not in vars(loaded):
-                    raise RuntimeError(f"{module} has no function {name!r}")
-                yield loaded, name, lambda original, _, ours=ours: lazy_aware(original, ours)

@@ -75,9 +75,6 @@ def _sharded_logps(original, replacements: Replacements):
     return logps
 
 
-_adapter = Adapter(
-    "nemo_rl",
-    {"nemo_rl.distributed.model_utils": {None: ("from_parallel_hidden_states_to_logprobs",)}},
-    make=_sharded_logps,
-)
+_function = {"from_parallel_hidden_states_to_logprobs": _sharded_logps}
+_adapter = Adapter("nemo_rl", {}, {"nemo_rl.distributed.model_utils": _function})
 patch, unpatch = _adapter.patch, _adapter.unpatch

@@ -10,7 +10,6 @@ metrics stay TRL's; only the per-token log-probs change hands.
 from __future__ import annotations
 
 import ast
-import importlib.metadata
 import inspect
 import re
 import sys
@@ -92,9 +91,7 @@ def patch_trl(**options) -> bool:
         return True
     if theirs is _MISSING:
         if not (0, 24) <= _release() < (1, 1):
-            raise RuntimeError(
-                f"TRL {_version()} has no trl.trainer.utils._ChunkedLogProbFunction; fastdpo supports TRL {SUPPORTED}"
-            )
+            raise _unknown("has no trl.trainer.utils._ChunkedLogProbFunction")
         _placed.wrap_methods(METHODS, options)
         return True
     if any(getattr(theirs, mark, False) for mark in UNSLOTH_MARKS):
@@ -139,42 +136,32 @@ class _Replacement:
     def apply(self, *args, **kwargs):
         given = self.signature.bind(*args, **kwargs)
         given.apply_defaults()
-        call = {}
         for name, value in given.arguments.items():
-            if name in PARAMETERS:
-                call[PARAMETERS[name]] = value
-                continue
             default = self.signature.parameters[name].default
-            if value is not default and value != default:
-                raise RuntimeError(
-                    f"TRL {_version()} passes {name}={value!r} to its log-prob function, which fastdpo does "
-                    f"not understand; it supports TRL {SUPPORTED}"
-                )
-        if "outputs" not in call:
-            stats = self._token_stats(call, ("entropy",))
-            return stats.logps, stats.entropy
-        outputs = call["outputs"]
+            if name not in PARAMETERS and value is not default and value != default:
+                raise _unknown(f"passes {name}={value!r} to its log-prob function")
+        call = {PARAMETERS[name]: value for name, value in given.arguments.items() if name in PARAMETERS}
+        outputs = call.get("outputs", ("log_probs", "entropy"))
         for name in outputs:
             if name not in OUTPUTS:
-                raise RuntimeError(
-                    f"TRL {_version()} asks for the output {name!r}, which fastdpo does not know; "
-                    f"it supports TRL {SUPPORTED}"
-                )
+                raise _unknown(f"asks for the output {name!r}")
         stats = self._token_stats(call, tuple(OUTPUTS[name] for name in outputs if name != "log_probs"))
-        return tuple(getattr(stats, name) for name in OUTPUTS.values())
+        every = tuple(getattr(stats, name) for name in OUTPUTS.values())
+        return every if "outputs" in call else every[:2]
 
     def _token_stats(self, call: dict, stats: tuple[str, ...]) -> TokenStats:
-        hidden, weight, bias = call["hidden"], call["weight"], call.get("bias")
-        if weight.shape[0] == 0:
+        if call["weight"].shape[0] == 0:
             raise RuntimeError(f"TRL {_version()} passes an lm_head without rows: it does not gather it under ZeRO-3")
-        options = HeadOptions(
-            logit_scale=call.get("logit_scale", 1.0),
-            softcap=call.get("softcap"),
-            temperature=call["temperature"],
-            **_placed.options,
+        options = {name: call[name] for name in ("logit_scale", "softcap", "temperature") if name in call}
+        return token_stats(
+            call["hidden"],
+            call["weight"],
+            call["labels"],
+            bias=call.get("bias"),
+            options=HeadOptions(**options, **_placed.options),
+            stats=stats,
+            function=_RegatheringLogps,
         )
-        given = {"bias": bias, "options": options, "stats": stats, "function": _RegatheringLogps}
-        return token_stats(hidden, weight, call["labels"], **given)
 
 
 class _RegatheringLogps(LinearLogpsFunction):
@@ -199,10 +186,7 @@ def _select_rows(theirs, _):
 
 
 def _version() -> str:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return "(unknown version)"
+    return getattr(sys.modules.get("trl"), "__version__", "(unknown version)")
 
 
 def _release() -> tuple[int, int]:
@@ -210,39 +194,33 @@ def _release() -> tuple[int, int]:
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
-def _understood(function) -> inspect.Signature:
-    """The signature of the Function's forward, without ctx, when every call it allows can be served."""
-    if function is None:
-        return inspect.signature(_forward_1_15)
-    forward = getattr(function, "forward", None)
-    if forward is None:
-        raise RuntimeError(
-            f"the log-prob function of TRL {_version()} is {function!r}, not an autograd Function; "
-            "has another library replaced it?"
-        )
-    signature = inspect.signature(forward)
-    parameters = list(signature.parameters.values())[1:]
-    problem = None
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            problem = f"takes {parameter}"
-        elif parameter.name not in PARAMETERS and parameter.default is parameter.empty:
-            problem = f"needs {parameter.name!r}, which fastdpo does not understand"
-    for name in REQUIRED:
-        if name not in [PARAMETERS.get(parameter.name) for parameter in parameters]:
-            problem = f"lacks {name!r} under a name that fastdpo understands"
-    if problem:
-        raise RuntimeError(
-            f"the log-prob function of TRL {_version()} {problem}; its parameters are "
-            f"{', '.join(parameter.name for parameter in parameters)}; fastdpo supports TRL {SUPPORTED}"
-        )
-    return signature.replace(parameters=parameters)
+def _unknown(what: str) -> RuntimeError:
+    return RuntimeError(f"TRL {_version()} {what}, which fastdpo does not know; it supports TRL {SUPPORTED}")
 
 
 # TRL 1.15 without Triton has None in the symbol's place, and one caller, which passes these
 def _forward_1_15(
-    hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+    ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
 ): ...
+
+
+def _understood(function) -> inspect.Signature:
+    """The signature of the Function's forward, without ctx, when every call it allows can be served."""
+    forward = _forward_1_15 if function is None else getattr(function, "forward", None)
+    if forward is None:
+        raise _unknown(f"has {function!r} for its log-prob function, not an autograd Function (another library's?)")
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())[1:]
+    served = [PARAMETERS.get(parameter.name) for parameter in parameters]
+    problems = [f"lacks {name!r} under a known name" for name in REQUIRED if name not in served]
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            problems.append(f"takes {parameter}")
+        elif parameter.name not in PARAMETERS and parameter.default is parameter.empty:
+            problems.append(f"needs {parameter.name!r}")
+    if problems:
+        raise _unknown(f"has a log-prob function{signature} that {' and '.join(problems)}")
+    return signature.replace(parameters=parameters)
 
 
 def _only_selects_rows(utils: ModuleType) -> bool:

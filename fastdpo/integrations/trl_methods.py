@@ -12,8 +12,8 @@ import warnings
 from collections.abc import Iterable
 from types import ModuleType
 
-from ..models.lazy.logits import IGNORED, LazyLogits, lazy_aware
-from .adapter import Replacements, lazily
+from ..models.lazy.logits import IGNORED, LazyLogits
+from .adapter import Replacements, lazily, lazy_aware
 
 # Trainer -> its methods that call a model and read its logits. A release has some of them.
 METHODS = {
@@ -43,10 +43,10 @@ class Trainers(Replacements):
         self.options = options
         for owner, name in found:
             self.replace(owner, name, lazily)
-        for name, ours in FUNCTIONS.items():
+        for name, make in FUNCTIONS.items():
             original = vars(sys.modules["trl.trainer.utils"]).get(name)
             if original is not None:
-                self.replace_everywhere(trl_modules(), original, lambda theirs, _, ours=ours: lazy_aware(theirs, ours))
+                self.replace_everywhere(trl_modules(), original, make)
 
 
 def trl_modules() -> list[ModuleType]:
@@ -95,10 +95,6 @@ def _selective_log_softmax(logits: LazyLogits, arguments: dict):
     return _divided(logits, arguments).logps(index, arguments.get("row_mask"))
 
 
-def _entropy_from_logits(logits: LazyLogits, arguments: dict):
-    return logits.entropy()
-
-
 def _selective_log_softmax_and_entropy(logits: LazyLogits, arguments: dict):
     mask = arguments.get("row_mask")
     labels = arguments["index"] if mask is None else arguments["index"].masked_fill(mask == 0, IGNORED)
@@ -108,7 +104,7 @@ def _selective_log_softmax_and_entropy(logits: LazyLogits, arguments: dict):
 
 # Functions of trl.trainer.utils -> what they are of lazy logits
 FUNCTIONS = {
-    "selective_log_softmax": _selective_log_softmax,
-    "entropy_from_logits": _entropy_from_logits,
-    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+    "selective_log_softmax": lazy_aware(_selective_log_softmax),
+    "entropy_from_logits": lazy_aware(lambda logits, arguments: logits.entropy()),
+    "selective_log_softmax_and_entropy": lazy_aware(_selective_log_softmax_and_entropy),
 }

@@ -8,8 +8,6 @@ anything that is not known here                 the logits themselves, with a wa
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import numbers
 from dataclasses import dataclass, replace
@@ -289,18 +287,3 @@ def _is_factor(x) -> bool:
         and math.isfinite(x)
         and x != 0
     )
-
-
-def lazy_aware(original, ours):
-    """`original`, a function of logits and more, that is ``ours(logits, arguments)`` for `LazyLogits`."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def function(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        logits = next(iter(given.arguments.values()))
-        lazy = isinstance(logits, LazyLogits) and logits.lazy
-        return ours(logits, given.arguments) if lazy else original(*args, **kwargs)
-
-    return function
