@@ -6,6 +6,7 @@ each keeps the memory figures apart. The parent shows progress, compares the run
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -66,8 +68,6 @@ def parse_arguments(argv):
 
 def prepare(settings, work):
     """Writes `pairs/`, the data of both runs, and without --model `model/`, the weights both start from."""
-    import copy
-
     import datasets
 
     datasets.disable_caching()
@@ -168,8 +168,6 @@ def train(settings, work, engine):
 
 def run_phase(settings):
     """The body of a child process: does one phase and leaves its result as JSON beside the log."""
-    import warnings
-
     import datasets
     import transformers
 
@@ -312,11 +310,7 @@ def run_demo(settings, argv):
     draw(runs, curves)
     recorded = {
         "settings": {name: value for name, value in vars(settings).items() if name not in ("run", "output")},
-        "machine": {
-            "system": platform.platform(),
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-        },
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "data_and_model": results["prepare"],
         "summary": summary,
         "runs": runs,

@@ -10,9 +10,9 @@ from types import ModuleType
 
 from torch import nn
 
-from ..models import options as known
 from ..models.lazy.head import lazy_logits
 from ..models.lazy.logits import LazyLogits
+from ..models.options import TRAINER_OPTIONS, head_options
 
 MODELS = ("model", "ref_model", "policy", "reference_model")
 
@@ -127,7 +127,7 @@ class Adapter(Replacements):
             ImportError: the package cannot be imported.
             RuntimeError: a release whose classes or methods are others than are known; nothing is replaced.
         """
-        known.head_options(f"{self.package}.patch", options, known.TRAINER)
+        head_options(f"{self.package}.patch", options, TRAINER_OPTIONS)
         found = []
         for module, names in self.seams:
             loaded = load(module, f"{self.package}.patch needs {self.package}")

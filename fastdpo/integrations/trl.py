@@ -18,7 +18,7 @@ from types import ModuleType
 
 from ..head import HeadOptions
 from ..logps import token_stats
-from ..models import options as known
+from ..models.options import TRAINER_OPTIONS, head_options
 from ..ops.operators import LinearLogpsFunction
 from ..ops.problem import TokenStats
 from .adapter import load
@@ -83,7 +83,7 @@ def patch_trl(**options) -> bool:
         forward and again for the backward, one gather each on every rank, as in TRL. Trainers that take logits get
         those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
-    known.head_options("patch_trl", options, known.TRAINER)
+    head_options("patch_trl", options, TRAINER_OPTIONS)
     utils = load("trl.trainer.utils", "patch_trl needs TRL: pip install 'fastdpo[trl]'")
     theirs = vars(utils).get("_ChunkedLogProbFunction", _MISSING)
     if type(theirs) is _Replacement:
@@ -151,7 +151,7 @@ class _Replacement:
 
     def _token_stats(self, call: dict, stats: tuple[str, ...]) -> TokenStats:
         if call["weight"].shape[0] == 0:
-            raise RuntimeError(f"TRL {_version()} passes an lm_head without rows: it does not gather it under ZeRO-3")
+            raise RuntimeError(f"TRL {_trl_version()} passes an lm_head without rows: ZeRO-3's, not gathered")
         options = {name: call[name] for name in ("logit_scale", "softcap", "temperature") if name in call}
         return token_stats(
             call["hidden"],
@@ -185,17 +185,17 @@ def _select_rows(theirs, _):
     return lambda device: device.type == "cpu" or theirs(device)
 
 
-def _version() -> str:
+def _trl_version() -> str:
     return getattr(sys.modules.get("trl"), "__version__", "(unknown version)")
 
 
 def _release() -> tuple[int, int]:
-    numbers = re.match(r"(\d+)\.(\d+)", _version())
+    numbers = re.match(r"(\d+)\.(\d+)", _trl_version())
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
 def _unknown(what: str) -> RuntimeError:
-    return RuntimeError(f"TRL {_version()} {what}, which fastdpo does not know; it supports TRL {SUPPORTED}")
+    return RuntimeError(f"TRL {_trl_version()} {what}, which fastdpo does not know; it supports TRL {SUPPORTED}")
 
 
 # TRL 1.15 without Triton has None in the symbol's place, and one caller, which passes these

@@ -40,7 +40,7 @@ class HeadCall:
         if self.hidden is not None:
             raise NotImplementedError("fastdpo=True with a model that calls its lm_head twice in one forward")
         self.hidden, self.grad_mode = hidden, torch.is_grad_enabled()
-        self.version = _version(hidden)
+        self.version = _writes(hidden)
         self.autocast = autocast_type(hidden)
         return hidden[..., :1, :]
 
@@ -66,13 +66,13 @@ class HeadCall:
         self, labels: Tensor, transform: LogitTransform, options: HeadOptions, stats: tuple[str, ...]
     ) -> TokenStats:
         """Shaped like `labels`, under the autocast of the head, which may be inside of the model's forward."""
-        if _version(self.hidden) != self.version:
+        if _writes(self.hidden) != self.version:
             raise NotImplementedError("a model that changes in place what it has given its lm_head")
         with autocast(self.hidden, self.autocast):
             return applied_head(self.head, self.hidden).token_stats(labels, transform, options, stats)
 
 
-def _version(hidden: Tensor) -> int | None:
+def _writes(hidden: Tensor) -> int | None:
     return None if torch.compiler.is_dynamo_compiling() or hidden.is_inference() else hidden._version
 
 
@@ -135,6 +135,8 @@ class _Answered:
 
 
 _PLACING = threading.Lock()
+# A module's hooks, ours among them, and whether ours is the last
+_PLACES = (("_forward_pre_hooks", _Given, True), ("_forward_hooks", _Answered, False))
 
 
 def place_hooks(head: nn.Module) -> None:
@@ -143,7 +145,8 @@ def place_hooks(head: nn.Module) -> None:
     if before and after and isinstance(before[-1], _Given) and isinstance(after[0], _Answered):
         return
     with _PLACING:
-        for hooks, kind, last in ((head._forward_pre_hooks, _Given, True), (head._forward_hooks, _Answered, False)):
+        for name, kind, last in _PLACES:
+            hooks = getattr(head, name)
             key = next((key for key, hook in hooks.items() if isinstance(hook, kind)), None)
             if key is None and kind is _Given:
                 key = head.register_forward_pre_hook(_Given(), with_kwargs=True).id
@@ -158,10 +161,7 @@ def other_hooks(head: nn.Module) -> list:
 
 def remove_hooks(model: nn.Module) -> None:
     for module in model.modules():  # PEFT's modules_to_save has copies
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Given):
-                del module._forward_pre_hooks[key]
+        for name, kind, _ in _PLACES:
+            for key in [key for key, hook in getattr(module, name).items() if isinstance(hook, kind)]:
+                del getattr(module, name)[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, _Answered):
-                del module._forward_hooks[key]

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from ..head import HeadOptions, LogitTransform
 from ..ops.problem import STATS
 from ..validation import check_names
-from . import options as known
 from .head_call import PLAIN, HeadCall, calling, other_hooks, place_hooks, remove_hooks
 from .lm_head import origin
+from .options import MODEL_OPTIONS, head_options
 from .probe import declared_transforms, logits_of, probe
 
 # Arguments of a call that can have one meaning only, and the values that mean it
 NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
-OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+SERVED_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 # Attributes of the model: the patch, whatever has since been put around its `forward`; and accelerate's, while it is
 # prepared, of the forward without autocast
 STATE, UNPREPARED = "_fastdpo", "_original_forward"
@@ -124,14 +124,14 @@ class ModelTokenStats(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    head: HeadOptions
+    options: HeadOptions
     stats: tuple[str, ...]
 
     @staticmethod
     def of(options: dict) -> _Settings:
         of_head = {name: value for name, value in options.items() if name != "stats"}
-        head = known.head_options("patch_model, besides stats,", of_head, known.MODEL)
-        return _Settings(head, check_names("stats", options.get("stats", ()), STATS))
+        of_head = head_options("patch_model, besides stats,", of_head, MODEL_OPTIONS)
+        return _Settings(of_head, check_names("stats", options.get("stats", ()), STATS))
 
 
 class _PatchedForward:
@@ -195,7 +195,7 @@ class _PatchedForward:
             return self(*args, fastdpo=True, **kwargs)
         if shift_labels is None:
             # The labels move and not hidden, [B, T, H], which a slice would copy
-            last = labels.new_full((labels.shape[0], 1), self.settings.head.ignore_index)
+            last = labels.new_full((labels.shape[0], 1), self.settings.options.ignore_index)
             targets = torch.cat((labels[:, 1:], last), dim=1)
         options, stats = self.settings
         stats = call.token_stats(targets, transform._replace(temperature=options.temperature), options, stats)
@@ -222,10 +222,10 @@ class _PatchedForward:
             raise TypeError(f"{type(self.model).__name__} takes {', '.join(names)}; got {what}")
         arguments = {name: x for name, x in (positional | kwargs).items() if x is not None}
         for name, value in arguments.items():
-            if name in (*known.MODEL, "stats") and name not in names:
+            if name in (*MODEL_OPTIONS, "stats") and name not in names:
                 raise TypeError(f"{name} is an option of patch_model, not of a call; got {value!r}")
             meaningless = name in NO_EFFECT and (isinstance(value, Tensor) or value not in NO_EFFECT[name])
-            if meaningless or (name.startswith("output_") and name not in OUTPUTS and value):
+            if meaningless or (name.startswith("output_") and name not in SERVED_OUTPUTS and value):
                 raise TypeError(f"{name} has no effect with fastdpo=True; got {value!r}")
         if "use_cache" in names:
             arguments["use_cache"] = False

@@ -92,15 +92,15 @@ def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
     if isinstance(module, auxiliary):
         _refuse_mixed_batches(module)
     if isinstance(module, saved):
-        _refuse_forward(module, saved)
+        refuse_forward(module, saved)
         return AppliedHead(hidden, *_linear(_saved(module)), None)
     if isinstance(module, tokens):
-        _refuse_forward(module, tokens)
+        refuse_forward(module, tokens)
         module = _inner(module.token_adapter)
     lora, trainable = _of_peft("tuners.lora", "Linear"), _of_peft("tuners.trainable_tokens", "TrainableTokensLayer")
     for layer, applied in ((lora, _lora), (trainable, _trainable_tokens)):
         if isinstance(module, layer):
-            _refuse_forward(module, layer)
+            refuse_forward(module, layer)
             return applied(module, hidden)
     if isinstance(module, (_of_peft("tuners.tuners_utils", "BaseTunerLayer"), auxiliary)):
         raise NotImplementedError(
@@ -138,7 +138,7 @@ def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"an lm_head of type {_name(module)} with a weight of {kind}: fastdpo does not compute quantised "
             "heads; leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
         )
-    _refuse_forward(module, nn.Linear)
+    refuse_forward(module, nn.Linear)
     return weight, bias
 
 
@@ -155,12 +155,13 @@ def _saved(wrapper: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[active[0]]
 
 
-def _refuse_forward(module: nn.Module, known: type) -> None:
+def refuse_forward(module: nn.Module, known: type) -> None:
     """Raises unless calling `module` runs the forward of `known`."""
     own = module.__dict__.get("forward")
     if type(module).forward is not known.forward or type(module).__call__ is not nn.Module.__call__:
         raise NotImplementedError(f"an lm_head of type {_name(module)}, which has a forward of its own")
-    if own is None or type(own).__module__.split(".")[0] == "fastdpo":  # lazy logits: the same function of hidden
+    bound = getattr(own, "__func__", None) is known.forward and own.__self__ is module
+    if own is None or bound or type(own).__module__.split(".")[0] == "fastdpo":  # lazy logits: the same of hidden
         return
     hook = module.__dict__.get("_hf_hook")  # accelerate's: the devices of a device_map
     hooks = getattr(hook, "hooks", (hook,))
@@ -218,7 +219,7 @@ def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
 
     for name in names:
         for factor in (layer.lora_A[name], layer.lora_B[name]):
-            _refuse_forward(_inner(factor), nn.Linear)
+            refuse_forward(_inner(factor), nn.Linear)
     factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])) for name in names]
     if not hasattr(layer, "lora_variant"):
         raise NotImplementedError("LoRA on the lm_head by a PEFT that does not say whether it is DoRA: before 0.16")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from ..head import HeadOptions
 
-TRAINER = ("backward", "tau", "seed")  # beside a trainer, which says everything else in its own terms
-MODEL = (
-    *TRAINER,
-    "temperature",
-    "ignore_index",
-    "check_labels",
-)  # beside a model, whose scale, softcap, bias are its own
+TRAINER_OPTIONS = ("backward", "tau", "seed")  # of a trainer's step: everything else is the trainer's to say
+# Of a patched model: scale, softcap and bias are its own
+MODEL_OPTIONS = (*TRAINER_OPTIONS, "temperature", "ignore_index", "check_labels")
 
 
 def head_options(function: str, given: dict, known: tuple[str, ...]) -> HeadOptions:

@@ -53,7 +53,7 @@ def test_statistics_temperature_and_options():
 
     patch_model(model, seed=7, tau=0.01)  # again: the options are new, the model is patched once
     settings = model.forward.settings
-    assert settings.head.seed == 7 and settings.head.temperature == 1.0 and settings.stats == ()
+    assert settings.options.seed == 7 and settings.options.temperature == 1.0 and settings.stats == ()
     assert model.forward.previous is None
     assert model(**inputs, fastdpo=True).entropy is None
 

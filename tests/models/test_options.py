@@ -11,14 +11,14 @@ from fastdpo.models import options
 
 
 def test_subsets_of_the_one_list():
-    assert set(options.TRAINER) < set(options.MODEL) < set(HEAD_OPTIONS)
-    assert set(HEAD_OPTIONS) - set(options.MODEL) == {"logit_scale", "softcap", "vocab_group"}
+    assert set(options.TRAINER_OPTIONS) < set(options.MODEL_OPTIONS) < set(HEAD_OPTIONS)
+    assert set(HEAD_OPTIONS) - set(options.MODEL_OPTIONS) == {"logit_scale", "softcap", "vocab_group"}
 
 
 @pytest.mark.parametrize("name", HEAD_OPTIONS)
 def test_others_are_refused_by_name(name):
     default = getattr(fastdpo.head.HeadOptions, name)
-    for function, known in (("patch_trl", options.TRAINER), ("patch_model", options.MODEL)):
+    for function, known in (("patch_trl", options.TRAINER_OPTIONS), ("patch_model", options.MODEL_OPTIONS)):
         if name in known:
             assert getattr(options.head_options(function, {name: default}, known), name) == default
         else:

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from .. import options as known
-from ..lm_head import AppliedHead, applied_head, autocast_type
+from ..lm_head import AppliedHead, applied_head, autocast_type, refuse_forward
+from ..options import TRAINER_OPTIONS, head_options
 from .logits import LazyLogits
 from .source import Held, Source
 
@@ -50,10 +50,10 @@ def lazy_logits(*models, **options) -> Iterator[None]:
         weights were changed raises RuntimeError (on a GPU, where the change went past torch's version counters, as
         through ``.data``: NaN). Calls from other threads, and of copies of the model, have logits as before.
     """
-    options = known.head_options("lazy_logits", options, known.TRAINER)
+    given = head_options("lazy_logits", options, TRAINER_OPTIONS)
     hooks = [_installed(head) for head in dict.fromkeys(_output_layer(model) for model in models)]
     before = _ACTIVE.__dict__.get("options", {})
-    _ACTIVE.options = {**before, **dict.fromkeys(hooks, options)}
+    _ACTIVE.options = {**before, **dict.fromkeys(hooks, given)}
     try:
         yield
     finally:
@@ -118,14 +118,10 @@ def _output_layer(model) -> nn.Module:
     base = getattr(base, "original_module", base)  # PEFT's modules_to_save
     if not isinstance(base, nn.Linear):
         raise TypeError(f"model must have a linear lm_head as its output embeddings; {given} has {type(base).__name__}")
-    if type(base).forward is not nn.Linear.forward:
-        raise NotImplementedError(f"an lm_head of type {type(base).__module__}.{type(base).__name__}")
     if _splits(head) or hasattr(base.weight, "ds_id"):
         raise NotImplementedError("lazy logits of an lm_head that FSDP or DeepSpeed ZeRO-3 splits")
-    own = head.__dict__.get("forward")
-    replaced = getattr(own, "__func__", None) is not type(head).forward and not hasattr(head, "_hf_hook")
-    if own is not None and replaced and not isinstance(own, _LazyHead):
-        raise NotImplementedError(f"an lm_head whose forward has been replaced, by {own!r}")
+    refuse_forward(base, nn.Linear)
+    refuse_forward(head, type(head))
     return head
 
 

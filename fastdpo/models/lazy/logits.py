@@ -130,9 +130,7 @@ class LazyLogits(LazyRows):
 
     def _sum(self, dim=None):
         means = self._means() if dim is None or self._last(dim) else None
-        if means is None:
-            return NotImplemented
-        return (means.sum() if dim is None else means) * self.shape[-1]
+        return NotImplemented if means is None else (means.sum() if dim is None else means) * self.shape[-1]
 
     def _nansum(self, dim=None):
         means = self._means() if dim is None else None
@@ -173,7 +171,7 @@ class LazyLogits(LazyRows):
             rows, flat = self.rows.reshape(-1), labels.reshape(-1)
             computed = self._quietly(lambda: source.of_rows(rows).token_stats(flat, stats))
             return TokenStats(*(None if x is None else x.view(labels.shape) for x in computed))
-        spread = self.rows.new_full((len(source.head.hidden),), IGNORED)
+        spread = self.rows.new_full((len(source.applied.hidden),), IGNORED)
         spread = spread.index_put((self.rows.reshape(-1),), labels.reshape(-1))
         computed = self._quietly(source.token_stats, spread, stats)
         if remember:
@@ -279,11 +277,6 @@ serves(LazyArgmax, __getitem__="_getitem", eq="_eq", __eq__="_eq", ne="_ne", __n
 
 
 def _is_factor(x) -> bool:
-    whole = isinstance(x, numbers.Integral)
-    return (
-        isinstance(x, numbers.Real)
-        and not isinstance(x, bool)
-        and (whole or not isinstance(x, numbers.Rational))
-        and math.isfinite(x)
-        and x != 0
-    )
+    """Finite, not 0, and no Fraction, which torch refuses."""
+    real = isinstance(x, numbers.Integral) or (isinstance(x, numbers.Real) and not isinstance(x, numbers.Rational))
+    return real and not isinstance(x, bool) and math.isfinite(x) and x != 0

@@ -197,23 +197,20 @@ class LazyRows(Lazy):
         return self._moved(lambda x: x.flatten(start, end))
 
     def _chunk(self, chunks: int, dim: int = 0):
-        return self._parts("chunk", chunks, dim)
+        return self._parts(dim, "chunk", chunks)
 
     def _split(self, split_size, dim: int = 0):
-        return self._parts("split", split_size, dim)
-
-    def _parts(self, name: str, sizes, dim: int):
-        dim, sizes = self._row_dim(dim), tuple(sizes) if isinstance(sizes, list) else sizes
-        if dim is None:
-            return NotImplemented
-        count = len(getattr(self.rows, name)(sizes, dim))
-        return tuple(self._moved(lambda x, i=i: getattr(x, name)(sizes, dim)[i], many=True) for i in range(count))
+        return self._parts(dim, "split", tuple(split_size) if isinstance(split_size, list) else split_size)
 
     def _unbind(self, dim: int = 0):
+        return self._parts(dim, "unbind")
+
+    def _parts(self, dim: int, name: str, *sizes):
         dim = self._row_dim(dim)
         if dim is None:
             return NotImplemented
-        return tuple(self._moved(lambda x, i=i: x.unbind(dim)[i], many=True) for i in range(self.rows.shape[dim]))
+        numbers = range(len(getattr(self.rows, name)(*sizes, dim)))
+        return tuple(self._moved(lambda x, i=i: getattr(x, name)(*sizes, dim)[i], many=True) for i in numbers)
 
     def _iter(self):
         parts = self._unbind()

@@ -95,7 +95,7 @@ class Source:
     A dataclass with its tensors in the open, because DDP searches the model's outputs for them.
     """
 
-    head: AppliedHead  # hidden [N, H]
+    applied: AppliedHead  # hidden [N, H]
     options: HeadOptions
     autocast: torch.dtype | None
     inference: bool
@@ -110,26 +110,26 @@ class Source:
 
     @property
     def width(self) -> int:
-        return len(self.head.weight)
+        return len(self.applied.weight)
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.promote_types(torch.float32, self.head.hidden.dtype)
+        return torch.promote_types(torch.float32, self.applied.hidden.dtype)
 
     @property
     def model_dtype(self) -> torch.dtype:
         """What the model would have made its logits in."""
-        return self.autocast or torch.promote_types(self.head.hidden.dtype, self.head.weight.dtype)
+        return self.autocast or torch.promote_types(self.applied.hidden.dtype, self.applied.weight.dtype)
 
     @property
     def requires_grad(self) -> bool:
-        return any(x is not None and x.requires_grad for x in self.head.tensors)
+        return any(x is not None and x.requires_grad for x in self.applied.tensors)
 
     def token_stats(self, labels: Tensor, stats: tuple[str, ...]) -> TokenStats:
         """[N] each; rows with an ignored label are not computed."""
         valid = self.held.valid()
-        with autocast(self.head.weight, self.autocast):
-            computed = self.head.token_stats(labels, self.transform, self.options, stats)
+        with autocast(self.applied.weight, self.autocast):
+            computed = self.applied.token_stats(labels, self.transform, self.options, stats)
         if isinstance(valid, float):
             return computed
         return TokenStats(*(x if x is None or x.dtype == torch.bool else x * valid for x in computed))
@@ -137,7 +137,7 @@ class Source:
     def values(self, rows: Tensor) -> Tensor:
         """[..., V] in fp32 for rows [...]."""
         valid = self.held.valid()
-        hidden, weight, bias, lora = self.head
+        hidden, weight, bias, lora = self.applied
         hidden = hidden[rows]
         with autocast(weight, self.autocast):
             logits = F.linear(hidden, weight, bias)
@@ -151,7 +151,7 @@ class Source:
     def of_rows(self, rows: Tensor) -> Source:
         """With a copy of these rows of hidden."""
         self.held.valid()
-        return replace(self, head=self.head._replace(hidden=self.head.hidden[rows]))
+        return replace(self, applied=self.applied._replace(hidden=self.applied.hidden[rows]))
 
     def column(self, index: slice | None) -> Source:
         """The same head with these columns only; None: one column, the mean of all."""
@@ -162,9 +162,9 @@ class Source:
                 return None if x is None else x[index]
             return x.mean(0, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
 
-        hidden, weight, bias, lora = self.head
+        hidden, weight, bias, lora = self.applied
         lora = None if lora is None else lora._replace(b=cut(lora.b))
-        return replace(self, head=AppliedHead(hidden, cut(weight), cut(bias), lora))
+        return replace(self, applied=AppliedHead(hidden, cut(weight), cut(bias), lora))
 
     def times(self, factor: float) -> Source | None:
         """With values `factor` times as large, None where that is no longer scale, softcap, temperature."""
