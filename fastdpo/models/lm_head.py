@@ -103,10 +103,8 @@ def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
             refuse_forward(module, layer)
             return applied(module, hidden)
     if isinstance(module, (_of_peft("tuners.tuners_utils", "BaseTunerLayer"), auxiliary)):
-        raise NotImplementedError(
-            f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
-            "trainable tokens, LoRA and DoRA"
-        )
+        computed = "plain heads, heads in modules_to_save, trainable tokens, LoRA and DoRA"
+        raise _refusal(module, f": fastdpo computes {computed}")
     return AppliedHead(hidden, *_plain(module), None)
 
 
@@ -122,22 +120,21 @@ def _of_peft(where: str, name: str) -> type:
 def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
-        raise NotImplementedError(f"an lm_head of type {_name(module)}, which holds no weight")
+        raise _refusal(module, ", which holds no weight")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise NotImplementedError(
             "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
         )
     if weight.is_meta:
-        raise NotImplementedError(f"an lm_head of type {_name(module)} whose weight is offloaded (device meta)")
+        raise _refusal(module, " whose weight is offloaded (device meta)")
     if hasattr(weight, "full_tensor"):
         # FSDP2's shard; the gradient is scattered on the way back
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    kind = type(weight.data).__name__ if is_traceable_wrapper_subclass(weight) else str(weight.dtype)
-    if is_traceable_wrapper_subclass(weight) or weight.dtype not in FLOATS or weight.ndim != 2:
-        raise NotImplementedError(
-            f"an lm_head of type {_name(module)} with a weight of {kind}: fastdpo does not compute quantised "
-            "heads; leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
-        )
+    subclass = is_traceable_wrapper_subclass(weight)
+    if subclass or weight.dtype not in FLOATS or weight.ndim != 2:
+        kind = type(weight.data).__name__ if subclass else weight.dtype
+        instead = "leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+        raise _refusal(module, f" with a weight of {kind}: fastdpo does not compute quantised heads; {instead}")
     refuse_forward(module, nn.Linear)
     return weight, bias
 
@@ -159,7 +156,7 @@ def refuse_forward(module: nn.Module, known: type) -> None:
     """Raises unless calling `module` runs the forward of `known`."""
     own = module.__dict__.get("forward")
     if type(module).forward is not known.forward or type(module).__call__ is not nn.Module.__call__:
-        raise NotImplementedError(f"an lm_head of type {_name(module)}, which has a forward of its own")
+        raise _refusal(module, ", which has a forward of its own")
     bound = getattr(own, "__func__", None) is known.forward and own.__self__ is module
     if own is None or bound or type(own).__module__.split(".")[0] == "fastdpo":  # lazy logits: the same of hidden
         return
@@ -167,8 +164,7 @@ def refuse_forward(module: nn.Module, known: type) -> None:
     hooks = getattr(hook, "hooks", (hook,))
     inner = getattr(module.__dict__.get("_old_forward"), "__func__", None)
     if inner is not known.forward or any(_name(x) != "accelerate.hooks.AlignDevicesHook" for x in hooks):
-        name = getattr(own, "__qualname__", None) or _name(own)
-        raise NotImplementedError(f"an lm_head of type {_name(module)} whose forward was replaced by {name}")
+        raise _refusal(module, f" whose forward was replaced by {getattr(own, '__qualname__', None) or _name(own)}")
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -187,13 +183,10 @@ def _refuse_backward_hooks(module: nn.Module) -> None:
 
 def _refuse_hooks_of_every_module() -> None:
     """A global pre-hook runs before what is given is looked at; another hook's work on the logits would be lost."""
-    after = every_module._global_forward_hooks, every_module._global_backward_hooks
-    for hooks in (*after, every_module._global_backward_pre_hooks):
-        for hook in hooks.values():
+    for when in ("forward_hooks", "backward_hooks", "backward_pre_hooks"):
+        for hook in getattr(every_module, f"_global_{when}").values():
             if not _is_known(hook):
-                raise NotImplementedError(
-                    f"a hook of every module, {origin(hook)}: its work on the lm_head would be lost"
-                )
+                raise NotImplementedError(f"a hook of every module, {origin(hook)}: its work on the head would be lost")
 
 
 def _is_known(hook) -> bool:
@@ -284,6 +277,10 @@ def _drops(dropout: nn.Module) -> bool:
 def _refuse_mixed_batches(module: nn.Module) -> None:
     if any("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values()):
         raise NotImplementedError("several adapters in one batch (adapter_names) on the lm_head")
+
+
+def _refusal(module: nn.Module, what: str) -> NotImplementedError:
+    return NotImplementedError(f"an lm_head of type {_name(module)}{what}")
 
 
 def _name(module) -> str:

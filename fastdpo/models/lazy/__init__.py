@@ -1,1 +1,1 @@
-"""Logits that are computed only if somebody reads them: tensor.py, rows.py, logits.py; source.py and head.py."""
+"""Logits that are computed only if somebody reads them: head.py makes them, logits.py knows what goes without."""

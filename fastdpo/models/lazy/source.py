@@ -11,6 +11,7 @@ from torch import Tensor
 from ...head import HeadOptions, LogitTransform
 from ...ops.problem import IDENTITY, TokenStats
 from ..lm_head import AppliedHead, autocast, transformed
+from .tensor import serve_if
 
 
 class Held:
@@ -166,19 +167,18 @@ class Source:
         lora = None if lora is None else lora._replace(b=cut(lora.b))
         return replace(self, applied=AppliedHead(hidden, cut(weight), cut(bias), lora))
 
-    def times(self, factor: float) -> Source | None:
-        """With values `factor` times as large, None where that is no longer scale, softcap, temperature."""
+    def times(self, factor: float) -> Source:
+        """With values `factor` times as large. Raises Unserved where that is no longer scale, softcap, temperature."""
         scale, softcap, temperature = self.transform
         if self.power is not None:
             return replace(self, power=self.power * factor)
         if not softcap and not self.bent:
             return replace(self, transform=LogitTransform(scale * factor))
-        if factor <= 0:
-            return None
+        serve_if(factor > 0)
         if self.bent:
             return replace(self, transform=LogitTransform(scale * factor, factor), bent=False)
         return replace(self, transform=LogitTransform(scale, softcap, temperature / factor))
 
-    def tanh(self) -> Source | None:
-        plain = self.power is None and not self.transform.softcap and not self.bent
-        return replace(self, bent=True) if plain else None
+    def tanh(self) -> Source:
+        serve_if(self.power is None and not self.transform.softcap and not self.bent)
+        return replace(self, bent=True)

@@ -14,6 +14,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +31,15 @@ METADATA = (
 WATCHES = ("register_hook", "retain_grad", "grad_fn")
 _signature = functools.cache(inspect.signature)
 QUIET = tuple(os.path.dirname(sys.modules[name].__file__) + os.sep for name in ("fastdpo", "torch"))
+
+
+class Unserved(Exception):
+    """What is asked for is in the values alone."""
+
+
+def serve_if(served) -> None:
+    if not served:
+        raise Unserved
 
 
 @dataclass(eq=False, repr=False)
@@ -99,9 +109,8 @@ class Lazy:
             except TypeError:
                 pass  # torch's to say, or an option that is not known here
             else:
-                result = method(*given.args, **given.kwargs)
-                if result is not NotImplemented:
-                    return result
+                with suppress(Unserved):
+                    return method(*given.args, **given.kwargs)
         name = getattr(function, "__name__", "")
         return function(self.tensor(name), *real(args, name), **real(kwargs, name))
 
