@@ -1,9 +1,9 @@
 """Peak resident memory of one policy forward and backward beyond inputs and returned gradients, per peer; or the
 largest context that fits.
 
-python benchmarks/bench_memory.py [--tokens 4096 --vocab 131072 --hidden-size 64 --frozen --dtype float32]
-python benchmarks/bench_memory.py --tokens 1024 4096 16384 65536 --vocab 32768 --frozen     memory against context
-python benchmarks/bench_memory.py --fits 2 --vocab 131072 --hidden-size 256     most tokens whose step fits in 2 GiB
+python -m benchmarks.cpu.memory [--tokens 4096 --vocab 131072 --hidden-size 64 --frozen --dtype float32]
+python -m benchmarks.cpu.memory --tokens 1024 4096 16384 65536 --vocab 32768 --frozen     memory against context
+python -m benchmarks.cpu.memory --fits 2 --vocab 131072 --hidden-size 256     most tokens whose step fits in 2 GiB
 
 Each measurement is a process of its own: growth of the resident set over its value with the inputs in place, less
 what `backward` returned. What has to fit is everything: inputs, the head, both gradients and the growth. Linux only.
@@ -15,10 +15,11 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-import inputs
 import torch
-from peers import TOKEN_LOGPS
-from resident import growth, in_child
+
+from benchmarks import inputs
+from benchmarks.cpu.resident import growth, in_child
+from benchmarks.peers import TOKEN_LOGPS
 
 PATHS = ("fastdpo routed", "fastdpo exact", "trl", "torch linear_cross_entropy", "liger", "eager")
 DPO = ("liger",)  # gives no log-probs: a loss of one pair of sequences, with a frozen copy of the head as reference
@@ -68,7 +69,9 @@ def measure(args) -> float:
 def in_process(args, path: str, tokens: int, fits: float | None = None) -> tuple[float | None, str | None]:
     options = {"--tokens": tokens, "--vocab": args.vocab, "--hidden-size": args.hidden_size, "--dtype": args.dtype}
     options |= {"--path": path} | ({"--fits": fits} if fits else {}) | ({"--head": args.head} if args.head else {})
-    return in_child(__file__, *(x for pair in options.items() for x in pair), *["--frozen"] * args.frozen)
+    return in_child(
+        "-m", "benchmarks.cpu.memory", *(x for pair in options.items() for x in pair), *["--frozen"] * args.frozen
+    )
 
 
 def against_tokens(args) -> list[dict]:

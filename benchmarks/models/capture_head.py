@@ -1,6 +1,6 @@
 """Hidden states, labels and lm_head of any Hugging Face causal LM on any text, for the benchmarks' --head.
 
-python benchmarks/capture_head.py --model path-or-hub-id --data text.jsonl --output head.safetensors
+python -m benchmarks.models.capture_head --model path-or-hub-id --data text.jsonl --output head.safetensors
                                   [--column text --tokens 4096 --length 512 --sample]
 
 The text of `--column` is tokenized row by row and cut into sequences of `--length` tokens; labels are the tokens that

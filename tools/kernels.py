@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, in every form the engine launches it, for four GPU architectures.
 
-python benchmarks/kernels.py [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE]
+python -m tools.kernels [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE]
 
 No GPU is needed. Fails on registers spilled in a hot loop (or more than a few elsewhere), on a product without tensor
 cores (or, in the large kernels, without the architecture's full-rate ones), on descriptors without TMA, and on too much
@@ -17,10 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-from kernel_code import KIB, TMA, Code, compile_variant, faults
-from kernel_variants import MULTIPROCESSORS, TYPES, Variant, variants
 from rich.console import Console
 from rich.table import Table
+
+from tools.kernel_code import KIB, TMA, Code, compile_variant, faults
+from tools.kernel_variants import MULTIPROCESSORS, TYPES, Variant, variants
 
 
 def examine(variant: Variant) -> tuple[Variant, Code | None, list[str]]:

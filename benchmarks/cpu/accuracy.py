@@ -1,6 +1,6 @@
 """How far every path is from fp64: log-probs of sequences and tokens, gradients, and gradients of confident tokens.
 
-python benchmarks/bench_accuracy.py --head head.safetensors [--output benchmarks/results/2026-11-cpu-accuracy.json]
+python -m benchmarks.cpu.accuracy --head head.safetensors [--output benchmarks/results/2026-11-cpu-accuracy.json]
 
 Truth is fp64 on the very inputs that a path gets (rounded to its type). Error of a gradient: relative L2; of a
 sequence's log-prob: the largest over the sequences, in nats. Gradients of confident tokens: those of their rows
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 
-import inputs
 import torch
-from cce_filter import cce_filter_logps
-from peers import TOKEN_LOGPS, Unavailable, imported
 from torch import Tensor
+
+from benchmarks import inputs
+from benchmarks.cpu.cce_filter import cce_filter_logps
+from benchmarks.peers import TOKEN_LOGPS, Unavailable, imported
 
 SEQUENCE = 512
 CONFIDENT = ((0.0, 0.5), (0.5, 0.9), (0.9, 0.99), (0.99, 1.0))

@@ -1,6 +1,6 @@
 """One DPO step on the CPU against every peer: interleaved rounds in one process, medians and ratios.
 
-python benchmarks/bench_cpu.py --head head.safetensors [--hidden-size 1024] [--rounds 7]
+python -m benchmarks.cpu.step --head head.safetensors [--hidden-size 1024] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ import argparse
 import statistics
 import time
 
-import inputs
 import torch
-from peers import OURS, PEERS, Problem, Unavailable
 
+from benchmarks import inputs
+from benchmarks.peers import OURS, PEERS, Problem, Unavailable
 from fastdpo.ops.cpu.gemm import matmul
 
 

@@ -1,8 +1,8 @@
 """Times tiles: every candidate of a kernel in a step that launches it, by the kernel's own time on the GPU.
 
-python benchmarks/gpu_tune.py [KERNEL ...] [--shape 8192 128256 4096] [--dtype bfloat16] [--seconds 400]
+python -m benchmarks.gpu.tune [KERNEL ...] [--shape 8192 128256 4096] [--dtype bfloat16] [--seconds 400]
 
-Prints per kernel the candidates, fastest first, and the line to paste into fastdpo/ops/triton_launch.py. A candidate
+Prints per kernel the candidates, fastest first, and the line to paste into fastdpo/ops/triton/launch.py. A candidate
 that spills or does not fit is reported by `make kernels`; here it is only slow, or fails and is named.
 """
 
@@ -15,12 +15,12 @@ import time
 from dataclasses import replace
 
 import torch
-from cost_model import Shape
-from gpu_cases import ShapeCases
-from gpu_timing import interleaved, kernel_times
 
+from benchmarks.gpu.cases import ShapeCases
+from benchmarks.gpu.timing import interleaved, kernel_times
 from fastdpo.ops.triton import launch as triton_launch
 from fastdpo.ops.triton.launch import Target, Tile, target_of
+from tools.cost_model import Shape
 
 # Largest share of a step first.
 SPACE = {

@@ -1,6 +1,6 @@
 """Which blocks to sample: the routed backward's rule beside the alternatives to it, on a trained head, against fp64.
 
-python benchmarks/bench_rules.py --head head.safetensors [--draws 20]
+python -m benchmarks.cpu.rules --head head.safetensors [--draws 20]
 
 systematic          one draw per token over the running sum of q, what fastdpo does (fastdpo/routing.py)
 one draw per unit   a fresh draw for every whole number of the running sum; a block at a border may be drawn twice
@@ -18,10 +18,10 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import inputs
 import torch
 from torch import Tensor
 
+from benchmarks import inputs
 from fastdpo.routing import BLOCK, ONE, keep, odds, own_block, pair_weights, philox, second_odds
 
 TAUS = tuple(2.0**-k for k in (6, 7, 8, 9, 10, 11))

@@ -1,6 +1,6 @@
 """Bias and noise of skipping: the routed backward over `tau`, Cut Cross-Entropy's filter over its threshold.
 
-python benchmarks/bench_bias.py --head head.safetensors [--seeds 64]
+python -m benchmarks.cpu.bias --head head.safetensors [--seeds 64]
 
 Bias: how far the mean of a path's gradient over seeds is from the exact gradient (fp64). That of the routed backward is
 known to within its standard error, noise / sqrt(seeds); the filter draws nothing, and its bias is its error. Noise:
@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import argparse
 
-import inputs
 import torch
-from bench_accuracy import relative, truth
-from cce_filter import DEFAULT_EPS, TILE, cce_filter_logps
 from torch import Tensor
 
 import fastdpo
-from fastdpo.routing import DEFAULT_TAU, FROZEN_HEAD_TAU, ONE, odds
+from benchmarks import inputs
+from benchmarks.cpu.accuracy import relative, truth
+from benchmarks.cpu.cce_filter import DEFAULT_EPS, TILE, cce_filter_logps
+from fastdpo.head import DEFAULT_TAU, FROZEN_HEAD_TAU
+from fastdpo.routing import ONE, odds
 
 TAUS = (2.0**-4, 2.0**-6, 2.0**-8, FROZEN_HEAD_TAU, DEFAULT_TAU, 2.0**-12)
 EPSILONS = (2.0**-6, 2.0**-8, 2.0**-10, DEFAULT_EPS, 2.0**-14)

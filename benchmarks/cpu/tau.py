@@ -1,6 +1,6 @@
 """What `tau` buys and costs: pairs per token, GEMM passes and gradient error against fp64, beside bf16 eager logits.
 
-python benchmarks/bench_tau.py --head head.safetensors [--seeds 3]
+python -m benchmarks.cpu.tau --head head.safetensors [--seeds 3]
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import math
 
-import inputs
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
-from fastdpo.routing import DEFAULT_TAU, FROZEN_HEAD_TAU, ONE, odds
+from benchmarks import inputs
+from fastdpo.head import DEFAULT_TAU, FROZEN_HEAD_TAU
+from fastdpo.routing import ONE, odds
 
 TAUS = (2.0**-6, 2.0**-7, 2.0**-8, 2.0**-9, 2.0**-10, 2.0**-11, (2.0**-9, 2.0**-11))
 

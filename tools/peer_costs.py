@@ -1,6 +1,6 @@
 """What the peers' algorithms cost: passes and bytes per logit, and the times these imply beside published ones.
 
-python benchmarks/peer_costs.py
+python -m tools.peer_costs
 
 A *pass* is 2 N V H operations. A peer that keeps logits moves them through memory between products; the bytes are
 those of its elementwise operations, each reading its inputs and writing its output once.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cost_model import GPUS, Cost, Gpu, Shape
+from tools.cost_model import GPUS, Cost, Gpu, Shape
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Every CUDA kernel of csrc/ on small inputs, to be run under compute-sanitizer; the GPU suite does.
 
-compute-sanitizer --tool memcheck python benchmarks/gpu_sanitized.py [--device cuda]
+compute-sanitizer --tool memcheck python -m benchmarks.gpu.sanitized [--device cuda]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What this GPU reaches on work that no kernel of ours does: the rates that floors are made of. One line of JSON.
 
-python benchmarks/gpu_ceilings.py [cuda | cpu]
+python -m benchmarks.gpu.ceilings [cuda | cpu]
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import sys
 import time
 
 import torch
-from gpu_timing import interleaved
+
+from benchmarks.gpu.timing import interleaved
 
 
 def main(device: str) -> None:

@@ -1,6 +1,7 @@
 """The GPU suite: tests on the GPU engines, then every time that matters beside its floor and beside every peer.
 
-python benchmarks/gpu.py [--install] [--budget 480] [--output FILE] [--head FILE] [--tune [KERNEL ...]] [--dry-run]
+python -m benchmarks.gpu.suite [--install] [--budget 480] [--output FILE] [--head FILE] [--tune [KERNEL ...]]
+                               [--dry-run]
 
 Most important first, each stage a process of its own; what the budget (seconds) leaves no time for is named in the
 result. Writes one JSON and prints a short table. Without a GPU: exit status 2. `--dry-run` walks every stage without
@@ -23,10 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parent
-RESULTS = HERE / "results"
-TESTS = ["-q", "-k", "triton or cuda or gpu or kernels", "--ignore=tests/test_demo.py", "--ignore=tests/test_build.py"]
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+TESTS = ["-q", "-k", "triton or cuda or gpu or kernels", "--ignore=tests/demo", "--ignore=tests/test_build.py"]
 GRID = [  # (N, V, H), dtype, groups, seconds to time them in
     ((8192, 128256, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss", "logits"), 60),
     ((2048, 32000, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss", "logits"), 15),
@@ -74,13 +74,13 @@ class Suite:
     # Stages
 
     def ceilings(self) -> dict:
-        status, output, _ = self.run([HERE / "gpu_ceilings.py", self.device], 60)
+        status, output, _ = self.run(["-m", "benchmarks.gpu.ceilings", self.device], 60)
         return json.loads(output.splitlines()[-1]) if status == 0 else {"failed": output[-2000:]}
 
     def compile(self, capability: int) -> dict:
         """Every form of every kernel, in parallel, so that the tests and timings find them in Triton's cache."""
         narrow = ["--kernel", "compact", "--dtype", "bf16"] if self.args.dry_run else []
-        command = [HERE / "kernels.py", "--arch", capability, *narrow]
+        command = ["-m", "tools.kernels", "--arch", capability, *narrow]
         status, output, seconds = self.run(command, 90, interpret=False)
         faults = [found for found in output.splitlines() if found.startswith("FAULT")]
         return {"status": status, "seconds": round(seconds, 1), "faults": faults}
@@ -103,7 +103,7 @@ class Suite:
 
     def sanitizers(self) -> dict:
         """The CUDA kernels under compute-sanitizer: what each tool ended with; 0 where it found nothing."""
-        script = [HERE / "gpu_sanitized.py", "--device", self.device]
+        script = ["-m", "benchmarks.gpu.sanitized", "--device", self.device]
         checker = shutil.which("compute-sanitizer")
         if self.args.dry_run:
             return {"without": self.run(script, 120)[0]}
@@ -121,7 +121,17 @@ class Suite:
         return found
 
     def shape(self, shape, dtype: str, groups, seconds: float, rates, kernels: bool) -> dict:
-        command = [HERE / "gpu_cases.py", *shape, "--dtype", dtype, "--device", self.device, "--seconds", seconds]
+        command = [
+            "-m",
+            "benchmarks.gpu.cases",
+            *shape,
+            "--dtype",
+            dtype,
+            "--device",
+            self.device,
+            "--seconds",
+            seconds,
+        ]
         command += ["--rates", *rates, "--groups", *groups, *(["--kernels"] if kernels else [])]
         command += ["--rounds", 1] if self.args.dry_run else []
         command += ["--head", self.args.head] if self.args.head else []
@@ -131,7 +141,7 @@ class Suite:
         return {**json.loads(output.splitlines()[-1]), "seconds": round(took, 1)}
 
     def everything(self) -> dict:
-        from measured import digests
+        from benchmarks.gpu.measured import digests
 
         record = {
             "title": "fastdpo GPU suite" + (" (dry run: no GPU, nothing here is a measurement)" * self.args.dry_run),
@@ -201,7 +211,7 @@ def _device() -> dict:
 def _versions() -> dict:
     from importlib.metadata import PackageNotFoundError, version
 
-    from peers import PACKAGES
+    from benchmarks.peers import PACKAGES
 
     found = {"python": sys.version.split()[0]}
     for package in ("torch", "triton", "fastdpo", "transformers", *PACKAGES):
@@ -307,7 +317,7 @@ def main() -> int:
             print(output)
             return 1
     if args.tune is not None:
-        command = [HERE / "gpu_tune.py", *args.tune, "--device", suite.device, "--seconds", args.budget - 60]
+        command = ["-m", "benchmarks.gpu.tune", *args.tune, "--device", suite.device, "--seconds", args.budget - 60]
         status, output, _ = suite.run(command, args.budget)
         print(output)
         return status

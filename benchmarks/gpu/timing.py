@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
-from peers import Unavailable
+
+from benchmarks.peers import Unavailable
 
 MIB = 1 << 20
 

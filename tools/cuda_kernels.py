@@ -1,6 +1,6 @@
 """What the compiler made of every CUDA kernel in the built extension, for each architecture that it holds.
 
-python benchmarks/cuda_kernels.py [--arch 90]
+python -m tools.cuda_kernels [--arch 90]
 
 No GPU is needed. Fails on local memory, and where the logits are read or written in less than 16 bytes.
 """
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_code import Instruction, hot_loops, instructions, run_tool
 from rich.console import Console
 from rich.table import Table
 
 from fastdpo.ops import native
+from tools.kernel_code import Instruction, hot_loops, instructions, run_tool
 
 LOCAL = {"LDL", "STL"}
 TYPE_NAMES = {"f": "fp32", "8BFloat16": "bf16", "7Float16": "fp16"}  # as they are mangled

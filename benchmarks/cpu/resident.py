@@ -8,6 +8,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
 
 
 def resident() -> int:
@@ -41,9 +44,9 @@ def growth(call: Callable[[], object], limit: float | None = None) -> float:
     return (peak - base) / 2**20
 
 
-def in_child(script: str, *arguments) -> tuple[float | None, str | None]:
-    """(the number that `script` prints last, None), or (None, the last line of its error)."""
-    done = subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True)
+def in_child(*command) -> tuple[float | None, str | None]:
+    """(the number that ``python command`` prints last, None), or (None, the last line of its error)."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         return None, (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
     return float(done.stdout.split()[-1]), None

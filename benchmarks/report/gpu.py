@@ -1,6 +1,6 @@
 """A GPU suite's result as a picture: every step's time over two plain products, and where the time of ours goes.
 
-python benchmarks/plot_gpu.py benchmarks/results/FILE.json [--output FILE.png]
+python -m benchmarks.report.gpu benchmarks/results/FILE.json [--output FILE.png]
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Counts of one DPO step's head on the Triton engine: operations in lm_head passes, bytes and launches per kernel, and
 the floor that they set on a GPU's time.
 
-python benchmarks/count_step.py --head head.safetensors [--tokens 8192 --vocab 128256 --hidden-size 4096 --gpu H200]
+python -m tools.count_step --head head.safetensors [--tokens 8192 --vocab 128256 --hidden-size 4096 --gpu H200]
 
 Policy and reference forward, and the backward. Live pairs are those of the head's distributions, scaled to a larger
 vocabulary in one of two ways:
@@ -18,12 +18,13 @@ from __future__ import annotations
 import argparse
 import json
 
-import inputs
 import torch
-from cost_model import GPUS, Gpu, Shape, StepCost, dhidden_through_cache, step_cost
 from torch import Tensor
 
-from fastdpo.routing import BLOCK, ONE, keep, num_blocks, odds, parse_tau
+from benchmarks import inputs
+from fastdpo.head import taus
+from fastdpo.routing import BLOCK, ONE, keep, num_blocks, odds
+from tools.cost_model import GPUS, Gpu, Shape, StepCost, dhidden_through_cache, step_cost
 
 
 def live_pairs(head: inputs.HeadInputs, shape: Shape, tau: float, scaling: str, seed: int = 0) -> Tensor:
@@ -73,7 +74,7 @@ def main() -> None:
     results = {}
     for frozen in (False, True):
         for backward, scaling in (("routed", "same"), ("routed", "split"), ("exact", None)):
-            tau = parse_tau(None, not frozen)
+            tau = taus(None, not frozen)
             live = live_hidden = None
             title = f"{backward} backward, {'frozen' if frozen else 'trained'} head"
             if scaling is not None:
@@ -98,7 +99,7 @@ def main() -> None:
                 "floor over two products": step.floor(gpu) / products,
                 "kernels": {name: vars(cost) for name, cost in step.kernels.items()},
             }
-    moved = dhidden_through_cache(shape, live_pairs(head, shape, parse_tau(None, False)[0], "same"), target)
+    moved = dhidden_through_cache(shape, live_pairs(head, shape, taus(None, False)[0], "same"), target)
     print(
         "\nrouted dhidden, added up: " + ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in moved.items()),
         end=" ",

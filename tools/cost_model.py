@@ -112,10 +112,10 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     `backward` is "exact", "routed", or "none" for a forward without gradients.
     """
     import fastdpo
+    from fastdpo.head import Routing, taus
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
     from fastdpo.ops.triton import forward as triton_engine
     from fastdpo.ops.triton.launch import Recorder
-    from fastdpo.routing import Routing, parse_tau
 
     def meta(*size, dtype=shape.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -126,8 +126,8 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     rows = Rows(meta(n, dtype=torch.int64), -100, 0, v)
     routing = None
     if backward == "routed":
-        tau_hidden, tau_weight = parse_tau(tau, not frozen)
-        routing = Routing(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
+        tau_hidden, tau_weight = taus(tau, not frozen)
+        routing = Routing.of(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
     launches, torch_calls = [], Counter()
     saved = None
     for part in STEP if "backward" in parts else parts:

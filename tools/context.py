@@ -1,6 +1,6 @@
 """The largest context whose head fits in a GPU's memory, by what each algorithm keeps: a model, nothing is measured.
 
-python benchmarks/context_model.py [--gib 8 --vocab 128256 --hidden-size 4096] [--output FILE]
+python -m tools.context [--gib 8 --vocab 128256 --hidden-size 4096] [--output FILE]
 
 Inputs are bf16. Everybody holds the head, its gradient, the hidden states and their gradient; a policy forward and
 backward of one preference pair without prompt, so rows are completion tokens. What a peer keeps beside them is read
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import inputs
+from benchmarks import inputs
 
 GIB = 2**30
 BF16, FP32 = 2, 4

@@ -1,6 +1,6 @@
 """Which kernels changed since they were last measured on a GPU.
 
-python benchmarks/measured.py [--check]
+python -m benchmarks.gpu.measured [--check]
 
 A result file of the GPU suite carries a digest of every kernel it ran: of a Triton kernel's code with all that it calls
 and its tiles, of a CUDA file with the headers that it includes. `--check` fails where the README's line on the last run
@@ -17,16 +17,16 @@ import re
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-KERNELS = sorted((ROOT / "fastdpo" / "ops").glob("triton_*.py"))
-CUDA = sorted((ROOT / "csrc").glob("*.cu"))
+KERNELS = sorted((ROOT / "fastdpo" / "ops" / "triton").glob("*.py"))
+CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 README_LINE = re.compile(r"^\*\*Last GPU run:\*\* .*$", re.MULTILINE)
 
 
 def digests(triton: list[Path] = KERNELS, cuda: list[Path] = CUDA) -> dict[str, str]:
     """Kernel, or CUDA file -> digest. Comments, docstrings and Python's layout do not count."""
-    return {**_triton_digests(triton), **{f"csrc/{file.name}": _digest(_included(file)) for file in cuda}}
+    return {**_triton_digests(triton), **{f"csrc/cuda/{file.name}": _digest(_included(file)) for file in cuda}}
 
 
 def _digest(parts: list[str]) -> str:
@@ -41,7 +41,7 @@ def _included(file: Path) -> list[str]:
         text = re.sub(r"//.*", "", current.read_text())
         texts[current.name] = "\n".join(line.rstrip() for line in text.splitlines() if line.strip())
         names = re.findall(r'#include "([^"]+)"', text)
-        waiting += [current.parent / name for name in names if name not in texts]
+        waiting += [file.parents[1] / name for name in names if Path(name).name not in texts]
     return [texts[name] for name in sorted(texts)]
 
 

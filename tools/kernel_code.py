@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
-from kernel_variants import Variant
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from tools.kernel_variants import Variant
 
 KIB = 1024
 

@@ -1,6 +1,6 @@
 """Does routing change what is learnt? One model, DPO-trained with four ways to the gradient of the head.
 
-python benchmarks/bench_training.py --output benchmarks/results/2026-11-training.json [--steps 300 --seeds 3]
+python -m benchmarks.models.training --output benchmarks/results/2026-11-training.json [--steps 300 --seeds 3]
 
     exact      fp32 logits, the exact gradient: what every other path approximates
     routed     fastdpo's default
@@ -22,13 +22,14 @@ import json
 import math
 from pathlib import Path
 
-import inputs
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastdpo
-from fastdpo.routing import BLOCK, DEFAULT_TAU
+from benchmarks import inputs
+from fastdpo.head import DEFAULT_TAU
+from fastdpo.routing import BLOCK
 
 VOCAB, HIDDEN, LAYERS, LENGTH, PROMPT = 8192, 128, 2, 64, 16
 PAIRS, BETA, RATE, LIKED = 8, 0.1, 3e-4, 1.2

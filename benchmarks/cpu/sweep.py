@@ -1,7 +1,7 @@
 """Time and peak memory of one DPO step on the head against the number of completion tokens, V, H and the share of
 prompt tokens, with a trained and with a frozen head, for every peer.
 
-python benchmarks/bench_sweep.py [--along tokens vocab ...] [--longest 5] [--head head.safetensors]
+python -m benchmarks.cpu.sweep [--along tokens vocab ...] [--longest 5] [--head head.safetensors]
 
 A step is policy and reference forward, loss and backward, for two preference pairs whose sequences share the tokens.
 Rounds are interleaved in one process. Memory is the resident set's growth in a process of its own, less the returned
@@ -18,12 +18,13 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import inputs
 import torch
-from bench_cpu import make_problem
-from peers import PEERS, Problem, Unavailable
-from resident import growth, in_child
 from safetensors.torch import save_file
+
+from benchmarks import inputs
+from benchmarks.cpu.resident import growth, in_child
+from benchmarks.cpu.step import make_problem
+from benchmarks.peers import PEERS, Problem, Unavailable
 
 PATHS = ("eager", "trl compacted", "liger", "torch linear_cross_entropy", "fastdpo exact", "fastdpo routed")
 DISTINCT = 4096  # tokens; more are copies of these: the statistics are the same, drawing labels takes long
@@ -84,7 +85,7 @@ def step_memory(path: str, point: Point, head: inputs.HeadInputs) -> float:
 
 
 def in_process(path: str, point: Point, file: str) -> tuple[float | None, str | None]:
-    return in_child(__file__, "--one", path, json.dumps(asdict(point)), "--head", file)
+    return in_child("-m", "benchmarks.cpu.sweep", "--one", path, json.dumps(asdict(point)), "--head", file)
 
 
 def memory_again(record: Path, paths: list[str]) -> None:

@@ -1,6 +1,8 @@
-"""The pictures of the README, from the committed results: `python benchmarks/plots.py [--results DIR] [--output DIR]`.
+"""The pictures of the README, from the committed results.
 
-A picture whose results are missing is left out. GPU results have plot_gpu.py.
+python -m benchmarks.report.plots [--results DIR] [--output DIR]
+
+A picture whose results are missing is left out. GPU results have gpu.py.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-HERE = Path(__file__).parent
+RESULTS = Path(__file__).parents[1] / "results"
 OURS, OTHERS, DROPPED = "#1b7f4b", "#9aa5b1", "#c44e52"
 COLORS = {"exact": "black", "routed": OURS, "dropped": DROPPED, "trl bf16": "#dd8b2f"}
 
@@ -195,8 +197,8 @@ PLOTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "plots")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "plots")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     for source, (name, plot) in PLOTS.items():

@@ -1,7 +1,7 @@
 """How the routed backward works, in one picture: which blocks of which tokens it computes.
 
-python benchmarks/plot_routing.py --head head.safetensors --shares benchmarks/results/2026-11-head-shares.json
-python benchmarks/plot_routing.py                       draw it again from the committed shares
+python -m benchmarks.report.routing --head head.safetensors --shares benchmarks/results/2026-11-head-shares.json
+python -m benchmarks.report.routing                       draw it again from the committed shares
 
 Rows are tokens, columns the vocabulary's blocks of 128: computed because they hold the label or at least `tau` of the
 token's tail, sampled (computed, and weighted by tau / share), or never computed.
@@ -14,19 +14,20 @@ import datetime
 import json
 from pathlib import Path
 
-import inputs
 import matplotlib
 import torch
 from torch import Tensor
 
-from fastdpo.routing import DEFAULT_TAU, ONE, keep, odds, own_block, philox
+from benchmarks import inputs
+from fastdpo.head import DEFAULT_TAU
+from fastdpo.routing import ONE, keep, odds, own_block, philox
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 KINDS = (("never computed", "#edf0f3"), ("sampled, weight tau / share", "#dd8b2f"), ("always computed", "#1b7f4b"))
 STEPS = 8  # of log2(share) per unit in the file
 

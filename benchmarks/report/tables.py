@@ -1,7 +1,7 @@
 """The tables of measurements in README.md and benchmarks/README.md, from the committed results: no number is typed.
 
-python benchmarks/tables.py            write them, between `<!-- table: NAME -->` and `<!-- end -->`
-python benchmarks/tables.py --check    fail where a document says something else
+python -m benchmarks.report.tables            write them, between `<!-- table: NAME -->` and `<!-- end -->`
+python -m benchmarks.report.tables --check    fail where a document says something else
 
 Every table ends with its result files and the commands that made them. A table whose file is missing says so.
 """
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -258,17 +258,17 @@ class Source:
 
 
 COMMANDS = {  # result file -> what made it
-    "2026-11-cpu-step.json": "bench_cpu.py --head head.safetensors",
-    "2026-11-cpu-sweep.json": "bench_sweep.py --longest 100` and, of fastdpo alone, `--memory-again",
-    "2026-11-cpu-fits.json": "bench_memory.py --fits 2 4 --vocab 131072 --hidden-size 256",
-    "2026-11-context-model.json": "context_model.py",
-    "2026-11-cpu-tau.json": "bench_tau.py --head head.safetensors",
-    "2026-11-cpu-bias.json": "bench_bias.py --head head.safetensors",
-    "2026-11-cpu-rules.json": "bench_rules.py --head head.safetensors",
-    "2026-11-cpu-memory.json": "bench_memory.py --frozen",
-    "2026-11-cpu-accuracy.json": "bench_accuracy.py --head head.safetensors",
-    "2026-11-training.json": "bench_training.py",
-    "2026-11-triton-counts.json": "count_step.py --head head.safetensors",
+    "2026-11-cpu-step.json": "benchmarks.cpu.step --head head.safetensors",
+    "2026-11-cpu-sweep.json": "benchmarks.cpu.sweep --longest 100` and, of fastdpo alone, `--memory-again",
+    "2026-11-cpu-fits.json": "benchmarks.cpu.memory --fits 2 4 --vocab 131072 --hidden-size 256",
+    "2026-11-context-model.json": "tools.context",
+    "2026-11-cpu-tau.json": "benchmarks.cpu.tau --head head.safetensors",
+    "2026-11-cpu-bias.json": "benchmarks.cpu.bias --head head.safetensors",
+    "2026-11-cpu-rules.json": "benchmarks.cpu.rules --head head.safetensors",
+    "2026-11-cpu-memory.json": "benchmarks.cpu.memory --frozen",
+    "2026-11-cpu-accuracy.json": "benchmarks.cpu.accuracy --head head.safetensors",
+    "2026-11-training.json": "benchmarks.models.training",
+    "2026-11-triton-counts.json": "tools.count_step --head head.safetensors",
 }
 AXES = {
     "tokens": "completion tokens",
@@ -310,11 +310,11 @@ def rendered(name: str, results: Path = RESULTS, beside: Path = ROOT) -> str:
     source = SOURCES[name]
     missing = [file for file in source.files if not (results / file).exists()]
     if missing:
-        commands = ", ".join(f"`benchmarks/{COMMANDS[file]}`" for file in missing)
+        commands = ", ".join(f"`python -m {COMMANDS[file]}`" for file in missing)
         return f"\nNot measured yet: {commands}\n\n"
     records = [json.loads((results / file).read_text()) for file in source.files]
     folder = Path(os.path.relpath(RESULTS, beside)).as_posix()
-    made = [f"[`{file}`]({folder}/{file}): `benchmarks/{COMMANDS[file]}`" for file in source.files]
+    made = [f"[`{file}`]({folder}/{file}): `python -m {COMMANDS[file]}`" for file in source.files]
     places = dict.fromkeys(where_and_when(record) for record in records)
     return "\n".join(["", *source.render(*records), "", f"{', '.join(made)}. {'; '.join(places)}.", "", ""])
 
@@ -338,7 +338,7 @@ def main() -> None:
         text = document.read_text()
         wanted = filled(text, beside=document.parent)
         if args.check and wanted != text:
-            sys.exit(f"{document}'s tables differ from benchmarks/results: run python benchmarks/tables.py")
+            sys.exit(f"{document}'s tables differ from benchmarks/results: run python -m benchmarks.report.tables")
         if not args.check:
             document.write_text(wanted)
 
