@@ -24,7 +24,8 @@ def test_every_result_has_its_table_and_every_link_its_file():
 
     texts = [document.read_text() for document in DOCUMENTS]
     assert {name for text in texts for name in re.findall(r"<!-- table: ([\w-]+) -->", text)} == set(SOURCES)
-    for document, text in zip(DOCUMENTS, texts):
+    documents = [*DOCUMENTS, *(ROOT / "docs").glob("*.md")]
+    for document, text in zip(documents, (document.read_text() for document in documents)):
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (document.parent / link).exists(), link
     for source in SOURCES.values():
@@ -51,9 +52,11 @@ def test_figures_in_the_text_are_those_of_the_results():
 
     verdicts = {"wrong": 0, **matrix["counts"]}
     figures = {
-        "README.md": [
+        "docs/trainers.md": [
             f"of {len(matrix['rows'])} classes {verdicts['exact']} are exact, {verdicts['refused']} is refused, "
             f"none wrong; {verdicts['not built']} could not be built tiny",
+        ],
+        "README.md": [
             f"{few['fastdpo routed']:.2f} s routed and {few['fastdpo exact']:.2f} s exact on the CPU",
             f"for about {moved['ordered'] / moved['atomics']:.1f} times the traffic",
         ],
@@ -161,3 +164,7 @@ def _training(folder: Path) -> Path:
     record = {"notes": {}, "environment": environment(), "runs": runs}
     (folder / "2026-11-training.json").write_text(json.dumps(record))
     return folder
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
