@@ -1,5 +1,5 @@
 """Trainers of repositories that users clone, in place of the modules that their scripts import; and what is asked of
-their adapters: the lines that the README tells users to add, run as they stand there.
+their adapters: the lines that docs/trainers.md tells users to add, run as they stand there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "trainers.md"
 B, T = 2, 10
 
 
@@ -49,9 +49,9 @@ def place(monkeypatch, name: str, *classes: type) -> None:
 
 
 def documented(adapter):
-    """The two lines of the README that name `adapter`."""
+    """The two lines of docs/trainers.md that name `adapter`."""
     pattern = rf"^from fastdpo\.integrations import {adapter}\n+{adapter}\.patch\(.*$"
-    (lines,) = re.findall(pattern, README.read_text(), re.MULTILINE)
+    (lines,) = re.findall(pattern, DOCUMENT.read_text(), re.MULTILINE)
     return lines
 
 
