@@ -1,5 +1,5 @@
-"""Lazy logits in torchtune's DPO recipe: the line that docs/trainers.md adds to it, in the recipe itself where torchtune
-is installed, and otherwise in its contract.
+"""Lazy logits in torchtune's DPO recipe: the line that docs/trainers.md adds to it, in the recipe itself where it is
+installed, and otherwise in its contract.
 
 Last run with torchtune 0.6.1, torchao 0.10.0, torch 2.13.0 on the CPU: its `LoRADPORecipeSingleDevice.train`, with a
 model, data and a logger of the test's own in place of what `setup` reads from files. The contract is
