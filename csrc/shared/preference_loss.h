@@ -1,8 +1,8 @@
 // Every preference loss, once: an expression on dual numbers, so value and gradient come from the same line.
 //   a, b = chosen, rejected log-ratio to the reference        s = f-divergence score of a log-ratio
-//   d = s_w - s_l        S = sigmoid        n = completion tokens        e = label smoothing
-// The losses that need the whole batch are finished outside: `aot*` arrive here already matched by rank, and
-// `sft` has no expression per preference pair.
+//   d = s_w - s_l        x = beta d        S = sigmoid        n = completion tokens        e = label smoothing
+// The losses that need the whole batch are not here: `sft` is finished in preference_batch.h, and those that match rows
+// by rank are torch's.
 #pragma once
 
 #include "shared/dual.h"
@@ -10,57 +10,6 @@
 namespace fastdpo {
 
 enum class Divergence : int { kReverseKl, kForwardKl, kJs, kAlpha };
-
-enum class PreferenceLoss : int {
-  kSigmoid,
-  kRobust,
-  kIpo,
-  kHinge,
-  kExoPair,
-  kNcaPair,
-  kBcoPair,
-  kSppoHard,
-  kAot,
-  kAotUnpaired,
-  kApoZero,
-  kApoDown,
-  kDiscopop,
-  kSigmoidNorm,
-  kSimpo,
-  kCpo,
-  kOrpo,
-  kKto,
-  kDpop,
-  kSlic,
-};
-
-struct NamedLoss {
-  const char* name;
-  PreferenceLoss id;
-};
-
-constexpr NamedLoss kPreferenceLosses[] = {
-    {"sigmoid", PreferenceLoss::kSigmoid},
-    {"robust", PreferenceLoss::kRobust},
-    {"ipo", PreferenceLoss::kIpo},
-    {"hinge", PreferenceLoss::kHinge},
-    {"exo_pair", PreferenceLoss::kExoPair},
-    {"nca_pair", PreferenceLoss::kNcaPair},
-    {"bco_pair", PreferenceLoss::kBcoPair},
-    {"sppo_hard", PreferenceLoss::kSppoHard},
-    {"aot", PreferenceLoss::kAot},
-    {"aot_unpaired", PreferenceLoss::kAotUnpaired},
-    {"apo_zero", PreferenceLoss::kApoZero},
-    {"apo_down", PreferenceLoss::kApoDown},
-    {"discopop", PreferenceLoss::kDiscopop},
-    {"sigmoid_norm", PreferenceLoss::kSigmoidNorm},
-    {"simpo", PreferenceLoss::kSimpo},
-    {"cpo", PreferenceLoss::kCpo},
-    {"orpo", PreferenceLoss::kOrpo},
-    {"kto", PreferenceLoss::kKto},
-    {"dpop", PreferenceLoss::kDpop},
-    {"slic", PreferenceLoss::kSlic},
-};
 
 struct NamedDivergence {
   const char* name;
@@ -74,18 +23,33 @@ constexpr NamedDivergence kDivergences[] = {
     {"alpha_divergence", Divergence::kAlpha},
 };
 
+enum class PreferenceLoss : int {
+#define LOSS(name, ...) name,
+#include "shared/preference_losses.h"
+#undef LOSS
+};
+
+struct NamedLoss {
+  const char* name;
+  PreferenceLoss id;
+};
+
+constexpr NamedLoss kPreferenceLosses[] = {
+#define LOSS(name, ...) {#name, PreferenceLoss::name},
+#include "shared/preference_losses.h"
+#undef LOSS
+};
+
+// What else the expressions read, and the order in which Python hands it over.
+#define FASTDPO_PREFERENCE_OPTIONS(OPTION)                                                                   \
+  OPTION(beta) OPTION(label_smoothing) OPTION(f_alpha_divergence_coef) OPTION(discopop_tau) OPTION(simpo_gamma) \
+  OPTION(dpop_lambda) OPTION(slic_delta) OPTION(kto_kl) OPTION(desirable_weight) OPTION(undesirable_weight)
+
 struct PreferenceOptions {
   Divergence divergence;
-  double beta;
-  double label_smoothing;
-  double f_alpha_divergence_coef;
-  double discopop_tau;
-  double simpo_gamma;
-  double dpop_lambda;
-  double slic_delta;
-  double kto_kl;
-  double desirable_weight;
-  double undesirable_weight;
+#define OPTION(name) double name;
+  FASTDPO_PREFERENCE_OPTIONS(OPTION)
+#undef OPTION
 };
 
 struct OptionField {
@@ -93,18 +57,10 @@ struct OptionField {
   double PreferenceOptions::*field;
 };
 
-// The order in which Python hands the numbers over.
 constexpr OptionField kPreferenceOptionFields[] = {
-    {"beta", &PreferenceOptions::beta},
-    {"label_smoothing", &PreferenceOptions::label_smoothing},
-    {"f_alpha_divergence_coef", &PreferenceOptions::f_alpha_divergence_coef},
-    {"discopop_tau", &PreferenceOptions::discopop_tau},
-    {"simpo_gamma", &PreferenceOptions::simpo_gamma},
-    {"dpop_lambda", &PreferenceOptions::dpop_lambda},
-    {"slic_delta", &PreferenceOptions::slic_delta},
-    {"kto_kl", &PreferenceOptions::kto_kl},
-    {"desirable_weight", &PreferenceOptions::desirable_weight},
-    {"undesirable_weight", &PreferenceOptions::undesirable_weight},
+#define OPTION(name) {#name, &PreferenceOptions::name},
+    FASTDPO_PREFERENCE_OPTIONS(OPTION)
+#undef OPTION
 };
 
 // Exponents stop here, as TRL's do: e^80 is still a finite float, and so is its product with a coefficient.
@@ -171,94 +127,12 @@ FASTDPO_HD Dual<T, 4> preference_loss(PreferenceLoss loss, const PreferenceInput
   const D s_w = divergence_score(a, options);
   const D s_l = divergence_score(b, options);
   const D x = beta * (s_w - s_l);
-
   switch (loss) {
-    // -log S(beta d). DPO, arXiv 2305.18290 eq. 7; smoothed: conservative DPO, ericmitchell.ai/cdpo.pdf eq. 3
-    case PreferenceLoss::kSigmoid:
-      return smoothed_log_loss(x, e);
-
-    // [-(1 - e) log S(beta d) + e log S(-beta d)] / (1 - 2e). Robust DPO, arXiv 2403.00409
-    case PreferenceLoss::kRobust:
-      if (e == T(0)) return -log_sigmoid(x);
-      return ((e - T(1)) * log_sigmoid(x) + e * log_sigmoid(-x)) / (T(1) - T(2) * e);
-
-    // (s_w / n_w - s_l / n_l - 1 / (2 beta))^2. IPO, arXiv 2310.12036 eq. 17, per token
-    case PreferenceLoss::kIpo:
-      return square(s_w / n_w - s_l / n_l - T(0.5) / beta);
-
-    // relu(1 - beta d). RSO, arXiv 2309.06657
-    case PreferenceLoss::kHinge:
-      return relu(T(1) - x);
-
-    // S(beta d) [log S(beta d) - log(1 - e)] + S(-beta d) [log S(-beta d) - log e]. EXO, arXiv 2402.00856 eq. 16
-    case PreferenceLoss::kExoPair:
-      return sigmoid(x) * (log_sigmoid(x) - ::log1p(-e)) + sigmoid(-x) * (log_sigmoid(-x) - ::log(e));
-
-    // -log S(beta a) - log S(-beta a) / 2 - log S(-beta b) / 2. NCA, arXiv 2402.05369
-    case PreferenceLoss::kNcaPair:
-      return T(-0.5) * (log_sigmoid(-beta * a) + log_sigmoid(-beta * b)) - log_sigmoid(beta * a);
-
-    // -log S(beta a) - log S(-beta b). BCO without the running shift, arXiv 2404.04656
-    case PreferenceLoss::kBcoPair:
-      return -log_sigmoid(beta * a) - log_sigmoid(-beta * b);
-
-    // (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2. SPPO with hard labels, arXiv 2405.00675 eq. 4.7
-    case PreferenceLoss::kSppoHard:
-      return square(a - T(0.5) / beta) + square(b + T(0.5) / beta);
-
-    // -log S(beta (a - b)), smoothed, of rows matched by rank: `aot` pairs the k-th smallest policy margin with the
-    // k-th smallest reference margin, `aot_unpaired` the k-th smallest a with the k-th smallest b. arXiv 2406.05882
-    case PreferenceLoss::kAot:
-    case PreferenceLoss::kAotUnpaired:
-      return smoothed_log_loss(beta * (a - b), e);
-
-    // 1 - S(beta a) + S(beta b). APO-zero, arXiv 2408.06266 eq. 7
-    case PreferenceLoss::kApoZero:
-      return sigmoid(-beta * a) + sigmoid(beta * b);
-
-    // S(beta a) + 1 - S(beta (a - b)). APO-down, arXiv 2408.06266 eq. 8
-    case PreferenceLoss::kApoDown:
-      return sigmoid(beta * a) + sigmoid(-beta * (a - b));
-
-    // -log S(x) (1 - m) + e^-x m with x = beta d, m = S(x / tau). DiscoPOP, arXiv 2406.08414 eq. 5
-    case PreferenceLoss::kDiscopop: {
-      // e^-x and m overflow and vanish together: their exponents are added before either exists.
-      const D z = x / T(options.discopop_tau);
-      return exp(clamp_max(log_sigmoid(z) - x, T(kMaxExponent))) - log_sigmoid(x) * sigmoid(-z);
-    }
-
-    // -log S(beta (s_w / n_w - s_l / n_l)). Length-normalised DPO, arXiv 2411.15124
-    case PreferenceLoss::kSigmoidNorm:
-      return -log_sigmoid(beta * (s_w / n_w - s_l / n_l));
-
-    // -log S(beta (chosen / n_w - rejected / n_l) - gamma), smoothed. SimPO, arXiv 2405.14734 eq. 6
-    case PreferenceLoss::kSimpo:
-      return smoothed_log_loss(beta * (in.chosen / n_w - in.rejected / n_l) - T(options.simpo_gamma), e);
-
-    // -log S(beta (chosen - rejected)), smoothed. CPO's preference term, arXiv 2401.08417 eq. 3
-    case PreferenceLoss::kCpo:
-      return smoothed_log_loss(beta * (in.chosen - in.rejected), e);
-
-    // -beta log S(log odds_w - log odds_l), odds = p / (1 - p), p = e^(logp / n). ORPO's odds-ratio term, arXiv
-    // 2403.07691 eqs. 4 and 7; its lambda is `beta`, as in TRL
-    case PreferenceLoss::kOrpo:
-      return -beta * log_sigmoid(log_odds(in.chosen / n_w) - log_odds(in.rejected / n_l));
-
-    // [lambda_D (1 - S(beta (a - KL))) + lambda_U (1 - S(beta (KL - b)))] / 2: the mean over the two sequences, as
-    // KTO averages over sequences. arXiv 2402.01306
-    case PreferenceLoss::kKto: {
-      const T kl = T(options.kto_kl);
-      return T(0.5 * options.desirable_weight) * sigmoid(-beta * (a - kl)) +
-             T(0.5 * options.undesirable_weight) * sigmoid(beta * (b - kl));
-    }
-
-    // -log S(beta (a - b - lambda relu(-a))). DPO-positive, arXiv 2402.13228
-    case PreferenceLoss::kDpop:
-      return -log_sigmoid(beta * (a - b - T(options.dpop_lambda) * relu(-a)));
-
-    // relu(delta - beta (chosen - rejected)). SLiC-HF's rank loss, arXiv 2305.10425, where beta is 1
-    case PreferenceLoss::kSlic:
-      return relu(T(options.slic_delta) - beta * (in.chosen - in.rejected));
+#define LOSS(name, ...)      \
+  case PreferenceLoss::name: \
+    return __VA_ARGS__;
+#include "shared/preference_losses.h"
+#undef LOSS
   }
   return D(T(0));
 }
