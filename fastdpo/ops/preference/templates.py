@@ -123,8 +123,8 @@ def batch_losses(
 
 
 class _BatchLosses(torch.autograd.Function):
-    """``apply(Spec, *arguments of the operator) -> its first six results``, once differentiable: the one autograd of both
-    operators: torch.compile follows it and finds them inside; outside of a graph it calls what they call."""
+    """``apply(Spec, *arguments of the operator) -> its first six results``, once differentiable: the one autograd of
+    both operators. torch.compile follows it and finds them inside; outside of a graph it calls what they call."""
 
     of = "fastdpo.preference_loss"
 
