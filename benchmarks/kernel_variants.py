@@ -14,10 +14,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastdpo.ops.problem import STATS, Head, LogitTransform, LoRA, Needs, Rows, Upstream
+from fastdpo.head import LogitTransform, LoRA, Routing
+from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton.launch import Recorder, Target
-from fastdpo.routing import Routing
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}
 
@@ -168,7 +168,7 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         compute_dtype=compute,
     )
     rows = Rows(meta(n, dtype=torch.int64), -100, 251 * 128 if problem.shard else 0, 128256)
-    routing = None if problem.tau is None else Routing(*problem.tau, meta(dtype=torch.int64))
+    routing = None if problem.tau is None else Routing.of(*problem.tau, meta(dtype=torch.int64))
     shards = _OneShard() if problem.shard else None
     trained = not problem.frozen
     needs = Needs(not problem.frozen_hidden, trained, trained and problem.bias, trained and r > 0, trained and r > 0)
