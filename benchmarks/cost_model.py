@@ -113,6 +113,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     """
     import fastdpo
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
+    from fastdpo.ops.triton import backward as triton_backward
     from fastdpo.ops.triton import forward as triton_engine
     from fastdpo.ops.triton.launch import Recorder
     from fastdpo.routing import Routing, parse_tau
@@ -137,7 +138,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
             elif part == "backward":
                 upstream = Upstream(meta(n, dtype=torch.float32))
                 needs = Needs(True, not frozen, False, False, False)
-                triton_engine.backward(head, rows, saved, upstream, routing, needs)
+                triton_backward.backward(head, rows, saved, upstream, routing, needs)
             else:
                 triton_engine.forward(head, rows, stats=frozenset(), routing=None, shards=None)
         if part in parts:
