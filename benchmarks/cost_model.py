@@ -112,11 +112,11 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     `backward` is "exact", "routed", or "none" for a forward without gradients.
     """
     import fastdpo
+    from fastdpo.head import Routing, taus
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
     from fastdpo.ops.triton import backward as triton_backward
     from fastdpo.ops.triton import forward as triton_engine
     from fastdpo.ops.triton.launch import Recorder
-    from fastdpo.routing import Routing, parse_tau
 
     def meta(*size, dtype=shape.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
@@ -127,8 +127,8 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     rows = Rows(meta(n, dtype=torch.int64), -100, 0, v)
     routing = None
     if backward == "routed":
-        tau_hidden, tau_weight = parse_tau(tau, not frozen)
-        routing = Routing(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
+        tau_hidden, tau_weight = taus(tau, not frozen)
+        routing = Routing.of(tau_hidden, -1.0 if frozen else tau_weight, meta(dtype=torch.int64))
     launches, torch_calls = [], Counter()
     saved = None
     for part in STEP if "backward" in parts else parts:
@@ -167,10 +167,13 @@ def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **o
 
 
 def _bound(launches: list[tuple]):
-    """(kernel, its arguments by name) of every launch, with the tokens that the lists it reads are of."""
+    """(kernel, its arguments by name, tuples' members among them) of every launch, with the tokens its lists are of."""
     tokens_of = {}
-    for kernel, grid, arguments, constants, *_ in launches:
-        bound = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
+    for kernel, grid, arguments, *_ in launches:
+        bound = dict(arguments, grid=grid)
+        for name in ("form", "head", "lists", "kept"):
+            if name in arguments:
+                bound |= {key: getattr(x, "value", x) for key, x in arguments[name]._asdict().items()}
         if "lengths" in bound:
             tokens_of.setdefault(id(bound["lengths"]), bound.get("capacity"))  # the plan comes first
             bound["of_range"] = tokens_of[id(bound["lengths"])]
@@ -235,7 +238,7 @@ def _routed(a, shape, live) -> tuple[Tensor, Tensor, float]:
     """(pairs, padded pairs) per block and tiles of this launch's list; the first round stands for all of them."""
     blocks = a["running"].shape[1] if "running" in a else a["lengths"].shape[0]
     lengths = _lengths(a, shape, live, a["first_token"], a.get("capacity", shape.num_tokens), blocks)
-    return lengths, (lengths / a["TILE"]).ceil() * a["TILE"], a["round"] == 0
+    return lengths, (lengths / a.get("TILE", a["BM"])).ceil() * a.get("TILE", a["BM"]), a["round"] == 0
 
 
 def _range(a: dict, shape: Shape) -> int:
@@ -277,7 +280,7 @@ def _ordered_dhidden(a, shape, live):
     item, columns = shape.dtype.itemsize, _padded(a["H"], a["BN"])
     touched = (lengths > 0).sum().item() * BLOCK * a["H"]
     added = _missed(8 * lengths.sum().item() * a["H"], 8 * _range(a, shape) * a["H"])
-    pairs = (_ordered_shares(a, lengths) / a["ROWS"]).ceil().sum().item() * a["ROWS"]
+    pairs = (_ordered_shares(a, lengths) / a["BM"]).ceil().sum().item() * a["BM"]
     return Cost(2.0 * pairs * BLOCK * columns, item * (lengths.sum().item() * BLOCK + touched) + added)
 
 
@@ -306,7 +309,7 @@ def dhidden_through_cache(shape: Shape, live_hidden: Tensor, target) -> dict[str
             lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live_hidden)
             if first:
                 parts, item, pairs = -(-a["H"] // a["BN"]), shape.dtype.itemsize, lengths.sum().item()
-                reads_of_blocks = padded.sum().item() / a["TILE"]
+                reads_of_blocks = padded.sum().item() / a.get("TILE", a["BM"])
                 if ordered:  # a program reads its part of a block once, if it has pairs there
                     reads_of_blocks = (_ordered_shares(a, lengths) > 0).sum().item()
                 operands = parts * item * BLOCK * (pairs + reads_of_blocks * a["BN"])
@@ -350,7 +353,7 @@ _COSTS = {
     "routed_dweight": _routed_dweight,
     "compact": _rows(lambda a, s: 30 * s.num_tokens),
     "gather": _rows(lambda a, s: 2 * s.dtype.itemsize * a["capacity"] * a["pitch"]),
-    "rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
+    "low_rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
     "finish": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + 20)),
     "route": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + a["bitmap_stride"] + 8)),
     "count": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),

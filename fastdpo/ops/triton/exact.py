@@ -90,27 +90,25 @@ def dz_kernel(
         entropy: tl.constexpr = terms.coef_entropy is not None
         begin, inside = v * form.BN, i < capacity
         _dz_columns(
-            acc, transform, begin, column, inside, label, of_row, scale, target, sums, dz_stride, head.V, entropy
+            acc, transform, begin, first_column, inside, label, of_row, scale, target, sums, dz_stride, head.V, entropy
         )
 
 
 @triton.jit
 def _dz_columns(
-    products, transform, begin, column, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY: tl.constexpr
+    acc, transform, begin, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY: tl.constexpr
 ):
-    """Products [tokens, columns from `column` on, which is `begin` of the slab] -> dz, a block after the other to save
-    registers."""
-    HALF: tl.constexpr = products.shape[1] // 2
-    if HALF * 2 > BLOCK:
-        left, right = halves(products)
-        _dz_columns(left, transform, begin, column, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
-        begin, column = begin + HALF, column + HALF
-        _dz_columns(right, transform, begin, column, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
+    """Products [tokens, columns from first + begin on] -> dz, a block of columns at a time to save registers."""
+    if acc.shape[1] > BLOCK:
+        left, right = halves(acc)
+        middle = begin + acc.shape[1] // 2
+        _dz_columns(left, transform, begin, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
+        _dz_columns(right, transform, middle, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
     else:
         at = begin + tl.arange(0, BLOCK)
-        dz, _ = dz_of(products, transform, terms, label, column + tl.arange(0, BLOCK), V, ENTROPY)
+        dz, _ = dz_of(acc, transform, terms, label, first + at, V, ENTROPY)
         dz *= scale
-        where = tl.arange(0, products.shape[0])[:, None] * dz_stride + at[None, :]
+        where = tl.arange(0, acc.shape[0])[:, None] * dz_stride + at[None, :]
         mask = inside[:, None] & (at < dz_stride)[None, :]
         tl.store(target + where, rounded(dz, target.dtype.element_ty), mask=mask)
         if sums is not None:
