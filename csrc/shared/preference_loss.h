@@ -36,7 +36,7 @@ enum class PreferenceLoss : int {
 
 struct NamedLoss {
   const char* name;
-  PreferenceLoss loss;
+  PreferenceLoss id;
 };
 
 constexpr NamedLoss kPreferenceLosses[] = {
@@ -64,7 +64,7 @@ constexpr NamedLoss kPreferenceLosses[] = {
 
 struct NamedDivergence {
   const char* name;
-  Divergence divergence;
+  Divergence id;
 };
 
 constexpr NamedDivergence kDivergences[] = {

@@ -19,7 +19,7 @@ from ...tensors import contiguous, in_rows, refuse_transforms
 from .. import native
 
 # Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
-_extension = native.extension()
+_extension = native.EXTENSION
 AVAILABLE = hasattr(_extension, "PreferenceBatch")
 LOSS_IDS: dict[str, int] = _extension.PREFERENCE_LOSSES if AVAILABLE else {}
 DIVERGENCE_IDS: dict[str, int] = _extension.DIVERGENCES if AVAILABLE else {}
@@ -32,7 +32,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if os.environ.get("FASTDPO_ENGINE") == "reference":
         return "FASTDPO_ENGINE"
     if not AVAILABLE:
-        return f"the native extension is missing ({native.reason()})"
+        return f"the native extension is missing ({native.REASON})"
     if device.type == "cpu":
         return None
     if device.type != "cuda":
