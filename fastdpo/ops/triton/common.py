@@ -14,8 +14,8 @@ BLOCK = tl.constexpr(128)  # routing.BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
-# Triton knows them by name, so none of them is in a tuple. A tuple that is not there is one of Nones, and none is inside
-# another: Triton 3.6 cannot compare a tuple with None, and loses the constants of an inner one.
+# Triton knows them by name, so none is in a tuple. A tuple that is not there is one of Nones, and no tuple is in another:
+# Triton 3.6 cannot compare a tuple with None, and loses the constants of an inner one.
 VARYING = (
     *("all_blocks", "capacity", "first_block", "first_column", "first_token", "group_tiles", "ignore_index"),
     *("last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns"),
