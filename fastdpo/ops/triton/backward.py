@@ -71,14 +71,13 @@ def _allocate(call: Call, needs: Needs) -> Gradients:
 
 def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range) -> None:
     """Round by round: the list of pairs, their dz, and its products."""
-    call, tile = sweep.call, sweep.call.tile("routed_dz")
-    pairs = len(listed.tokens)
+    call, pairs = sweep.call, len(listed.tokens)
     dz = torch.empty(pairs, BLOCK.value, dtype=call.dtype, device=call.device)
     ratio = column_sums = None
     if sets.inside is not None:
         ratio = torch.empty(pairs, dtype=torch.float32, device=call.device)
     if sweep.dbias is not None:
-        column_sums = torch.empty(pairs // tile.m, BLOCK.value, dtype=torch.float32, device=call.device)
+        column_sums = torch.empty(pairs // call.pair_tile, BLOCK.value, dtype=torch.float32, device=call.device)
     for round in range(listed.rounds):
         lists.fill(sweep, sets.listed, listed, blocks, round)
         routed_dz(sweep, sets, listed, blocks, round, dz, ratio, column_sums)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -49,6 +51,11 @@ class Call:
         else:
             self.kind, self.recomputing_kind = "half", recomputing
 
+    @functools.cached_property
+    def pair_tile(self) -> int:
+        """Listed pairs of a work tile."""
+        return self.tile("routed_dz").m
+
     def tile(self, kernel: str, out_columns: int | None = None, kind: str | None = None) -> Tile:
         """`kind`: another than that of the call's operands."""
         own = self.recomputing_kind if kernel in ("fold", "dz") else self.kind
@@ -64,11 +71,12 @@ class Call:
     ) -> tuple:
         """(Form of a persistent kernel, its operands): each (tensor, rows, columns) as a TMA descriptor of such boxes
         where the machine has them and every tensor allows it. `compute`: another type than the call's."""
-        tma = bool(operands) and self.target.has_tma and compute is None and are_aligned(*(x for x, _, _ in operands))
+        taken, *_ = zip(*operands) if operands else ((),)
+        tma = bool(operands) and self.target.has_tma and compute is None and are_aligned(*taken)
         if tma:
-            taken = [TensorDescriptor(x, list(x.shape), list(x.stride()), [m, n]) for x, m, n in operands]
-        else:
-            taken = [x for x, _, _ in operands]
+            taken = []
+            for x, rows, columns in operands:
+                taken.append(TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]))
         programs = min(self.target.programs * shape.per_sm, most_programs)
         numbers = (compute or self.compute, tma, shape.m, shape.n, shape.k, shape.group, programs)
         return Form(*map(tl.constexpr, numbers)), *taken

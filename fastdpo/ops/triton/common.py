@@ -14,7 +14,7 @@ BLOCK = tl.constexpr(128)  # routing.BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
-# Triton knows them by name, so none is in a tuple. A tuple that is not there is one of Nones, and no tuple is in another:
+# Triton knows them by name, so none is in a tuple. A tuple that is not there is one of Nones, and none is in another:
 # Triton 3.6 cannot compare a tuple with None, and loses the constants of an inner one.
 VARYING = (
     *("all_blocks", "capacity", "first_block", "first_column", "first_token", "group_tiles", "ignore_index"),
@@ -309,13 +309,3 @@ def store_tile(target, x, row, column, num_rows, num_columns, stride):
 def num_tokens(tokens, first_token, capacity):
     """Tokens of [first_token, first_token + capacity) that exist: their count is known on the device only."""
     return tl.minimum(tl.maximum(tl.load(tokens.count) - first_token, 0), capacity)
-
-
-@triton.jit
-def is_off(flag, wanted: tl.constexpr):
-    """A routed call decides on the device, by `flag`, between its routed and its exact kernels: this one is not
-    wanted."""
-    off = False
-    if flag is not None:
-        off = tl.load(flag) != wanted
-    return off

@@ -20,7 +20,6 @@ from .common import (
     dot,
     dz_of,
     halves,
-    is_off,
     load_tile,
     logit_products,
     num_tokens,
@@ -66,8 +65,9 @@ def dz_kernel(
 ):
     """Persistent over tiles [BM tokens, BN columns] of dz and of column_sums, each a program's own. Rows without a
     token and columns from V on get zeros, so that the products need no masks along their sums."""
-    if is_off(flag, 0):
-        return
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(capacity, form.BM), tl.cdiv(last_column - first_column, form.BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
@@ -159,8 +159,9 @@ def dhidden_kernel(
     form,
 ):
     """Persistent over tiles [BM tokens, BN of H] of `out`, each a program's own: adds dz @ weight of a slab."""
-    if is_off(flag, 0):
-        return
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(H, form.BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
@@ -227,8 +228,9 @@ def dweight_kernel(
 ):
     """dz.T @ hidden of a slab, persistent over tiles [BM columns, BN of H], each a program's own; those of the first BN
     of H write the bias. The capacity is a multiple of BK, and rows without a token are zero."""
-    if is_off(flag, 0):
-        return
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(last_column - first_column, form.BM), tl.cdiv(H, form.BN)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):

@@ -18,11 +18,11 @@ class Target:
     capability: int  # 80, 90, 100, 120; 0: Triton's interpreter
     programs: int  # of a persistent kernel: one per multiprocessor
 
-    @property
+    @functools.cached_property
     def has_tma(self) -> bool:
         return self.capability >= 90 or self.capability == 0
 
-    @property
+    @functools.cached_property
     def tiles(self) -> int:
         """Whose tiles fit: sm_86 and sm_89 have the shared memory of sm_120, not of sm_80."""
         if self.capability in (0, 80):
@@ -211,8 +211,8 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 _INTERPRETED = {
-    "fold": Tile(64, 1024, 64, 4, 1, group=2),
-    "dz": Tile(64, 1024, 64, 4, 1, group=2),
+    "fold": Tile(128, 256, 64, 4, 1, group=2),
+    "dz": Tile(128, 256, 64, 4, 1, group=2),
     "dhidden": Tile(64, 64, 128, 4, 1, group=2),
     "dweight": Tile(512, 64, 64, 4, 1, group=2),
     "dlora_a": Tile(16, 64, 64, 4, 1),

@@ -9,6 +9,7 @@ would not be the exact gradient any more.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ def fill_kernel(kept, tokens, lists, round, first_token, capacity, first_block, 
 def build(sweep: Sweep, kept: Kept, blocks: range, crossover: float) -> Lists:
     """Lists of no round yet: three launches, and one more to fill every round."""
     capacity, num_blocks, all_blocks = sweep.tokens.capacity, len(blocks), sweep.call.num_blocks
-    tile = sweep.call.tile("routed_dz").m
+    tile = sweep.call.pair_tile
     max_pairs = min(capacity * num_blocks, int(crossover * capacity * all_blocks))
     tiles_per_round = max(1, sweep.routed_pairs // tile)
     rounds = (max_pairs // tile + num_blocks) // tiles_per_round + 1
@@ -159,7 +160,7 @@ def build(sweep: Sweep, kept: Kept, blocks: range, crossover: float) -> Lists:
     token_tiles = triton.cdiv(capacity, TOKENS.value)
     shapes = ((token_tiles, num_blocks), num_blocks, num_blocks + 1, rounds + 1, 1, tiles, tiles * tile)
     device = kept.coef.device
-    lists = Lists(*(torch.empty(shape, dtype=torch.int32, device=device) for shape in shapes))
+    lists = Lists(*map(partial(torch.empty, dtype=torch.int32, device=device), shapes))
     most = torch.empty(token_tiles, dtype=torch.int64, device=device)
     launch(
         count_kernel,
@@ -202,6 +203,6 @@ def fill(sweep: Sweep, kept: Kept, lists: Lists, blocks: range, round: int) -> N
         round=round,
         first_block=blocks.start,
         num_blocks=num_blocks,
-        TILE=sweep.call.tile("routed_dz").m,
+        TILE=sweep.call.pair_tile,
         **sweep.tokens._asdict(),
     )

@@ -17,7 +17,6 @@ from .common import (
     dot,
     dz_of,
     expm1,
-    is_off,
     load_rows,
     load_tile,
     rounded,
@@ -45,10 +44,7 @@ class Sets(NamedTuple):
     @staticmethod
     def of(sweep: Sweep, saved: Forward, routing: Routing) -> Sets:
         hidden, head = bool(sweep.by_token), sweep.of_head
-        smaller_hidden, smaller_weight = (
-            wanted and routing.second_tau is not None and taken == 1
-            for wanted, taken in ((hidden, routing.hidden_set), (head, routing.weight_set))
-        )
+        smaller_hidden, smaller_weight = hidden and routing.hidden_set == 1, head and routing.weight_set == 1
         one, smaller, both = set_bytes(sweep.call.num_blocks), smaller_hidden or smaller_weight, hidden and head
         first, second = saved.bitmap[:, :one], saved.bitmap[:, one:]
         kept = Kept(second if smaller and not both else first, first.stride(0), saved.most_pairs, sweep.terms.coef)
@@ -89,7 +85,7 @@ def routed_dz_kernel(
     form,
 ):
     """Persistent over the round's tiles [BM pairs, 128 columns], whose slots of the results are a program's own."""
-    if is_off(lists.is_routed, 1):
+    if tl.load(lists.is_routed) == 0:
         return
     begin = tl.load(lists.first_tile + tl.load(lists.round_block + round))
     end = tl.load(lists.first_tile + tl.load(lists.round_block + round + 1))

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, VARYING, HiddenRows, TokenList, dot, is_off, load_rows, rounded, row_offset
+from .common import BLOCK, VARYING, HiddenRows, TokenList, dot, load_rows, rounded, row_offset
 from .launch import launch
 from .lists import Lists
 from .sweep import Sweep
@@ -47,7 +47,7 @@ def routed_dhidden_kernel(
 ):
     """Persistent over the round's tiles [TILE pairs, BN of H]: adds dz @ weight to rows of `out` by atomics, as
     other blocks' programs do."""
-    if is_off(lists.is_routed, 1):
+    if tl.load(lists.is_routed) == 0:
         return
     begin = tl.load(lists.first_tile + tl.load(lists.round_block + round))
     end = tl.load(lists.first_tile + tl.load(lists.round_block + round + 1))
@@ -92,7 +92,7 @@ def ordered_dhidden_kernel(
 ):
     """Repeatable: a program has BN columns of `out` and a group of tokens to itself, and adds one block after the
     other, BM pairs at a time. A block's list is in the order of the tokens: a group's pairs are neighbours in it."""
-    if is_off(lists.is_routed, 1):
+    if tl.load(lists.is_routed) == 0:
         return
     first, last = tl.load(lists.round_block + round), tl.load(lists.round_block + round + 1)
     base = tl.load(lists.first_tile + first)
@@ -140,7 +140,7 @@ def routed_dhidden(
         "H": columns,
         "weight_stride": weight.stride(0),
         "out_stride": out.stride(0),
-        "TILE": call.tile("routed_dz").m,
+        "TILE": call.pair_tile,
         "form": form,
     }
     if not ordered:
@@ -176,7 +176,7 @@ def routed_dweight_kernel(
 ):
     """dz.T @ hidden: a program has BN columns of a block's rows of `out`, and writes them once; blocks without a pair
     get zeros. The programs of the first columns write the bias."""
-    if is_off(lists.is_routed, 1):
+    if tl.load(lists.is_routed) == 0:
         return
     local = tl.load(lists.round_block + round) + tl.program_id(1)
     if local >= tl.load(lists.round_block + round + 1):
@@ -248,7 +248,7 @@ def routed_dweight(
             V=call.vocab_size,
             H=columns,
             out_stride=0 if out is None else out.stride(0),
-            TILE=call.tile("routed_dz").m,
+            TILE=call.pair_tile,
             form=form,
         )
 

@@ -37,8 +37,8 @@ class Sweep:
     @property
     def by_token(self) -> list[tuple[Tensor, Tensor]]:
         """(sums of dz @ operand, operand)."""
-        pairs = ((self.dhidden, self.call.weight), (self.dlow_rank, self.call.lora_b))
-        return [(out, operand) for out, operand in pairs if out is not None]
+        hidden = [] if self.dhidden is None else [(self.dhidden, self.call.weight)]
+        return hidden if self.dlow_rank is None else [*hidden, (self.dlow_rank, self.call.lora_b)]
 
     @property
     def of_head(self) -> bool:

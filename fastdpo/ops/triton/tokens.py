@@ -8,12 +8,14 @@ spread     dhidden of tokens -> rows
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import VARYING, LowRank, TokenList, TokenRange, dot, is_off, num_tokens, rounded, row_offset
+from .common import VARYING, LowRank, TokenList, TokenRange, dot, num_tokens, rounded, row_offset
 from .launch import launch
 from .stats import Results, store_nothing
 
@@ -70,7 +72,7 @@ def compact_kernel(
 def compact(call, results: Results | None = None, coef: Tensor | None = None, coef_entropy=None) -> TokenList:
     """The tokens of the call, or of the rows with an upstream gradient; other rows of `results` are filled."""
     m, rows = call.num_rows, call.rows
-    tokens = TokenList(*(torch.empty(n, dtype=torch.int32, device=call.device) for n in (m, m, m, 1)))
+    tokens = TokenList(*map(partial(torch.empty, dtype=torch.int32, device=call.device), (m, m, m, 1)))
     launch(
         compact_kernel,
         (triton.cdiv(m, COMPACT.value),),
@@ -104,8 +106,9 @@ def gather_kernel(
     pitch,
 ):
     """A program writes a tile of `out`."""
-    if is_off(flag, 0):
-        return
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = i < num_tokens(tokens, first_token, capacity)
