@@ -8,19 +8,18 @@ Neither the logits nor anything of their size is ever formed.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .head import HeadOptions
-from .logps import TokenStats, linear_token_stats
-from .losses import LOSSES, RANKED, PreferenceOptions, check_options, check_reference_use
-from .ops.preference.losses import batch_losses, mean_loss, rewards, sequence_losses
-from .ops.preference.reference import cast
-from .sequences import Sequences, check_layout, num_sequences
-from .tensors import plain, plain_or_none, refuse_transforms
+from .head import HEAD_OPTIONS, HeadOptions
+from .logps import token_stats
+from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
+from .ops.preference.templates import batch_losses
+from .sequences import check_layout
+from .tensors import plain, refuse_transforms
 from .validation import FLOATS, check_flag, check_number
 
 
@@ -36,41 +35,44 @@ class DPOOutput(NamedTuple):
 
 
 class _DPOOptions(NamedTuple):
+    """All options of a call, checked."""
+
     preference: PreferenceOptions
-    head: dict  # options of linear_logps
+    head: HeadOptions
+    ref_head: HeadOptions  # labels are checked once
     ld_alpha: float | None
     use_weighting: bool
     average_log_prob: bool
 
-
-_HEAD_OPTIONS = tuple(field.name for field in fields(HeadOptions) if field.name != "lora_scale")
-
-
-def _check_dpo_options(
-    ld_alpha: float | None = None, use_weighting: bool = False, average_log_prob: bool = False, **options
-) -> _DPOOptions:
-    unknown = [name for name in options if name not in _HEAD_OPTIONS and name not in PreferenceOptions._fields]
-    if unknown:
-        known = ("ld_alpha", "use_weighting", "average_log_prob", *_HEAD_OPTIONS, *PreferenceOptions._fields)
-        raise TypeError(f"unexpected option {unknown[0]!r}; the options are {', '.join(known)}")
-    head = {name: value for name, value in options.items() if name in _HEAD_OPTIONS}
-    checked = HeadOptions(**head)  # raises what linear_logps would, before any work is done
-    head = {name: getattr(checked, name) for name in head}
-    preference = check_options(**{name: value for name, value in options.items() if name not in head})
-    use_weighting = check_flag("use_weighting", use_weighting)
-    average_log_prob = check_flag("average_log_prob", average_log_prob)
-    if ld_alpha is not None:
-        ld_alpha = check_number("ld_alpha", ld_alpha)
-        if not 0 <= ld_alpha <= 1:
-            raise ValueError(f"ld_alpha must lie in [0, 1]; got {ld_alpha!r}")
-    for name in preference.loss_type:
-        if use_weighting and name in RANKED:
-            raise ValueError(f"use_weighting=True weighs rows, but loss_type {name!r} matches them by rank")
-        if average_log_prob and LOSSES[name].lengths and name != "sft":
-            raise ValueError(
-                f"average_log_prob=True would divide by the length twice: loss_type {name!r} does so itself"
-            )
-    return _DPOOptions(preference, head, ld_alpha, use_weighting, average_log_prob)
+    @staticmethod
+    def of(ld_alpha=None, use_weighting=False, average_log_prob=False, **options) -> _DPOOptions:
+        of_head, of_loss = {}, {}
+        for name, value in options.items():
+            if name in HEAD_OPTIONS:
+                of_head[name] = value
+            elif name in PREFERENCE_OPTIONS:
+                of_loss[name] = value
+            else:
+                known = ("ld_alpha", "use_weighting", "average_log_prob", *HEAD_OPTIONS, *PREFERENCE_OPTIONS)
+                raise TypeError(f"unexpected option {name!r}; the options are {', '.join(known)}")
+        head, preference = HeadOptions(**of_head), PreferenceOptions(**of_loss)
+        if ld_alpha is not None:
+            ld_alpha = check_number("ld_alpha", ld_alpha)
+            if not 0 <= ld_alpha <= 1:
+                raise ValueError(f"ld_alpha must lie in [0, 1]; got {ld_alpha!r}")
+        if use_weighting is not False:
+            use_weighting = check_flag("use_weighting", use_weighting)
+        if average_log_prob is not False:
+            average_log_prob = check_flag("average_log_prob", average_log_prob)
+        for name in preference.loss_type:
+            if use_weighting and LOSSES[name].ranked:
+                raise ValueError(f"use_weighting=True weighs rows, but loss_type {name!r} matches them by rank")
+            if average_log_prob and LOSSES[name].lengths and name != "sft":
+                raise ValueError(
+                    f"average_log_prob=True would divide by the length twice: loss_type {name!r} does so itself"
+                )
+        ref_head = replace(head, check_labels=False) if head.check_labels else head
+        return _DPOOptions(preference, head, ref_head, ld_alpha, use_weighting, average_log_prob)
 
 
 def linear_dpo_loss(
@@ -132,173 +134,131 @@ def linear_dpo_loss(
 
     Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
     """
+    checked = _DPOOptions.of(**options)
+    return _linear_dpo_loss(
+        checked, hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora
+    )
+
+
+def _linear_dpo_loss(
+    options: _DPOOptions,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor | None,
+    ref_weight: Tensor | None,
+    ref_bias: Tensor | bool | None,
+    ref_logps: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lora,
+) -> DPOOutput:
+    refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logps)
+    hidden, labels = plain("hidden", hidden), plain("labels", labels)
+    cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
+    check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
     reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
-    given = _check_dpo_options(**options)
-    return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, ref_bias is False, given)
+    reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
+    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
+    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
+    ref_logps = reference.logps
+    if reference.hidden is not None:
+        with torch.no_grad():
+            ref_logps = token_stats(
+                reference.hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
+            ).logps
+    return DPOOutput(
+        *batch_losses(
+            options.preference,
+            stats.logps,
+            ref=ref_logps,
+            labels=labels,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
+            log_sum_sq_probs=stats.log_sum_sq_probs,
+            ignore_index=options.head.ignore_index,
+            average=options.average_log_prob,
+            ld_alpha=options.ld_alpha,
+        )
+    )
 
 
 class _Reference(NamedTuple):
+    """What the reference's log-probs come from: a head, or they themselves."""
+
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     logps: Tensor | None
 
 
-def _linear_dpo_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    lora,
-    cu_seqlens: Tensor | None,
-    reference: _Reference,
-    ref_without_bias: bool,  # whatever the policy has
-    options: _DPOOptions,
-) -> DPOOutput:
-    refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias)
-    hidden, weight, labels = plain("hidden", hidden), plain("weight", weight), plain("labels", labels)
-    bias, cu_seqlens = plain_or_none("bias", bias), plain_or_none("cu_seqlens", cu_seqlens)
-    reference = _Reference(*(plain_or_none(f"ref_{field}", x) for field, x in reference._asdict().items()))
-    check_layout(hidden, labels, cu_seqlens, options.head.get("check_labels", False))
-    _check_reference(reference, ref_without_bias, weight, bias, labels, num_sequences(labels, cu_seqlens), options)
-    stats = linear_token_stats(
-        hidden,
-        weight,
-        labels,
-        bias,
-        stats=("log_sum_sq_probs",) if options.use_weighting else (),
-        lora=lora,
-        **options.head,
-    )
-    ref_logps = reference.logps
-    if cu_seqlens is not None and ref_logps is not None and ref_logps.shape == (cu_seqlens.shape[0] - 1,):
-        ref_logps = ref_logps[:, None]  # per sequence, also where there are as many tokens
-    if reference.hidden is not None:
-        ref_weight = weight if reference.weight is None else reference.weight
-        ref_bias = bias if reference.bias is None and not ref_without_bias else reference.bias
-        head = {**options.head, "check_labels": False}
-        with torch.no_grad():
-            ref_logps = linear_token_stats(reference.hidden, ref_weight, labels, ref_bias, stats=(), **head).logps
-
-    ignore_index = options.head.get("ignore_index", -100)
-    whole = batch_losses(
-        options.preference,
-        stats.logps,
-        None,
-        ref_logps,
-        None,
-        labels=labels,
-        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
-        log_sum_sq_probs=stats.log_sum_sq_probs,
-        ignore_index=ignore_index,
-        average=options.average_log_prob,
-        ld_alpha=options.ld_alpha,
-    )
-    if whole is not None:
-        return DPOOutput(*whole)
-    return _in_steps(stats, ref_logps, Sequences(labels, ignore_index, cu_seqlens), options)
-
-
-def _in_steps(stats: TokenStats, ref_logps: Tensor | None, sequences: Sequences, options: _DPOOptions) -> DPOOutput:
-    """What `batch_losses` does in one call, in operations of torch."""
-    dtype = stats.logps.dtype
-    sums = sequences.sum(stats.logps)
-    policy = _sequence_logps(options, sequences, stats.logps, sums)
-    if ref_logps is not None and ref_logps.shape != stats.logps.shape:
-        ref_logps = ref_logps.reshape(-1)
-    elif ref_logps is not None:
-        ref_logps = _sequence_logps(options, sequences, ref_logps, sequences.sum(ref_logps))
-    half = sequences.num // 2
-    chosen, rejected = policy[:half], policy[half:]
-    refs = (None, None) if ref_logps is None else (x.to(sums) for x in (ref_logps[:half], ref_logps[half:]))
-    ref_chosen, ref_rejected = refs
-    lengths = sequences.counts[:half], sequences.counts[half:]
-    losses = sequence_losses(
-        options.preference, chosen, rejected, ref_chosen, ref_rejected, *lengths, sft_logps=sums[:half]
-    )
-    if options.use_weighting:
-        agreement = sequences.sum(stats.logps.detach() - stats.log_sum_sq_probs)
-        weights = sequences.mean(agreement).exp()
-        losses = losses * (weights[:half] * weights[half:])
-    return DPOOutput(
-        cast(mean_loss(losses), dtype),
-        cast(losses, dtype),
-        rewards(options.preference, chosen, ref_chosen, lengths[0]).to(dtype),
-        rewards(options.preference, rejected, ref_rejected, lengths[1]).to(dtype),
-        cast(chosen, dtype),
-        cast(rejected, dtype),
-    )
-
-
-def _sequence_logps(options: _DPOOptions, sequences: Sequences, logps: Tensor, sums: Tensor) -> Tensor:
-    """[2B] log-probs as the loss reads them; `sums` are the plain ones."""
-    if options.ld_alpha is not None:
-        # Selected, not multiplied, at alpha 0: a tail that is left out must not bring its NaN along.
-        tail = options.ld_alpha * logps if options.ld_alpha else torch.zeros_like(logps)
-        sums = sequences.sum(torch.where(sequences.within_shared_length(), logps, tail))
-    return sequences.mean(sums) if options.average_log_prob else sums
-
-
 def _check_reference(
-    reference: _Reference, without_bias: bool, weight, bias, labels: Tensor, num_sequences: int, options: _DPOOptions
-) -> None:
-    if without_bias:
-        check_reference_use(options.preference, True, "ref_bias")
-        if reference.hidden is None:
-            raise ValueError("ref_bias=False was given without ref_hidden")
-    for field, x in reference._asdict().items():
-        if x is None:
-            continue
+    given: _Reference, without_bias: bool, options: PreferenceOptions, weight, bias, labels: Tensor, cu_seqlens
+) -> _Reference:
+    """Plain tensors, with the policy's head where the reference has no other; ValueError or TypeError unless they fit
+    the policy's. Log-probs per sequence of packed tokens are a column, also where there are as many tokens."""
+    checked = []
+    for field, x in zip(_Reference._fields, given):
         name = f"ref_{field}"
-        check_reference_use(options.preference, True, name)
-        if x.dtype not in FLOATS:
-            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
-        if x.device != labels.device:
-            raise ValueError(f"{name} is on {x.device} but labels is on {labels.device}")
-        if field in ("weight", "bias") and reference.hidden is None:
-            raise ValueError(f"{name} of shape {tuple(x.shape)} was given without ref_hidden")
-    if reference.logps is not None:
-        if reference.hidden is not None:
+        if x is not None:
+            x = plain(name, x)
+            options.check_reference(name)
+            if x.dtype not in FLOATS:
+                raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
+            if x.device != labels.device:
+                raise ValueError(f"{name} is on {x.device} but labels is on {labels.device}")
+            if field in ("weight", "bias") and given.hidden is None:
+                raise ValueError(f"{name} of shape {tuple(x.shape)} was given without ref_hidden")
+        checked.append(x)
+    hidden, ref_weight, ref_bias, logps = checked
+    if without_bias and hidden is None:
+        options.check_reference("ref_bias")
+        raise ValueError("ref_bias=False was given without ref_hidden")
+    if logps is not None:
+        if hidden is not None:
             raise ValueError("ref_hidden and ref_logps were both given: the reference has one source")
-        if reference.logps.shape not in ((num_sequences,), labels.shape):
+        per_sequence = (labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,)
+        if logps.shape not in (per_sequence, labels.shape):
             raise ValueError(
-                f"ref_logps must be per sequence, {(num_sequences,)}, or per token, {tuple(labels.shape)}; "
-                f"got shape {tuple(reference.logps.shape)}"
+                f"ref_logps must be per sequence, {per_sequence}, or per token, {tuple(labels.shape)}; "
+                f"got shape {tuple(logps.shape)}"
             )
-    if reference.hidden is None:
-        return
-    if reference.hidden.shape[:-1] != labels.shape:
+        if cu_seqlens is not None and logps.shape == per_sequence:
+            logps = logps[:, None]
+    if hidden is None:
+        return _Reference(None, None, None, logps)
+    if hidden.shape[:-1] != labels.shape:
         raise ValueError(
             f"ref_hidden must be laid out like hidden, [{', '.join(map(str, labels.shape))}, H]; "
-            f"got shape {tuple(reference.hidden.shape)}"
+            f"got shape {tuple(hidden.shape)}"
         )
-    if reference.weight is not None:
-        if reference.weight.ndim != 2 or reference.weight.shape[1] != reference.hidden.shape[-1]:
+    if ref_weight is None:
+        weight = ref_weight = plain("weight", weight)
+        if hidden.shape[-1:] != weight.shape[-1:]:
             raise ValueError(
-                f"ref_weight must be [V, H] with H = {reference.hidden.shape[-1]} of ref_hidden; "
-                f"got shape {tuple(reference.weight.shape)}"
+                f"ref_hidden has H = {hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
             )
-        if bias is not None and reference.bias is None and not without_bias:
-            raise ValueError(
-                "ref_weight was given without ref_bias, but the policy's head has a bias: give the reference's, or "
-                "ref_bias=False where it has none"
-            )
-    elif reference.hidden.shape[-1] != weight.shape[-1]:
+    elif ref_weight.ndim != 2 or ref_weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
-            f"ref_hidden has H = {reference.hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
+            f"ref_weight must be [V, H] with H = {hidden.shape[-1]} of ref_hidden; got shape {tuple(ref_weight.shape)}"
         )
-    ref_weight = weight if reference.weight is None else reference.weight
-    if isinstance(ref_weight, Tensor) and torch.float64 in (kinds := {reference.hidden.dtype, ref_weight.dtype}):
-        if len(kinds) > 1:
-            raise TypeError(
-                "fp64 is for checking: all of the reference's head and ref_hidden must be fp64 or none; got ref_hidden "
-                f"{reference.hidden.dtype}, its weight {ref_weight.dtype}"
-            )
-    if reference.bias is not None and isinstance(ref_weight, Tensor) and reference.bias.shape != ref_weight.shape[:1]:
+    elif bias is not None and ref_bias is None and not without_bias:
+        raise ValueError(
+            "ref_weight was given without ref_bias, but the policy's head has a bias: give the reference's, or "
+            "ref_bias=False where it has none"
+        )
+    if torch.float64 in (hidden.dtype, ref_weight.dtype) and hidden.dtype != ref_weight.dtype:
+        raise TypeError(
+            "fp64 is for checking: all of the reference's head and ref_hidden must be fp64 or none; got ref_hidden "
+            f"{hidden.dtype}, its weight {ref_weight.dtype}"
+        )
+    if ref_bias is None and not without_bias:
+        ref_bias = bias
+    elif ref_bias is not None and ref_bias.shape != ref_weight.shape[:1]:
         raise ValueError(
             f"ref_bias must have shape ({ref_weight.shape[0]},), the rows of the reference's head; "
-            f"got {tuple(reference.bias.shape)}"
+            f"got {tuple(ref_bias.shape)}"
         )
+    return _Reference(hidden, ref_weight, ref_bias, None)
 
 
 class LinearDPOLoss(torch.nn.Module):
@@ -314,7 +274,7 @@ class LinearDPOLoss(torch.nn.Module):
     def __init__(self, beta: float = 0.1, loss_type: str | list[str] = "sigmoid", **options):
         super().__init__()
         self.given = {"beta": beta, "loss_type": loss_type, **options}
-        self.options = _check_dpo_options(**self.given)
+        self.options = _DPOOptions.of(**self.given)
 
     def forward(
         self,
@@ -330,9 +290,9 @@ class LinearDPOLoss(torch.nn.Module):
         lora=None,
     ) -> DPOOutput:
         """Arguments and result are those of `linear_dpo_loss`."""
-        reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
-        without = ref_bias is False
-        return _linear_dpo_loss(hidden, weight, labels, bias, lora, cu_seqlens, reference, without, self.options)
+        return _linear_dpo_loss(
+            self.options, hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora
+        )
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.given.items())

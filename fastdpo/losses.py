@@ -1,20 +1,26 @@
-"""The preference losses by name, what each needs, and the check of the options that go with them.
+"""The preference losses by name, what each needs, and the one check of all that a call of them is given.
 
 This table is the only list of losses in Python; the expressions are csrc/shared/preference_loss.h and, in torch,
-ops/preference_reference.py.
+ops/preference/reference.py.
 """
 
 from __future__ import annotations
 
+import inspect
+import textwrap
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .tensors import plain
-from .validation import check_number
+from .sequences import cast
+from .tensors import plain, traced
+from .validation import FLOATS, check_number
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Interval(NamedTuple):
@@ -41,6 +47,8 @@ class Loss(NamedTuple):
     label_smoothing: Interval | None = None  # None: not used
     f_divergence: bool = False  # built on the difference of scores, so that f-DPO applies
     reference_free: bool = False  # never looks at the reference
+    ranked: bool = False  # re-matches the batch's rows by rank, so that a weight per row has no meaning
+    per_token_reward: bool = False  # its implicit reward is per token, and so are the rewards its trainer reports
     lengths: tuple[str, ...] = ()
     options: tuple[str, ...] = ()  # beyond beta, label_smoothing and the f-divergence
 
@@ -82,8 +90,14 @@ LOSSES: dict[str, Loss] = {
         "smoothed -log S(beta (sorted policy margin - sorted reference margin))",
         "AOT, arXiv 2406.05882",
         label_smoothing=FLIP,
+        ranked=True,
     ),
-    "aot_unpaired": Loss("smoothed -log S(beta (sorted a - sorted b))", "AOT, arXiv 2406.05882", label_smoothing=FLIP),
+    "aot_unpaired": Loss(
+        "smoothed -log S(beta (sorted a - sorted b))",
+        "AOT, arXiv 2406.05882",
+        label_smoothing=FLIP,
+        ranked=True,
+    ),
     "apo_zero": Loss("1 - S(beta a) + S(beta b)", "APO, arXiv 2408.06266"),
     "apo_down": Loss("S(beta a) + 1 - S(beta (a - b))", "APO, arXiv 2408.06266"),
     "discopop": Loss(
@@ -104,6 +118,7 @@ LOSSES: dict[str, Loss] = {
         "SimPO, arXiv 2405.14734",
         label_smoothing=FLIP,
         reference_free=True,
+        per_token_reward=True,
         lengths=BOTH_LENGTHS,
         options=("simpo_gamma",),
     ),
@@ -117,6 +132,7 @@ LOSSES: dict[str, Loss] = {
         "-beta log S(log odds_w - log odds_l), odds of e^(logp/n)",
         "ORPO, arXiv 2403.07691",
         reference_free=True,
+        per_token_reward=True,
         lengths=BOTH_LENGTHS,
     ),
     "kto": Loss(
@@ -137,61 +153,130 @@ LOSSES: dict[str, Loss] = {
     ),
 }
 
-# The batch's shape enters these: they re-match rows by rank, so a weight per row has no meaning.
-RANKED = ("aot", "aot_unpaired")
-# Their implicit reward is per token, and so are the rewards their trainers report.
-PER_TOKEN_REWARD = ("simpo", "orpo")
+
+def _users(option: str) -> tuple[str, ...]:
+    users = []
+    for name, loss in LOSSES.items():
+        if option in loss.options or (option == "label_smoothing" and loss.label_smoothing is not None):
+            users.append(name)
+    return tuple(users)
 
 
-class PreferenceOptions(NamedTuple):
-    """The options of `preference_loss`; `check_options` makes one."""
-
-    beta: float = 0.1
-    loss_type: str | tuple[str, ...] = "sigmoid"  # a tuple once checked
-    loss_weights: tuple[float, ...] | None = None  # as long as loss_type once checked
-    label_smoothing: float = 0.0
-    f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    dpop_lambda: float = 50.0
-    slic_delta: float = 1.0
-    kto_kl: float | Tensor = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
-
-    @property
-    def terms(self) -> tuple[tuple[str, float], ...]:
-        return tuple(zip(self.loss_type, self.loss_weights))
-
-    def only(self, terms) -> PreferenceOptions:
-        """The same options for some of the terms."""
-        names, weights = zip(*terms)
-        return self._replace(loss_type=names, loss_weights=weights)
-
-    @property
-    def uses_reference(self) -> bool:
-        return any(not LOSSES[name].reference_free and name != "sft" for name in self.loss_type)
-
-    @property
-    def per_token_reward(self) -> bool:
-        names = [name for name in self.loss_type if name != "sft"]
-        return bool(names) and all(name in PER_TOKEN_REWARD for name in names)
+def _check_kl(name: str, value) -> float | Tensor:
+    if not isinstance(value, Tensor):
+        return check_number(name, value, 0)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be one number; got a tensor of shape {tuple(value.shape)}")
+    value = plain(name, value)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{name} must be a number or a tensor of one; got {value.dtype}")
+    return value.detach().reshape(()).clamp(min=0)
 
 
-DEFAULTS = PreferenceOptions()
+# How an option is checked where it is not the default.
+_ANY, _CHECK_KL = {"check": check_number}, {"check": _check_kl}
+_POSITIVE, _NOT_NEGATIVE = {"check": partial(check_number, low=0, above=True)}, {"check": partial(check_number, low=0)}
 MAX_TERMS = 24  # of csrc/shared/preference_batch.h
+
+
+@dataclass(frozen=True)
+class PreferenceOptions:
+    """The options of `preference_loss`, checked when they are made: every error names the option and its value. This
+    is the one list of them."""
+
+    beta: float = field(default=0.1, metadata=_POSITIVE)
+    loss_type: str | list[str] = "sigmoid"  # a tuple once checked
+    loss_weights: list[float] | None = None  # a tuple as long as loss_type once checked
+    label_smoothing: float = field(default=0.0, metadata=_ANY)
+    f_divergence_type: str = "reverse_kl"
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=_ANY)
+    discopop_tau: float = field(default=0.05, metadata=_POSITIVE)
+    simpo_gamma: float = field(default=0.5, metadata=_ANY)
+    dpop_lambda: float = field(default=50.0, metadata=_NOT_NEGATIVE)
+    slic_delta: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    kto_kl: float | Tensor = field(default=0.0, metadata=_CHECK_KL)
+    desirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    undesirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+
+    def __post_init__(self):
+        names, weights = _check_losses(self.loss_type, self.loss_weights)
+        object.__setattr__(self, "loss_type", names)
+        object.__setattr__(self, "loss_weights", weights)
+        for option, check in _CHECKS.items():
+            value, default = getattr(self, option), getattr(PreferenceOptions, option)
+            if type(value) is type(default) and value == default:
+                continue
+            value = check(option, value)
+            object.__setattr__(self, option, value)
+            users = _USERS[option]
+            if users and (isinstance(value, Tensor) or value != default) and not any(x in users for x in names):
+                raise ValueError(
+                    f"{option}={value!r} has no effect on loss_type {list(names)}; it is used by {', '.join(users)}"
+                )
+        for name in names:
+            interval = LOSSES[name].label_smoothing
+            if interval is not None and self.label_smoothing not in interval:
+                raise ValueError(
+                    f"label_smoothing must lie in {interval} for loss_type {name!r}; got {self.label_smoothing!r}"
+                )
+        if self.f_divergence_type != "reverse_kl" or self.f_alpha_divergence_coef != 0.5:
+            _check_divergence(self.f_divergence_type, self.f_alpha_divergence_coef, names)
+
+    def all_are(self, field: str) -> bool:
+        """Whether every loss is so but ``sft``, a likelihood that may stand beside them; not of ``sft`` alone."""
+        found = False
+        for name in self.loss_type:
+            if name != "sft":
+                found = True
+                if not getattr(LOSSES[name], field):
+                    return False
+        return found
+
+    def check_reference(self, given: str) -> None:
+        """Raises where no loss looks at it; the rewards of ``sft`` alone do."""
+        if self.all_are("reference_free"):
+            raise ValueError(f"{given} was given, but loss_type {list(self.loss_type)} never looks at a reference")
+
+
+PREFERENCE_OPTIONS = tuple(option.name for option in fields(PreferenceOptions))
+_CHECKS = {option.name: option.metadata["check"] for option in fields(PreferenceOptions) if option.metadata}
+_USERS = {option: _users(option) for option in _CHECKS}  # none for what every loss reads
+
+
+def states_options(function):
+    """Decorates what takes `**options`: the options join its signature, and the table's names its docstring."""
+    signature = inspect.signature(function)
+    given = list(signature.parameters.values())[:-1]
+    first = [x.kind for x in given].index(inspect.Parameter.KEYWORD_ONLY)
+    options = list(inspect.signature(PreferenceOptions).parameters.values())
+    options = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in options]
+    function.__signature__ = signature.replace(parameters=[*given[:first], *options, *given[first:]])
+
+    def names(chosen) -> str:
+        names = ", ".join(f"``{name}``" for name in chosen)
+        return textwrap.fill(names, 100, subsequent_indent=" " * 12)
+
+    lists = {"losses": names(LOSSES), "divergences": names(F_DIVERGENCES)}
+    for key in ("f_divergence", "lengths"):
+        lists[key] = names(name for name, loss in LOSSES.items() if getattr(loss, key))
+    intervals = (f"{loss.label_smoothing} for ``{name}``" for name, loss in LOSSES.items() if loss.label_smoothing)
+    lists["label_smoothing"] = textwrap.fill(", ".join(intervals), 100, subsequent_indent=" " * 12)
+    for key, text in lists.items():  # none under python -OO
+        function.__doc__ = function.__doc__ and function.__doc__.replace(f"{{{key}}}", text)
+    return function
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
     names = (loss_type,) if isinstance(loss_type, str) else loss_type
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, (list, tuple)):
         raise TypeError(f"loss_type must be a name or a list of names; got {loss_type!r}")
     if not names:
         raise ValueError("loss_type must name at least one loss; got an empty list")
     if len(names) > MAX_TERMS:
         raise ValueError(f"loss_type must name at most {MAX_TERMS} losses; got {len(names)}")
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"loss_type must be a name or a list of names; got {loss_type!r}")
         if name not in LOSSES:
             raise ValueError(f"loss_type {name!r} is unknown; the losses are {', '.join(LOSSES)}")
     if loss_weights is None:
@@ -206,83 +291,76 @@ def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float
     return tuple(names), tuple(check_number(f"loss_weights[{i}]", x) for i, x in enumerate(loss_weights))
 
 
-def _check_kl(value) -> float | Tensor:
-    if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"kto_kl must be one number; got a tensor of shape {tuple(value.shape)}")
-        value = plain("kto_kl", value)
-        if value.dtype == torch.bool or value.is_complex():
-            raise TypeError(f"kto_kl must be a number or a tensor of one; got {value.dtype}")
-        return value.detach().reshape(()).clamp(min=0)
-    return check_number("kto_kl", value, 0)
-
-
-def _check_label_smoothing(value, names) -> float:
-    value = check_number("label_smoothing", value)
-    used = [(name, LOSSES[name].label_smoothing) for name in names if LOSSES[name].label_smoothing is not None]
-    for name, interval in used:
-        if value not in interval:
-            raise ValueError(f"label_smoothing must lie in {interval} for loss_type {name!r}; got {value!r}")
-    if value != 0.0 and not used:
-        raise ValueError(_unused("label_smoothing", value, names))
-    return value
-
-
-def _unused(name, value, names) -> str:
-    users = [loss for loss, spec in LOSSES.items() if name in spec.options]
-    if name == "label_smoothing":
-        users = [loss for loss, spec in LOSSES.items() if spec.label_smoothing is not None]
-    return f"{name}={value!r} has no effect on loss_type {list(names)}; it is used by {', '.join(users)}"
-
-
-def _check_divergence(kind, coef, names) -> float:
+def _check_divergence(kind, coef: float, names: tuple[str, ...]) -> None:
     if kind not in F_DIVERGENCES:
         raise ValueError(f"f_divergence_type {kind!r} is unknown; the divergences are {', '.join(F_DIVERGENCES)}")
     if kind != "reverse_kl":
         # Of the losses without scores only sft may stand beside: it has no divergence to speak of.
-        allowed = [name for name, spec in LOSSES.items() if spec.f_divergence]
+        allowed = [name for name, loss in LOSSES.items() if loss.f_divergence]
         others = [name for name in names if name not in allowed and name != "sft"]
         if others or all(name == "sft" for name in names):
             raise ValueError(
                 f"f_divergence_type={kind!r} has no meaning for loss_type {others or list(names)}; it is for "
                 f"{', '.join(allowed)} (sft may stand beside them)"
             )
-    coef = check_number("f_alpha_divergence_coef", coef)
-    if kind != "alpha_divergence" and coef != DEFAULTS.f_alpha_divergence_coef:
+    if kind != "alpha_divergence" and coef != PreferenceOptions.f_alpha_divergence_coef:
         raise ValueError(
             f"f_alpha_divergence_coef={coef!r} has no effect with f_divergence_type={kind!r}; it is used by "
             "'alpha_divergence'"
         )
-    return coef
 
 
-def check_options(**options) -> PreferenceOptions:
-    """Normalises and checks the options of `preference_loss`; every error names the option and its value."""
-    given = PreferenceOptions(**options)
-    names, weights = _check_losses(given.loss_type, given.loss_weights)
-    checked = given._replace(
-        beta=check_number("beta", given.beta, 0, above=True),
-        loss_type=names,
-        loss_weights=weights,
-        label_smoothing=_check_label_smoothing(given.label_smoothing, names),
-        f_alpha_divergence_coef=_check_divergence(given.f_divergence_type, given.f_alpha_divergence_coef, names),
-        discopop_tau=check_number("discopop_tau", given.discopop_tau, 0, above=True),
-        simpo_gamma=check_number("simpo_gamma", given.simpo_gamma),
-        dpop_lambda=check_number("dpop_lambda", given.dpop_lambda, 0),
-        slic_delta=check_number("slic_delta", given.slic_delta, 0),
-        kto_kl=_check_kl(given.kto_kl),
-        desirable_weight=check_number("desirable_weight", given.desirable_weight, 0),
-        undesirable_weight=check_number("undesirable_weight", given.undesirable_weight, 0),
-    )
-    used = {option for name in names for option in LOSSES[name].options}
-    for option in sorted({option for spec in LOSSES.values() for option in spec.options} - used):
-        value = getattr(checked, option)
-        if isinstance(value, Tensor) or value != getattr(DEFAULTS, option):
-            raise ValueError(_unused(option, value, names))
-    return checked
+class CheckedSequences(NamedTuple):
+    """[B] tensors of one device: log-probs of one type, fp32 or fp64, and lengths of int64."""
+
+    chosen: Tensor
+    rejected: Tensor
+    ref_chosen: Tensor | None
+    ref_rejected: Tensor | None
+    chosen_lengths: Tensor | None
+    rejected_lengths: Tensor | None
 
 
-def check_reference_use(options: PreferenceOptions, given: bool, name: str) -> None:
-    only_sft = all(loss == "sft" for loss in options.loss_type)  # whose rewards still look at the reference
-    if given and not options.uses_reference and not only_sft:
-        raise ValueError(f"{name} was given, but loss_type {list(options.loss_type)} never looks at a reference")
+_NAMES = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", *BOTH_LENGTHS)
+
+
+def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
+    """ValueError or TypeError, naming the argument and its value, unless the six tensors fit."""
+    ref_chosen, ref_rejected = tensors[2:4]
+    if ref_chosen is not None or ref_rejected is not None:
+        options.check_reference("ref_chosen_logps")
+        if ref_chosen is None or ref_rejected is None:
+            missing = "ref_chosen_logps" if ref_chosen is None else "ref_rejected_logps"
+            raise ValueError(f"{missing} is None: give the reference log-probs of both sides, or neither")
+    like, dtype, checked = None, torch.float32, []
+    for name, x in zip(_NAMES, tensors):
+        if x is None and name not in ("chosen_logps", "rejected_logps"):
+            for loss in options.loss_type:
+                if name in LOSSES[loss].lengths:
+                    raise ValueError(f"{name} is None, but loss_type {loss!r} needs it")
+            checked.append(None)
+            continue
+        x = plain(name, x)
+        is_length = name in BOTH_LENGTHS
+        if is_length and x.dtype not in INTEGERS:
+            raise TypeError(f"{name} must be a tensor of integers; got {x.dtype}")
+        if not is_length and x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
+        like = x if like is None else like
+        if like.ndim != 1:
+            raise ValueError(f"{name} must be 1-D, one log-prob per sequence; got shape {tuple(like.shape)}")
+        if x.shape != like.shape:
+            raise ValueError(f"{name} must be shaped like chosen_logps, {tuple(like.shape)}; got {tuple(x.shape)}")
+        if x.device != like.device:
+            raise ValueError(f"{name} is on {x.device} but chosen_logps is on {like.device}")
+        if not is_length:
+            dtype = torch.promote_types(dtype, x.dtype)
+        # Reading values would wait for a GPU and break a compiled graph; there 0 or less counts as 1.
+        elif x.device.type == "cpu" and not traced(x) and x.numel() and x.min() < 0:
+            raise ValueError(f"{name} must not be negative; got {int(x.min())}")
+        checked.append(x)
+    for i, x in enumerate(checked):
+        wanted = torch.int64 if _NAMES[i] in BOTH_LENGTHS else dtype
+        if x is not None and x.dtype != wanted:
+            checked[i] = x.to(wanted) if _NAMES[i] in BOTH_LENGTHS else cast(x, wanted)
+    return CheckedSequences(*checked)

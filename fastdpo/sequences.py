@@ -11,12 +11,40 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .ops.preference.reference import cast, wide_dtype
+from .autograd import Function, once_differentiable
 from .tensors import traced
 
 
-def num_sequences(labels: Tensor, cu_seqlens: Tensor | None) -> int:
-    return labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What sums and losses are computed in; Metal has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, but what is finite stays finite."""
+    limit = torch.finfo(dtype).max
+    if limit >= torch.finfo(x.dtype).max:
+        return x.to(dtype)
+    return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
+
+
+class _Cast(Function):
+    of = "fastdpo.preference_loss"
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = x.dtype
+        return _saturate(x, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return _saturate(dy, ctx.dtype), None
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A conversion in which neither a finite value nor a finite gradient overflows."""
+    return x if x.dtype == dtype else _Cast.apply(x, dtype)
 
 
 class Sequences:
@@ -24,7 +52,7 @@ class Sequences:
 
     def __init__(self, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None):
         self.mask = labels != ignore_index
-        self.num = num_sequences(labels, cu_seqlens)
+        self.num = labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self.offsets = None
         if cu_seqlens is not None:
             # Offsets on a GPU are not read by the host: bounded here, wrong ones cannot leave the array.

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.autograd.functional import jacobian
 
 import fastdpo
-from fastdpo.losses import check_options
+from fastdpo.losses import PreferenceOptions
 from fastdpo.ops.preference import templates as preference_native
 
 B, T, H, V = 2, 3, 8, 40
@@ -104,7 +104,7 @@ def test_refused_when_compiled(call, order, how):
 def test_classes_refuse_too():
     if not preference_native.AVAILABLE:
         pytest.skip("this installation has no native extension")
-    options, rejected = check_options(), torch.zeros(3)
+    options, rejected = PreferenceOptions(), torch.zeros(3)
 
     def losses(chosen):
         return fastdpo.PreferenceLossFunction.apply(chosen, rejected, None, None, None, None, options).sum()

@@ -13,7 +13,7 @@ import torch
 
 import fastdpo
 from fastdpo.head import HeadOptions
-from fastdpo.losses import PreferenceOptions
+from fastdpo.losses import PREFERENCE_OPTIONS, PreferenceOptions
 from fastdpo.models import lazy_head
 from fastdpo.models.huggingface import _Settings
 
@@ -164,9 +164,9 @@ def test_options_are_kept_as_pythons():
     tau = [np.float32(0.5), 1]
     head = HeadOptions(np.int32(7), np.float32(2), np.int64(3), np.float16(1), tau=tau, seed=np.int8(3))
     assert repr(head) == repr(HeadOptions(7, 2.0, 3.0, 1.0, tau=(0.5, 1.0), seed=3))
-    checked = fastdpo.losses.check_options(**dict.fromkeys(("beta", "f_alpha_divergence_coef"), np.float32(0.5)))
-    assert {type(x) for x in checked if not isinstance(x, (str, tuple))} == {float}
-    assert set(PreferenceOptions._fields) == set(LOSS) | {"loss_type", "loss_weights", "f_divergence_type"}
+    checked = PreferenceOptions(**dict.fromkeys(("beta", "f_alpha_divergence_coef"), np.float32(0.5)))
+    assert {type(x) for x in vars(checked).values() if not isinstance(x, (str, tuple))} == {float}
+    assert set(PREFERENCE_OPTIONS) == set(LOSS) | {"loss_type", "loss_weights", "f_divergence_type"}
 
 
 def test_compiled_with_numpys_numbers():

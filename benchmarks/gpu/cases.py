@@ -230,10 +230,10 @@ class ShapeCases:
 
 def token_loss(logps: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """What `linear_dpo_loss` does once it has the log-probabilities, [2B, T]."""
-    from fastdpo.losses import check_options
-    from fastdpo.ops.preference.losses import batch_losses
+    from fastdpo.losses import PreferenceOptions
+    from fastdpo.ops.preference.templates import batch_losses
 
-    return batch_losses(check_options(beta=beta), logps, None, ref_logps, None, labels=labels)[0]
+    return batch_losses(PreferenceOptions(beta), logps, ref=ref_logps, labels=labels)[0]
 
 
 def _step(run: Callable, problem: Problem) -> tuple:

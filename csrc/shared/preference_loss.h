@@ -1,111 +1,39 @@
 // Every preference loss, once: an expression on dual numbers, so value and gradient come from the same line.
 //   a, b = chosen, rejected log-ratio to the reference        s = f-divergence score of a log-ratio
 //   d = s_w - s_l        S = sigmoid        n = completion tokens        e = label smoothing
-// The losses that need the whole batch are finished outside: `aot*` arrive here already matched by rank, and
-// `sft` has no expression per preference pair.
+// What has no expression per preference pair is not here: `sft`, and `aot*`, which match the rows of a batch by rank.
 #pragma once
 
 #include "shared/dual.h"
 
 namespace fastdpo {
 
-enum class Divergence : int { kReverseKl, kForwardKl, kJs, kAlpha };
+// A new loss is its name here and its case in `preference_loss`; a new option is its name here. Python finds both by name.
+#define FASTDPO_PREFERENCE_LOSSES(X)                                                                  \
+  X(sigmoid) X(robust) X(ipo) X(hinge) X(exo_pair) X(nca_pair) X(bco_pair) X(sppo_hard) X(apo_zero)   \
+  X(apo_down) X(discopop) X(sigmoid_norm) X(simpo) X(cpo) X(orpo) X(kto) X(dpop) X(slic)
+#define FASTDPO_DIVERGENCES(X) X(reverse_kl) X(forward_kl) X(js_divergence) X(alpha_divergence)
+#define FASTDPO_PREFERENCE_OPTIONS(X)                                                                 \
+  X(beta) X(label_smoothing) X(f_alpha_divergence_coef) X(discopop_tau) X(simpo_gamma) X(dpop_lambda) \
+  X(slic_delta) X(kto_kl) X(desirable_weight) X(undesirable_weight)
 
-enum class PreferenceLoss : int {
-  kSigmoid,
-  kRobust,
-  kIpo,
-  kHinge,
-  kExoPair,
-  kNcaPair,
-  kBcoPair,
-  kSppoHard,
-  kAot,
-  kAotUnpaired,
-  kApoZero,
-  kApoDown,
-  kDiscopop,
-  kSigmoidNorm,
-  kSimpo,
-  kCpo,
-  kOrpo,
-  kKto,
-  kDpop,
-  kSlic,
-};
+#define FASTDPO_ID(name) name,
+#define FASTDPO_NAME(name) #name,
+#define FASTDPO_NUMBER(name) double name;
+#define FASTDPO_FIELD(name) &PreferenceOptions::name,
 
-struct NamedLoss {
-  const char* name;
-  PreferenceLoss loss;
-};
-
-constexpr NamedLoss kPreferenceLosses[] = {
-    {"sigmoid", PreferenceLoss::kSigmoid},
-    {"robust", PreferenceLoss::kRobust},
-    {"ipo", PreferenceLoss::kIpo},
-    {"hinge", PreferenceLoss::kHinge},
-    {"exo_pair", PreferenceLoss::kExoPair},
-    {"nca_pair", PreferenceLoss::kNcaPair},
-    {"bco_pair", PreferenceLoss::kBcoPair},
-    {"sppo_hard", PreferenceLoss::kSppoHard},
-    {"aot", PreferenceLoss::kAot},
-    {"aot_unpaired", PreferenceLoss::kAotUnpaired},
-    {"apo_zero", PreferenceLoss::kApoZero},
-    {"apo_down", PreferenceLoss::kApoDown},
-    {"discopop", PreferenceLoss::kDiscopop},
-    {"sigmoid_norm", PreferenceLoss::kSigmoidNorm},
-    {"simpo", PreferenceLoss::kSimpo},
-    {"cpo", PreferenceLoss::kCpo},
-    {"orpo", PreferenceLoss::kOrpo},
-    {"kto", PreferenceLoss::kKto},
-    {"dpop", PreferenceLoss::kDpop},
-    {"slic", PreferenceLoss::kSlic},
-};
-
-struct NamedDivergence {
-  const char* name;
-  Divergence divergence;
-};
-
-constexpr NamedDivergence kDivergences[] = {
-    {"reverse_kl", Divergence::kReverseKl},
-    {"forward_kl", Divergence::kForwardKl},
-    {"js_divergence", Divergence::kJs},
-    {"alpha_divergence", Divergence::kAlpha},
-};
-
+enum class PreferenceLoss : int { FASTDPO_PREFERENCE_LOSSES(FASTDPO_ID) };
+enum class Divergence : int { FASTDPO_DIVERGENCES(FASTDPO_ID) };
 struct PreferenceOptions {
+  FASTDPO_PREFERENCE_OPTIONS(FASTDPO_NUMBER)
   Divergence divergence;
-  double beta;
-  double label_smoothing;
-  double f_alpha_divergence_coef;
-  double discopop_tau;
-  double simpo_gamma;
-  double dpop_lambda;
-  double slic_delta;
-  double kto_kl;
-  double desirable_weight;
-  double undesirable_weight;
 };
 
-struct OptionField {
-  const char* name;
-  double PreferenceOptions::*field;
-};
-
-// The order in which Python hands the numbers over.
-constexpr OptionField kPreferenceOptionFields[] = {
-    {"beta", &PreferenceOptions::beta},
-    {"label_smoothing", &PreferenceOptions::label_smoothing},
-    {"f_alpha_divergence_coef", &PreferenceOptions::f_alpha_divergence_coef},
-    {"discopop_tau", &PreferenceOptions::discopop_tau},
-    {"simpo_gamma", &PreferenceOptions::simpo_gamma},
-    {"dpop_lambda", &PreferenceOptions::dpop_lambda},
-    {"slic_delta", &PreferenceOptions::slic_delta},
-    {"kto_kl", &PreferenceOptions::kto_kl},
-    {"desirable_weight", &PreferenceOptions::desirable_weight},
-    {"undesirable_weight", &PreferenceOptions::undesirable_weight},
-};
+// By id, and the options in the order of the struct, in which Python hands them over.
+constexpr const char* kPreferenceLosses[] = {FASTDPO_PREFERENCE_LOSSES(FASTDPO_NAME)};
+constexpr const char* kDivergences[] = {FASTDPO_DIVERGENCES(FASTDPO_NAME)};
+constexpr const char* kPreferenceOptions[] = {FASTDPO_PREFERENCE_OPTIONS(FASTDPO_NAME)};
+constexpr double PreferenceOptions::*kPreferenceOptionFields[] = {FASTDPO_PREFERENCE_OPTIONS(FASTDPO_FIELD)};
 
 // Exponents stop here, as TRL's do: e^80 is still a finite float, and so is its product with a coefficient.
 constexpr double kMaxExponent = 80.0;
@@ -128,16 +56,16 @@ struct PreferenceInputs {
 template <class T>
 FASTDPO_HD Dual<T, 4> divergence_score(const Dual<T, 4>& logratio, const PreferenceOptions& options) {
   switch (options.divergence) {
-    case Divergence::kForwardKl:  // 1 - 1 / t
+    case Divergence::forward_kl:  // 1 - 1 / t
       return -expm1(clamp_max(-logratio, T(kMaxExponent)));
-    case Divergence::kJs:  // log(2 t / (t + 1))
+    case Divergence::js_divergence:  // log(2 t / (t + 1))
       return T(0.6931471805599453) + log_sigmoid(logratio);
-    case Divergence::kAlpha: {  // (t^(alpha - 1) - 1) / (alpha - 1), which tends to log t at alpha = 1
+    case Divergence::alpha_divergence: {  // (t^(alpha - 1) - 1) / (alpha - 1), which tends to log t at alpha = 1
       const T power = T(options.f_alpha_divergence_coef - 1.0);
       if (power == T(0)) return logratio;
       return expm1(clamp_max(power * logratio, T(kMaxExponent))) / power;
     }
-    case Divergence::kReverseKl:
+    case Divergence::reverse_kl:
       break;
   }
   return logratio;
@@ -174,90 +102,84 @@ FASTDPO_HD Dual<T, 4> preference_loss(PreferenceLoss loss, const PreferenceInput
 
   switch (loss) {
     // -log S(beta d). DPO, arXiv 2305.18290 eq. 7; smoothed: conservative DPO, ericmitchell.ai/cdpo.pdf eq. 3
-    case PreferenceLoss::kSigmoid:
+    case PreferenceLoss::sigmoid:
       return smoothed_log_loss(x, e);
 
     // [-(1 - e) log S(beta d) + e log S(-beta d)] / (1 - 2e). Robust DPO, arXiv 2403.00409
-    case PreferenceLoss::kRobust:
+    case PreferenceLoss::robust:
       if (e == T(0)) return -log_sigmoid(x);
       return ((e - T(1)) * log_sigmoid(x) + e * log_sigmoid(-x)) / (T(1) - T(2) * e);
 
     // (s_w / n_w - s_l / n_l - 1 / (2 beta))^2. IPO, arXiv 2310.12036 eq. 17, per token
-    case PreferenceLoss::kIpo:
+    case PreferenceLoss::ipo:
       return square(s_w / n_w - s_l / n_l - T(0.5) / beta);
 
     // relu(1 - beta d). RSO, arXiv 2309.06657
-    case PreferenceLoss::kHinge:
+    case PreferenceLoss::hinge:
       return relu(T(1) - x);
 
     // S(beta d) [log S(beta d) - log(1 - e)] + S(-beta d) [log S(-beta d) - log e]. EXO, arXiv 2402.00856 eq. 16
-    case PreferenceLoss::kExoPair:
+    case PreferenceLoss::exo_pair:
       return sigmoid(x) * (log_sigmoid(x) - ::log1p(-e)) + sigmoid(-x) * (log_sigmoid(-x) - ::log(e));
 
     // -log S(beta a) - log S(-beta a) / 2 - log S(-beta b) / 2. NCA, arXiv 2402.05369
-    case PreferenceLoss::kNcaPair:
+    case PreferenceLoss::nca_pair:
       return T(-0.5) * (log_sigmoid(-beta * a) + log_sigmoid(-beta * b)) - log_sigmoid(beta * a);
 
     // -log S(beta a) - log S(-beta b). BCO without the running shift, arXiv 2404.04656
-    case PreferenceLoss::kBcoPair:
+    case PreferenceLoss::bco_pair:
       return -log_sigmoid(beta * a) - log_sigmoid(-beta * b);
 
     // (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2. SPPO with hard labels, arXiv 2405.00675 eq. 4.7
-    case PreferenceLoss::kSppoHard:
+    case PreferenceLoss::sppo_hard:
       return square(a - T(0.5) / beta) + square(b + T(0.5) / beta);
 
-    // -log S(beta (a - b)), smoothed, of rows matched by rank: `aot` pairs the k-th smallest policy margin with the
-    // k-th smallest reference margin, `aot_unpaired` the k-th smallest a with the k-th smallest b. arXiv 2406.05882
-    case PreferenceLoss::kAot:
-    case PreferenceLoss::kAotUnpaired:
-      return smoothed_log_loss(beta * (a - b), e);
-
     // 1 - S(beta a) + S(beta b). APO-zero, arXiv 2408.06266 eq. 7
-    case PreferenceLoss::kApoZero:
+    case PreferenceLoss::apo_zero:
       return sigmoid(-beta * a) + sigmoid(beta * b);
 
     // S(beta a) + 1 - S(beta (a - b)). APO-down, arXiv 2408.06266 eq. 8
-    case PreferenceLoss::kApoDown:
+    case PreferenceLoss::apo_down:
       return sigmoid(beta * a) + sigmoid(-beta * (a - b));
 
     // -log S(x) (1 - m) + e^-x m with x = beta d, m = S(x / tau). DiscoPOP, arXiv 2406.08414 eq. 5
-    case PreferenceLoss::kDiscopop: {
+    case PreferenceLoss::discopop: {
       // e^-x and m overflow and vanish together: their exponents are added before either exists.
       const D z = x / T(options.discopop_tau);
       return exp(clamp_max(log_sigmoid(z) - x, T(kMaxExponent))) - log_sigmoid(x) * sigmoid(-z);
     }
 
     // -log S(beta (s_w / n_w - s_l / n_l)). Length-normalised DPO, arXiv 2411.15124
-    case PreferenceLoss::kSigmoidNorm:
+    case PreferenceLoss::sigmoid_norm:
       return -log_sigmoid(beta * (s_w / n_w - s_l / n_l));
 
     // -log S(beta (chosen / n_w - rejected / n_l) - gamma), smoothed. SimPO, arXiv 2405.14734 eq. 6
-    case PreferenceLoss::kSimpo:
+    case PreferenceLoss::simpo:
       return smoothed_log_loss(beta * (in.chosen / n_w - in.rejected / n_l) - T(options.simpo_gamma), e);
 
     // -log S(beta (chosen - rejected)), smoothed. CPO's preference term, arXiv 2401.08417 eq. 3
-    case PreferenceLoss::kCpo:
+    case PreferenceLoss::cpo:
       return smoothed_log_loss(beta * (in.chosen - in.rejected), e);
 
     // -beta log S(log odds_w - log odds_l), odds = p / (1 - p), p = e^(logp / n). ORPO's odds-ratio term, arXiv
     // 2403.07691 eqs. 4 and 7; its lambda is `beta`, as in TRL
-    case PreferenceLoss::kOrpo:
+    case PreferenceLoss::orpo:
       return -beta * log_sigmoid(log_odds(in.chosen / n_w) - log_odds(in.rejected / n_l));
 
     // [lambda_D (1 - S(beta (a - KL))) + lambda_U (1 - S(beta (KL - b)))] / 2: the mean over the two sequences, as
     // KTO averages over sequences. arXiv 2402.01306
-    case PreferenceLoss::kKto: {
+    case PreferenceLoss::kto: {
       const T kl = T(options.kto_kl);
       return T(0.5 * options.desirable_weight) * sigmoid(-beta * (a - kl)) +
              T(0.5 * options.undesirable_weight) * sigmoid(beta * (b - kl));
     }
 
     // -log S(beta (a - b - lambda relu(-a))). DPO-positive, arXiv 2402.13228
-    case PreferenceLoss::kDpop:
+    case PreferenceLoss::dpop:
       return -log_sigmoid(beta * (a - b - T(options.dpop_lambda) * relu(-a)));
 
     // relu(delta - beta (chosen - rejected)). SLiC-HF's rank loss, arXiv 2305.10425, where beta is 1
-    case PreferenceLoss::kSlic:
+    case PreferenceLoss::slic:
       return relu(T(options.slic_delta) - beta * (in.chosen - in.rejected));
   }
   return D(T(0));

@@ -12,45 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ...autograd import Function
 from ...losses import PreferenceOptions
+from ...sequences import Sequences, cast, wide_dtype
 
 MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float
 # A mean log-prob of 0 says only that p rounds to 1, where the log-odds have a pole: it counts as that of the largest
 # probability below 1 that fp32 holds. So does all above -2^-126, where their slope would leave fp32.
 CERTAIN_LOGP = -(2.0**-24)
 MAX_MEAN_LOGP = -(2.0**-126)
-
-
-def wide_dtype(device: torch.device) -> torch.dtype:
-    """What sums and losses are computed in; Metal has no fp64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-def saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, but what is finite stays finite."""
-    limit = torch.finfo(dtype).max
-    if limit >= torch.finfo(x.dtype).max:
-        return x.to(dtype)
-    return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
-
-
-class _Cast(Function):
-    of = "fastdpo.preference_loss"
-
-    @staticmethod
-    def forward(ctx, x, dtype):
-        ctx.dtype = x.dtype
-        return saturate(x, dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        return saturate(dy, ctx.dtype), None
-
-
-def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A conversion in which neither a finite value nor a finite gradient overflows."""
-    return x if x.dtype == dtype else _Cast.apply(x, dtype)
 
 
 @dataclass(frozen=True)
@@ -238,4 +207,68 @@ def preference_losses_ref(
         chosen_lengths,
         options,
     )
-    return cast(sum(weight * REFERENCE[name](inputs) for name, weight in options.terms), chosen.dtype)
+    terms = zip(options.loss_type, options.loss_weights)
+    return cast(sum(weight * REFERENCE[name](inputs) for name, weight in terms), chosen.dtype)
+
+
+def batch_losses_ref(
+    options: PreferenceOptions,
+    logps: Tensor,  # [2B, T] or packed [N], the B chosen sequences first; or [B] of the chosen sequences
+    rejected: Tensor | None,  # [B] beside those
+    ref: Tensor | None,  # like `logps`; or one number per sequence of the tokens, [2B] or [2B, 1]
+    ref_rejected: Tensor | None,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    log_sum_sq_probs: Tensor | None,
+    *,
+    ignore_index: int,
+    average: bool,
+    ld_alpha: float | None,
+) -> tuple[Tensor, ...]:
+    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]), in the log-probs' dtype."""
+    chosen, ref_chosen, sft_logps, dtype = logps, ref, logps, logps.dtype
+    if rejected is None:
+        sequences = Sequences(labels, ignore_index, cu_seqlens)
+        half = sequences.num // 2
+
+        def read(logps: Tensor, sums: Tensor) -> Tensor:
+            """[2B] log-probs as the loss reads them; `sums` are the plain ones."""
+            if ld_alpha is not None:
+                # Selected, not multiplied, at alpha 0: a tail that is left out must not bring its NaN along.
+                tail = ld_alpha * logps if ld_alpha else torch.zeros_like(logps)
+                sums = sequences.sum(torch.where(sequences.within_shared_length(), logps, tail))
+            return sequences.mean(sums) if average else sums
+
+        sums = sequences.sum(logps)
+        sft_logps = sums[:half]
+        policy = read(logps, sums)
+        chosen, rejected = policy[:half], policy[half:]
+        if ref is not None:
+            ref = ref.reshape(-1) if ref.shape != logps.shape else read(ref, sequences.sum(ref))
+            ref_chosen, ref_rejected = ref[:half].to(sums), ref[half:].to(sums)
+        chosen_lengths, rejected_lengths = sequences.counts[:half], sequences.counts[half:]
+    losses = preference_losses_ref(
+        options, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, sft_logps
+    )
+    if log_sum_sq_probs is not None:
+        weights = sequences.mean(sequences.sum(logps.detach() - log_sum_sq_probs)).exp()
+        losses = losses * (weights[:half] * weights[half:])
+    # sum / B instead of mean: an empty batch has loss 0. Wide, so that the sum of finite losses is finite.
+    loss = losses.sum(dtype=wide_dtype(losses.device)) / max(losses.shape[0], 1)
+    return (
+        cast(loss, dtype),
+        cast(losses, dtype),
+        _reward(options, chosen, ref_chosen, chosen_lengths).to(dtype),
+        _reward(options, rejected, ref_rejected, rejected_lengths).to(dtype),
+        cast(chosen, dtype),
+        cast(rejected, dtype),
+    )
+
+
+@torch.no_grad()
+def _reward(options: PreferenceOptions, logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
+    if options.all_are("per_token_reward"):
+        return options.beta * (logps / lengths.clamp(min=1))
+    return options.beta * (logps if ref_logps is None else logps - ref_logps)

@@ -7,16 +7,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...autograd import NO_SECOND_DERIVATIVE
-from ...losses import PreferenceOptions
-from ...tensors import contiguous, in_rows, refuse_transforms
+from ...autograd import Function, once_differentiable
+from ...losses import PreferenceOptions, check_sequences
+from ...tensors import contiguous, in_rows, refuse_transforms, traced
 from .. import native
+from .reference import batch_losses_ref
 
 # Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
 _extension = native.extension()
@@ -47,8 +47,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
 problem._dynamo_marked_constant = True
 
 
-@dataclass(frozen=True)
-class Spec:
+class Spec(NamedTuple):
     """What is not a tensor, as the operators take it: ids of losses, and numbers in the order of the struct."""
 
     loss_ids: list[int]
@@ -65,25 +64,110 @@ class Spec:
     def of(
         options: PreferenceOptions, *, ignore_index: int = -100, average: bool = False, ld_alpha: float | None = None
     ) -> Spec:
-        numbers = [getattr(options, name) for name in OPTION_ORDER]
+        loss_ids, loss_weights, numbers, sft_weight = [], [], [], 0.0
+        for name, weight in zip(options.loss_type, options.loss_weights):
+            if name == "sft":
+                sft_weight += weight
+            else:
+                loss_ids.append(LOSS_IDS[name])
+                loss_weights.append(weight)
+        for name in OPTION_ORDER:
+            number = getattr(options, name)
+            numbers.append(0.0 if isinstance(number, Tensor) else number)  # kto_kl may be a tensor
         return Spec(
-            [LOSS_IDS[name] for name in options.loss_type if name != "sft"],
-            [float(weight) for name, weight in options.terms if name != "sft"],
+            loss_ids,
+            loss_weights,
             DIVERGENCE_IDS[options.f_divergence_type],
-            [0.0 if isinstance(x, Tensor) else float(x) for x in numbers],  # kto_kl may be a tensor
+            numbers,
             ignore_index,
             average,
-            options.per_token_reward,
-            -1.0 if ld_alpha is None else float(ld_alpha),
-            float(sum(weight for name, weight in options.terms if name == "sft")),
+            options.all_are("per_token_reward"),
+            -1.0 if ld_alpha is None else ld_alpha,
+            sft_weight,
         )
 
-    def arguments(self) -> tuple:
-        """In the order of the operator's."""
-        return (
-            self.loss_ids, self.loss_weights, self.divergence, self.options, self.ignore_index, self.average,
-            self.reward_per_token, self.ld_alpha, self.sft_weight,
-        )  # fmt: skip
+
+def batch_losses(
+    options: PreferenceOptions,
+    logps: Tensor,
+    rejected: Tensor | None = None,
+    ref: Tensor | None = None,
+    ref_rejected: Tensor | None = None,
+    chosen_lengths: Tensor | None = None,
+    rejected_lengths: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    log_sum_sq_probs: Tensor | None = None,
+    ignore_index: int = -100,
+    average: bool = False,
+    ld_alpha: float | None = None,
+) -> tuple[Tensor, ...]:
+    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]) of tensors that a door has checked.
+
+    By the templates, one call each way; by the reference where they cannot run, for losses without one (those that
+    match rows by rank need a sort), and for a `ref` wider than the log-probs. Lengths are for `rejected`, the rest for
+    tokens: `log_sum_sq_probs` asks for WPO's weights. A `ref` of one number per packed sequence is a column, [2B, 1].
+    """
+    tensors = (logps, rejected, ref, ref_rejected, labels, cu_seqlens, chosen_lengths, rejected_lengths)
+    reading = {"ignore_index": ignore_index, "average": average, "ld_alpha": ld_alpha}
+    served = ref is None or torch.promote_types(ref.dtype, logps.dtype) == logps.dtype
+    for name in options.loss_type:
+        served = served and (name in LOSS_IDS or name == "sft")
+    if not served or problem(logps.device, logps.dtype) is not None:
+        return batch_losses_ref(options, *tensors, log_sum_sq_probs, **reading)
+    if ref is not None and ref.dtype != logps.dtype:
+        tensors = (logps, rejected, ref.to(logps.dtype), *tensors[3:])
+    kto_kl = options.kto_kl if isinstance(options.kto_kl, Tensor) else None
+    kto_kl = None if kto_kl is None else kto_kl.to(logps.device, torch.float64)
+    return PreferenceLossFunction.checked(Spec.of(options, **reading), *tensors, log_sum_sq_probs, kto_kl)
+
+
+class PreferenceLossFunction(Function):
+    """Autograd for the losses of a batch: ``apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths,
+    rejected_lengths, PreferenceOptions) -> losses [B]``; refs and lengths may be None. It checks what `preference_loss`
+    checks, and computes what that computes.
+
+    The one autograd of both operators: torch.compile follows it and finds them inside. Outside of a graph it calls what
+    they call. Saved: five derivatives of every row, and what says which tokens count. Double backward raises
+    RuntimeError.
+    """
+
+    of = "fastdpo.preference_loss"
+
+    @classmethod
+    def apply(cls, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options):
+        refuse_transforms(cls.of, chosen, rejected, ref_chosen, ref_rejected)
+        if not isinstance(options, PreferenceOptions):
+            raise TypeError(f"options must be PreferenceOptions; got {options!r}")
+        tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+        return batch_losses(options, *check_sequences(options, *tensors))[1]
+
+    @classmethod
+    def checked(cls, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """The six results of the operator, of its arguments."""
+        return super(Function, cls).apply(spec, *tensors)
+
+    @staticmethod
+    def forward(ctx, spec, *tensors):
+        ctx.set_materialize_grads(False)
+        run = preference_forward_op if traced(*tensors) else _forward
+        *results, partials, sums = run(*tensors, *spec)
+        ctx.spec = spec
+        ctx.save_for_backward(partials, sums, *tensors[:6])
+        ctx.mark_non_differentiable(*results[2:4])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, dlosses, _, __, dchosen, drejected):
+        upstream, wanted, spec = (dloss, dlosses, dchosen, drejected), list(ctx.needs_input_grad[1:5]), ctx.spec
+        if all(x is None for x in upstream):
+            return (None,) * 11
+        tensors = (*ctx.saved_tensors, *upstream)
+        run = preference_backward_op if traced(*tensors) else _backward
+        made = iter(run(*tensors, wanted, spec.ignore_index, spec.average, spec.ld_alpha, spec.sft_weight))
+        return (None, *[next(made) if want else None for want in wanted], *[None] * 6)
 
 
 def _num_pairs(logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None) -> int:
@@ -140,95 +224,25 @@ def _batch(
     )  # fmt: skip
 
 
-def _check(layout: _Layout, logps: Tensor, **others: Tensor | None) -> None:
-    """What native code trusts: it reads addresses, whatever lies there."""
-    pairs, sequences, tokens = (layout.num_pairs,), (2 * layout.num_pairs,), tuple(logps.shape)
-    # as many packed tokens as sequences: only the column is one number per sequence
-    per_sequence = (pairs,) if layout.by_sequence else ((*sequences, 1) if layout.packed else sequences, tokens)
-    allowed = {
-        "rejected": (logps.dtype, (tokens,)),
-        "ref": (logps.dtype, per_sequence),
-        "ref_rejected": (logps.dtype, (pairs,)),
-        "labels": (torch.int64, (tokens,)),
-        "chosen_lengths": (torch.int64, (pairs,)),
-        "rejected_lengths": (torch.int64, (pairs,)),
-        "log_sum_sq_probs": (logps.dtype, (tokens,)),
-        "kto_kl": (torch.float64, ((),)),
-        "partials": (torch.float64, ((5, layout.num_pairs),)),
-        "sums": (torch.uint8, ((layout.num_pairs, SUMS_BYTES),)),
-        "dloss": (logps.dtype, ((),)),
-        "dlosses": (logps.dtype, (pairs,)),
-        "dchosen": (logps.dtype, (pairs,)),
-        "drejected": (logps.dtype, (pairs,)),
-    }
-    dims = 1 if layout.by_sequence or layout.packed else 2
-    if logps.dtype not in (torch.float32, torch.float64) or logps.ndim != dims or (dims == 2 and len(logps) % 2):
-        raise ValueError(f"logps must be fp32 or fp64 with {dims} dimensions; got {logps.dtype}, {tuple(logps.shape)}")
-    for name, x in others.items():
-        dtype, shapes = allowed[name]
-        if x is not None and (x.dtype != dtype or tuple(x.shape) not in shapes or x.device != logps.device):
-            raise ValueError(
-                f"{name} must be {dtype} of shape {' or '.join(map(str, shapes))} on {logps.device}; got {x.dtype}, "
-                f"{tuple(x.shape)} on {x.device}"
-            )
-
-
-def _rows(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else in_rows(labels.long())
-
-
-def _offsets(cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
-    if cu_seqlens is None:
-        return None
-    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
-        raise ValueError(f"cu_seqlens must be 2B + 1 offsets; got {cu_seqlens.dtype}, {tuple(cu_seqlens.shape)}")
-    return contiguous(cu_seqlens.to(device))
-
-
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [contiguous(x) for x in tensors]
+    laid_out = []
+    for x in tensors:
+        laid_out.append(None if x is None else contiguous(x))
+    return laid_out
 
 
-@torch.library.custom_op("fastdpo::preference_forward", mutates_args=())
-def preference_forward_op(
-    logps: Tensor,
-    rejected: Tensor | None,
-    ref: Tensor | None,  # like `logps`, or per sequence: [2B] of padded tokens, [2B, 1] of packed ones
-    ref_rejected: Tensor | None,
-    labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    log_sum_sq_probs: Tensor | None,
-    kto_kl: Tensor | None,  # [] fp64
-    loss_ids: Sequence[int],
-    loss_weights: Sequence[float],
-    divergence: int,
-    options: Sequence[float],
-    ignore_index: int,
-    average: bool,
-    reward_per_token: bool,
-    ld_alpha: float,
-    sft_weight: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [5, B]; sums of a pair)."""
-    refuse_transforms("fastdpo.preference_loss", logps, rejected, ref, ref_rejected)
-    spec = (
-        loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
-    )  # fmt: skip
-    logps, rejected, ref, ref_rejected, log_sum_sq_probs = _contiguous(
-        logps, rejected, ref, ref_rejected, log_sum_sq_probs
+def _forward(
+    logps, rejected, ref, ref_rejected, labels, cu_seqlens, chosen_lengths, rejected_lengths, log_sum_sq_probs, kto_kl,
+    *spec,
+):  # fmt: skip
+    """What the operator returns, of tensors in any layout."""
+    logps, rejected, ref, ref_rejected, log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens = _contiguous(
+        logps, rejected, ref, ref_rejected, log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens
     )
-    chosen_lengths, rejected_lengths = _contiguous(chosen_lengths, rejected_lengths)
-    labels, cu_seqlens = _rows(labels), _offsets(cu_seqlens, logps.device)
+    labels = None if labels is None else in_rows(labels.long())
     layout = _Layout(logps, rejected, cu_seqlens)
-    _check(
-        layout, logps, rejected=rejected, ref=ref, ref_rejected=ref_rejected, labels=labels,
-        chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths, log_sum_sq_probs=log_sum_sq_probs,
-        kto_kl=kto_kl,
-    )  # fmt: skip
     ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
-    lengths = tuple(layout.at(x, torch.int64) for x in (chosen_lengths, rejected_lengths))
+    lengths = layout.at(chosen_lengths, torch.int64), layout.at(rejected_lengths, torch.int64)
     batch = _batch(
         layout, logps.dtype == torch.float64, layout.sides(logps, rejected),
         layout.sides(ref, ref_rejected, ref_per_token), layout.sides(log_sum_sq_probs), labels, lengths, cu_seqlens,
@@ -249,48 +263,21 @@ def preference_forward_op(
 
 
 def _results(logps: Tensor, num_pairs: int) -> tuple[Tensor, ...]:
-    return (
-        logps.new_empty(()),
-        *(logps.new_empty(num_pairs) for _ in range(5)),
-        logps.new_empty(5, num_pairs, dtype=torch.float64),
-        logps.new_empty(num_pairs, SUMS_BYTES, dtype=torch.uint8),
+    new = logps.new_empty
+    partials, sums = new(5, num_pairs, dtype=torch.float64), new(num_pairs, SUMS_BYTES, dtype=torch.uint8)
+    return new(()), new(num_pairs), new(num_pairs), new(num_pairs), new(num_pairs), new(num_pairs), partials, sums
+
+
+def _backward(
+    partials, sums, logps, rejected, ref, ref_rejected, labels, cu_seqlens, dloss, dlosses, dchosen, drejected, wanted,
+    ignore_index, average, ld_alpha, sft_weight,
+):  # fmt: skip
+    """Of logps, rejected, ref and ref_rejected, whose values are not read, the gradients that are wanted."""
+    partials, sums, dloss, dlosses, dchosen, drejected, cu_seqlens = _contiguous(
+        partials, sums, dloss, dlosses, dchosen, drejected, cu_seqlens
     )
-
-
-@preference_forward_op.register_fake
-def _(logps, rejected, ref, ref_rejected, labels, cu_seqlens, *_):
-    return _results(logps, _num_pairs(logps, rejected, cu_seqlens))
-
-
-@torch.library.custom_op("fastdpo::preference_backward", mutates_args=())
-def preference_backward_op(
-    partials: Tensor,
-    sums: Tensor,
-    logps: Tensor,  # whose values are not read, as those of the three below
-    rejected: Tensor | None,
-    ref: Tensor | None,
-    ref_rejected: Tensor | None,
-    labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    dloss: Tensor | None,
-    dlosses: Tensor | None,
-    dchosen: Tensor | None,
-    drejected: Tensor | None,
-    wanted: Sequence[bool],
-    ignore_index: int,
-    average: bool,
-    ld_alpha: float,
-    sft_weight: float,
-) -> list[Tensor]:
-    """Of logps, rejected, ref and ref_rejected, the gradients that are wanted."""
-    refuse_transforms("fastdpo.preference_loss", dloss, dlosses, dchosen, drejected)
-    labels, cu_seqlens = _rows(labels), _offsets(cu_seqlens, logps.device)
-    partials, sums, dloss, dlosses, dchosen, drejected = _contiguous(partials, sums, dloss, dlosses, dchosen, drejected)
+    labels = None if labels is None else in_rows(labels.long())
     layout = _Layout(logps, rejected, cu_seqlens)
-    _check(
-        layout, logps, rejected=rejected, ref=ref, ref_rejected=ref_rejected, labels=labels, partials=partials,
-        sums=sums, dloss=dloss, dlosses=dlosses, dchosen=dchosen, drejected=drejected,
-    )  # fmt: skip
     ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
     batch = _batch(
         layout, logps.dtype == torch.float64, (0, 0), (0, 0), (0, 0), labels, (0, 0), cu_seqlens, None,
@@ -301,51 +288,104 @@ def preference_backward_op(
         None if not want else make(x.shape, dtype=x.dtype, device=x.device)
         for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
     ]
-    if not layout.num_pairs:
-        return [x for x in out if x is not None]
-    of_logps, of_rejected, of_ref, of_ref_rejected = out
-    address = [layout.at(x) for x in (dloss, dlosses, dchosen, drejected)]
-    _run(
-        "preference_backward", logps.device, batch, layout.at(partials, torch.float64), layout.at(sums, torch.uint8),
-        *address[:2], address[2:],
-        layout.sides(of_logps, of_rejected), layout.sides(of_ref, of_ref_rejected, ref_per_token),
-    )  # fmt: skip
+    if layout.num_pairs:
+        of_logps, of_rejected, of_ref, of_ref_rejected = out
+        address = [layout.at(x) for x in (dloss, dlosses, dchosen, drejected)]
+        _run(
+            "preference_backward", logps.device, batch, layout.at(partials, torch.float64),
+            layout.at(sums, torch.uint8), *address[:2], address[2:],
+            layout.sides(of_logps, of_rejected), layout.sides(of_ref, of_ref_rejected, ref_per_token),
+        )  # fmt: skip
     return [x for x in out if x is not None]
 
 
+# The operators, for graphs, in which no door has checked what native code reads.
+
+_INPUTS = "logps rejected ref ref_rejected labels cu_seqlens"
+_FORWARD = f"{_INPUTS} chosen_lengths rejected_lengths log_sum_sq_probs kto_kl".split()
+_BACKWARD = f"partials sums {_INPUTS} dloss dlosses dchosen drejected".split()
+_ALWAYS = ("logps", "partials", "sums")
+_READING = "int ignore_index, bool average"
+
+
+def _schema(names: list[str]) -> str:
+    return ", ".join(f"Tensor {name}" if name in _ALWAYS else f"Tensor? {name}" for name in names)
+
+
+def _check(given: dict[str, Tensor | None]) -> None:
+    """What native code trusts: it reads addresses, whatever lies there."""
+    logps, rejected, labels, cu_seqlens = (given[name] for name in ("logps", "rejected", "labels", "cu_seqlens"))
+    if cu_seqlens is not None and (
+        cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0
+    ):
+        raise ValueError(f"cu_seqlens must be 2B + 1 offsets; got {cu_seqlens.dtype}, {tuple(cu_seqlens.shape)}")
+    dims = 1 if rejected is not None or cu_seqlens is not None else 2
+    if logps.dtype not in (torch.float32, torch.float64) or logps.ndim != dims or (dims == 2 and len(logps) % 2):
+        raise ValueError(f"logps must be fp32 or fp64 with {dims} dimensions; got {logps.dtype}, {tuple(logps.shape)}")
+    num_pairs, tokens = _num_pairs(logps, rejected, cu_seqlens), tuple(logps.shape)
+    pairs, sequences = (num_pairs,), (2 * num_pairs,)
+    # as many packed tokens as sequences: only the column is one number per sequence
+    per_sequence = pairs if rejected is not None else sequences if cu_seqlens is None else (*sequences, 1)
+    of_labels = torch.int32 if labels is not None and labels.dtype == torch.int32 else torch.int64
+    allowed = {
+        "rejected": (logps.dtype, tokens),
+        "ref": (logps.dtype, per_sequence, tokens),
+        "ref_rejected": (logps.dtype, pairs),
+        "labels": (of_labels, tokens),
+        "chosen_lengths": (torch.int64, pairs),
+        "rejected_lengths": (torch.int64, pairs),
+        "log_sum_sq_probs": (logps.dtype, tokens),
+        "kto_kl": (torch.float64, ()),
+        "partials": (torch.float64, (5, num_pairs)),
+        "sums": (torch.uint8, (num_pairs, SUMS_BYTES)),
+        "dloss": (logps.dtype, ()),
+        "dlosses": (logps.dtype, pairs),
+        "dchosen": (logps.dtype, pairs),
+        "drejected": (logps.dtype, pairs),
+    }
+    for name, x in given.items():
+        if x is None or name in ("logps", "cu_seqlens"):
+            continue
+        dtype, *shapes = allowed[name]
+        if x.dtype != dtype or tuple(x.shape) not in shapes or x.device != logps.device:
+            raise ValueError(
+                f"{name} must be {dtype} of shape {' or '.join(map(str, shapes))} on {logps.device}; got {x.dtype}, "
+                f"{tuple(x.shape)} on {x.device}"
+            )
+
+
+@torch.library.custom_op(
+    "fastdpo::preference_forward",
+    mutates_args=(),
+    schema=f"({_schema(_FORWARD)}, int[] loss_ids, float[] loss_weights, int divergence, float[] options, {_READING}, "
+    f"bool reward_per_token, float ld_alpha, float sft_weight) -> ({', '.join(['Tensor'] * 8)})",
+)
+def preference_forward_op(*arguments):
+    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [5, B]; sums of a pair). A
+    `ref` is like `logps`, or per sequence: [2B] of padded tokens, [2B, 1] of packed ones."""
+    refuse_transforms("fastdpo.preference_loss", *arguments[:4])
+    _check(dict(zip(_FORWARD, arguments)))
+    return _forward(*arguments)
+
+
+@preference_forward_op.register_fake
+def _(logps, rejected, ref, ref_rejected, labels, cu_seqlens, *_):
+    return _results(logps, _num_pairs(logps, rejected, cu_seqlens))
+
+
+@torch.library.custom_op(
+    "fastdpo::preference_backward",
+    mutates_args=(),
+    schema=f"({_schema(_BACKWARD)}, bool[] wanted, {_READING}, float ld_alpha, float sft_weight) -> Tensor[]",
+)
+def preference_backward_op(*arguments):
+    """Of logps, rejected, ref and ref_rejected, whose values are not read, the gradients that are wanted."""
+    refuse_transforms("fastdpo.preference_loss", *arguments[8:12])
+    _check(dict(zip(_BACKWARD, arguments)))
+    return _backward(*arguments)
+
+
 @preference_backward_op.register_fake
-def _(partials, sums, logps, rejected, ref, ref_rejected, labels, cu_seqlens, dloss, dlosses, dchosen, drejected,
-      wanted, *_):  # fmt: skip
-    return [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
-        if want
-    ]
-
-
-_SPEC = ("ignore_index", "average", "ld_alpha", "sft_weight")  # what the backward reads of `Spec`
-
-
-def _setup_context(ctx, inputs, output):
-    tensors, spec = inputs[:10], Spec(*inputs[10:])
-    *results, partials, sums = output
-    ctx.spec = [getattr(spec, name) for name in _SPEC]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(partials, sums, *tensors[:6])
-    ctx.mark_non_differentiable(*results[2:4], partials, sums)
-
-
-def _backward(ctx, dloss, dlosses, _, __, dchosen, drejected, *___):
-    upstream, wanted = (dloss, dlosses, dchosen, drejected), list(ctx.needs_input_grad[:4])
-    gradients = iter(())
-    if any(x is not None for x in upstream):
-        gradients = iter(preference_backward_op(*ctx.saved_tensors, *upstream, wanted, *ctx.spec))
-    return (*(next(gradients, None) if want else None for want in wanted), *[None] * 15)
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError(NO_SECOND_DERIVATIVE)
-
-
-preference_forward_op.register_autograd(_backward, setup_context=_setup_context)
-preference_backward_op.register_autograd(_no_second_derivative)
+def _(partials, sums, logps, rejected, ref, ref_rejected, *others):
+    wanted = others[6]
+    return [x.new_empty(x.shape) for x, want in zip((logps, rejected, ref, ref_rejected), wanted) if want]

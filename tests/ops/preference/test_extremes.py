@@ -5,7 +5,6 @@ import math
 import mpmath as mp
 import pytest
 import torch
-from test_preference import loss_engine, native  # noqa: F401
 
 from fastdpo.losses import LOSSES
 from fastdpo.preference import preference_loss
@@ -112,7 +111,7 @@ def log_probs(case) -> list[float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_exact_arithmetic(name, dtype, loss_engine):  # noqa: F811
+def test_equals_exact_arithmetic(name, dtype, loss_engine):
     case = CASES[name]
     grid = torch.tensor(log_probs(case), dtype=dtype)
     tensors = [x.reshape(-1).clone().requires_grad_() for x in torch.meshgrid(grid, grid, indexing="ij")]
@@ -151,7 +150,7 @@ def test_equals_exact_arithmetic(name, dtype, loss_engine):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("zero", [0.0, -1e-45, -1e-38, 1e-9])
-def test_certain_completions_of_orpo(zero, dtype, loss_engine):  # noqa: F811
+def test_certain_completions_of_orpo(zero, dtype, loss_engine):
     """A mean log-prob of 0 counts as -2^-24; so does what lies between it and -2^-126."""
     ones = torch.ones(3, dtype=torch.int64)
     lengths = {"chosen_lengths": ones, "rejected_lengths": ones}
