@@ -198,11 +198,15 @@ def test_noncontiguous_and_mixed_dtypes(loss_engine):
     torch.testing.assert_close(preference_loss(*grid).losses, preference_loss(*grid.clone()).losses)
 
 
-def test_compiles_without_graph_break(loss_engine):
+@pytest.mark.parametrize("loss_type", ["sigmoid", ["sigmoid", "aot"]])
+@pytest.mark.parametrize("by_class", [False, True])
+def test_compiles_without_graph_break(by_class, loss_type, loss_engine):
     tensors, _ = inputs_of(CASES["sigmoid"], torch.float32)
 
     def step(*tensors):
-        return preference_loss(*tensors, loss_type=["sigmoid", "aot"]).loss
+        if by_class:
+            return PreferenceLossFunction.apply(*tensors, None, None, PreferenceOptions(loss_type=loss_type)).mean()
+        return preference_loss(*tensors, loss_type=loss_type).loss
 
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)(*tensors)
     torch.testing.assert_close(compiled, step(*tensors))

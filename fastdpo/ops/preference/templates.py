@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...autograd import Function, once_differentiable
+from ...autograd import once_differentiable
 from ...losses import PreferenceOptions, check_sequences
 from ...tensors import contiguous, in_rows, refuse_transforms, traced
 from .. import native
@@ -120,33 +120,17 @@ def batch_losses(
         tensors = (logps, rejected, ref.to(logps.dtype), *tensors[3:])
     kto_kl = options.kto_kl if isinstance(options.kto_kl, Tensor) else None
     kto_kl = None if kto_kl is None else kto_kl.to(logps.device, torch.float64)
-    return PreferenceLossFunction.checked(Spec.of(options, **reading), *tensors, log_sum_sq_probs, kto_kl)
+    return _Losses.apply(Spec.of(options, **reading), *tensors, log_sum_sq_probs, kto_kl)
 
 
-class PreferenceLossFunction(Function):
-    """Autograd for the losses of a batch: ``apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths,
-    rejected_lengths, PreferenceOptions) -> losses [B]``; refs and lengths may be None. It checks what `preference_loss`
-    checks, and computes what that computes.
+class _Losses(torch.autograd.Function):
+    """The one autograd of both operators: ``apply(Spec, the operator's tensors)`` returns its first six results.
 
-    The one autograd of both operators: torch.compile follows it and finds them inside. Outside of a graph it calls what
-    they call. Saved: five derivatives of every row, and what says which tokens count. Double backward raises
-    RuntimeError.
+    torch.compile follows it and finds the operators inside; outside of a graph it calls what they call, which takes half
+    the time. Saved: five derivatives of every row, and what says which tokens count. Double backward raises RuntimeError.
     """
 
     of = "fastdpo.preference_loss"
-
-    @classmethod
-    def apply(cls, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options):
-        refuse_transforms(cls.of, chosen, rejected, ref_chosen, ref_rejected)
-        if not isinstance(options, PreferenceOptions):
-            raise TypeError(f"options must be PreferenceOptions; got {options!r}")
-        tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
-        return batch_losses(options, *check_sequences(options, *tensors))[1]
-
-    @classmethod
-    def checked(cls, spec: Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        """The six results of the operator, of its arguments."""
-        return super(Function, cls).apply(spec, *tensors)
 
     @staticmethod
     def forward(ctx, spec, *tensors):
@@ -168,6 +152,23 @@ class PreferenceLossFunction(Function):
         run = preference_backward_op if traced(*tensors) else _backward
         made = iter(run(*tensors, wanted, spec.ignore_index, spec.average, spec.ld_alpha, spec.sft_weight))
         return (None, *[next(made) if want else None for want in wanted], *[None] * 6)
+
+
+class PreferenceLossFunction:
+    """The losses as an autograd Function: ``apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths,
+    rejected_lengths, PreferenceOptions) -> losses [B]``; refs and lengths may be None. It checks what `preference_loss`
+    checks, and computes what that computes.
+
+    Not a subclass of one, whose `apply` torch.compile passes by: the checks would be left out there.
+    """
+
+    @staticmethod
+    def apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options):
+        refuse_transforms("fastdpo.preference_loss", chosen, rejected, ref_chosen, ref_rejected)
+        if not isinstance(options, PreferenceOptions):
+            raise TypeError(f"options must be PreferenceOptions; got {options!r}")
+        tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+        return batch_losses(options, *check_sequences(options, *tensors))[1]
 
 
 def _num_pairs(logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None) -> int:
