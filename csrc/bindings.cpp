@@ -139,7 +139,7 @@ void fill_batch(fastdpo::PreferenceBatch<T>& a, const Pair& logps, const Pair& r
   }
   a.options.divergence = static_cast<fastdpo::Divergence>(divergence);
   for (size_t i = 0; i < options.size(); ++i) {
-    a.options.*fastdpo::kPreferenceOptionFields[i] = options[i];
+    a.options.*(fastdpo::kPreferenceOptionFields[i].field) = options[i];
   }
 }
 
@@ -314,10 +314,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
 
   py::dict preference_losses, divergences;
-  for (const char* name : fastdpo::kPreferenceLosses) preference_losses[name] = preference_losses.size();
-  for (const char* name : fastdpo::kDivergences) divergences[name] = divergences.size();
+  for (const auto& entry : fastdpo::kPreferenceLosses) preference_losses[entry.name] = static_cast<int>(entry.loss);
+  for (const auto& entry : fastdpo::kDivergences) divergences[entry.name] = static_cast<int>(entry.divergence);
   py::list preference_options;
-  for (const char* name : fastdpo::kPreferenceOptions) preference_options.append(name);
+  for (const auto& entry : fastdpo::kPreferenceOptionFields) preference_options.append(entry.name);
   m.attr("PREFERENCE_LOSSES") = preference_losses;    // name -> value of `losses_used`
   m.attr("DIVERGENCES") = divergences;                // name -> value of `divergence`
   m.attr("PREFERENCE_OPTIONS") = preference_options;  // the order of `options`

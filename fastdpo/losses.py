@@ -1,6 +1,6 @@
 """The preference losses by name, what each needs, and the one check of all that a call of them is given.
 
-This table is the only list of losses in Python; the expressions are csrc/shared/preference_loss.h and, in torch,
+This table is the only list of losses in Python; the expressions are csrc/shared/preference_losses.h and, in torch,
 ops/preference/reference.py.
 """
 

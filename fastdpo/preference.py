@@ -3,7 +3,7 @@ from hidden states.
 
     losses[i] = sum_l weight_l * loss_l(chosen, rejected, ref_chosen, ref_rejected)[i]    loss = mean(losses)
 
-losses.py lists the losses; each is one expression in csrc/shared/preference_loss.h, differentiated by dual numbers.
+losses.py lists the losses; each is one row of csrc/shared/preference_losses.h, differentiated by dual numbers.
 """
 
 from __future__ import annotations

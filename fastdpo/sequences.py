@@ -28,7 +28,9 @@ def _saturate(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(x.isinf(), x, x.clamp(-limit, limit)).to(dtype)
 
 
-class _Cast(Function):
+class Cast(Function):
+    """``apply(x, dtype)``; once differentiable, as all losses are."""
+
     of = "fastdpo.preference_loss"
 
     @staticmethod
@@ -44,7 +46,7 @@ class _Cast(Function):
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A conversion in which neither a finite value nor a finite gradient overflows."""
-    return x if x.dtype == dtype else _Cast.apply(x, dtype)
+    return x if x.dtype == dtype else Cast.apply(x, dtype)
 
 
 class Sequences:

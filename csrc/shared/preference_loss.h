@@ -1,39 +1,67 @@
 // Every preference loss, once: an expression on dual numbers, so value and gradient come from the same line.
 //   a, b = chosen, rejected log-ratio to the reference        s = f-divergence score of a log-ratio
-//   d = s_w - s_l        S = sigmoid        n = completion tokens        e = label smoothing
-// What has no expression per preference pair is not here: `sft`, and `aot*`, which match the rows of a batch by rank.
+//   d = s_w - s_l        x = beta d        S = sigmoid        n = completion tokens        e = label smoothing
+// The losses that need the whole batch are not here: `sft` is finished in preference_batch.h, and those that match rows
+// by rank are torch's.
 #pragma once
 
 #include "shared/dual.h"
 
 namespace fastdpo {
 
-// A new loss is its name here and its case in `preference_loss`; a new option is its name here. Python finds both by name.
-#define FASTDPO_PREFERENCE_LOSSES(X)                                                                  \
-  X(sigmoid) X(robust) X(ipo) X(hinge) X(exo_pair) X(nca_pair) X(bco_pair) X(sppo_hard) X(apo_zero)   \
-  X(apo_down) X(discopop) X(sigmoid_norm) X(simpo) X(cpo) X(orpo) X(kto) X(dpop) X(slic)
-#define FASTDPO_DIVERGENCES(X) X(reverse_kl) X(forward_kl) X(js_divergence) X(alpha_divergence)
-#define FASTDPO_PREFERENCE_OPTIONS(X)                                                                 \
-  X(beta) X(label_smoothing) X(f_alpha_divergence_coef) X(discopop_tau) X(simpo_gamma) X(dpop_lambda) \
-  X(slic_delta) X(kto_kl) X(desirable_weight) X(undesirable_weight)
+enum class Divergence : int { kReverseKl, kForwardKl, kJs, kAlpha };
 
-#define FASTDPO_ID(name) name,
-#define FASTDPO_NAME(name) #name,
-#define FASTDPO_NUMBER(name) double name;
-#define FASTDPO_FIELD(name) &PreferenceOptions::name,
-
-enum class PreferenceLoss : int { FASTDPO_PREFERENCE_LOSSES(FASTDPO_ID) };
-enum class Divergence : int { FASTDPO_DIVERGENCES(FASTDPO_ID) };
-struct PreferenceOptions {
-  FASTDPO_PREFERENCE_OPTIONS(FASTDPO_NUMBER)
+struct NamedDivergence {
+  const char* name;
   Divergence divergence;
 };
 
-// By id, and the options in the order of the struct, in which Python hands them over.
-constexpr const char* kPreferenceLosses[] = {FASTDPO_PREFERENCE_LOSSES(FASTDPO_NAME)};
-constexpr const char* kDivergences[] = {FASTDPO_DIVERGENCES(FASTDPO_NAME)};
-constexpr const char* kPreferenceOptions[] = {FASTDPO_PREFERENCE_OPTIONS(FASTDPO_NAME)};
-constexpr double PreferenceOptions::*kPreferenceOptionFields[] = {FASTDPO_PREFERENCE_OPTIONS(FASTDPO_FIELD)};
+constexpr NamedDivergence kDivergences[] = {
+    {"reverse_kl", Divergence::kReverseKl},
+    {"forward_kl", Divergence::kForwardKl},
+    {"js_divergence", Divergence::kJs},
+    {"alpha_divergence", Divergence::kAlpha},
+};
+
+enum class PreferenceLoss : int {
+#define LOSS(name, ...) name,
+#include "shared/preference_losses.h"
+#undef LOSS
+};
+
+struct NamedLoss {
+  const char* name;
+  PreferenceLoss loss;
+};
+
+constexpr NamedLoss kPreferenceLosses[] = {
+#define LOSS(name, ...) {#name, PreferenceLoss::name},
+#include "shared/preference_losses.h"
+#undef LOSS
+};
+
+// What else the expressions read, and the order in which Python hands it over.
+#define FASTDPO_PREFERENCE_OPTIONS(OPTION)                                                                   \
+  OPTION(beta) OPTION(label_smoothing) OPTION(f_alpha_divergence_coef) OPTION(discopop_tau) OPTION(simpo_gamma) \
+  OPTION(dpop_lambda) OPTION(slic_delta) OPTION(kto_kl) OPTION(desirable_weight) OPTION(undesirable_weight)
+
+struct PreferenceOptions {
+  Divergence divergence;
+#define OPTION(name) double name;
+  FASTDPO_PREFERENCE_OPTIONS(OPTION)
+#undef OPTION
+};
+
+struct OptionField {
+  const char* name;
+  double PreferenceOptions::*field;
+};
+
+constexpr OptionField kPreferenceOptionFields[] = {
+#define OPTION(name) {#name, &PreferenceOptions::name},
+    FASTDPO_PREFERENCE_OPTIONS(OPTION)
+#undef OPTION
+};
 
 // Exponents stop here, as TRL's do: e^80 is still a finite float, and so is its product with a coefficient.
 constexpr double kMaxExponent = 80.0;
@@ -56,16 +84,16 @@ struct PreferenceInputs {
 template <class T>
 FASTDPO_HD Dual<T, 4> divergence_score(const Dual<T, 4>& logratio, const PreferenceOptions& options) {
   switch (options.divergence) {
-    case Divergence::forward_kl:  // 1 - 1 / t
+    case Divergence::kForwardKl:  // 1 - 1 / t
       return -expm1(clamp_max(-logratio, T(kMaxExponent)));
-    case Divergence::js_divergence:  // log(2 t / (t + 1))
+    case Divergence::kJs:  // log(2 t / (t + 1))
       return T(0.6931471805599453) + log_sigmoid(logratio);
-    case Divergence::alpha_divergence: {  // (t^(alpha - 1) - 1) / (alpha - 1), which tends to log t at alpha = 1
+    case Divergence::kAlpha: {  // (t^(alpha - 1) - 1) / (alpha - 1), which tends to log t at alpha = 1
       const T power = T(options.f_alpha_divergence_coef - 1.0);
       if (power == T(0)) return logratio;
       return expm1(clamp_max(power * logratio, T(kMaxExponent))) / power;
     }
-    case Divergence::reverse_kl:
+    case Divergence::kReverseKl:
       break;
   }
   return logratio;
@@ -99,88 +127,12 @@ FASTDPO_HD Dual<T, 4> preference_loss(PreferenceLoss loss, const PreferenceInput
   const D s_w = divergence_score(a, options);
   const D s_l = divergence_score(b, options);
   const D x = beta * (s_w - s_l);
-
   switch (loss) {
-    // -log S(beta d). DPO, arXiv 2305.18290 eq. 7; smoothed: conservative DPO, ericmitchell.ai/cdpo.pdf eq. 3
-    case PreferenceLoss::sigmoid:
-      return smoothed_log_loss(x, e);
-
-    // [-(1 - e) log S(beta d) + e log S(-beta d)] / (1 - 2e). Robust DPO, arXiv 2403.00409
-    case PreferenceLoss::robust:
-      if (e == T(0)) return -log_sigmoid(x);
-      return ((e - T(1)) * log_sigmoid(x) + e * log_sigmoid(-x)) / (T(1) - T(2) * e);
-
-    // (s_w / n_w - s_l / n_l - 1 / (2 beta))^2. IPO, arXiv 2310.12036 eq. 17, per token
-    case PreferenceLoss::ipo:
-      return square(s_w / n_w - s_l / n_l - T(0.5) / beta);
-
-    // relu(1 - beta d). RSO, arXiv 2309.06657
-    case PreferenceLoss::hinge:
-      return relu(T(1) - x);
-
-    // S(beta d) [log S(beta d) - log(1 - e)] + S(-beta d) [log S(-beta d) - log e]. EXO, arXiv 2402.00856 eq. 16
-    case PreferenceLoss::exo_pair:
-      return sigmoid(x) * (log_sigmoid(x) - ::log1p(-e)) + sigmoid(-x) * (log_sigmoid(-x) - ::log(e));
-
-    // -log S(beta a) - log S(-beta a) / 2 - log S(-beta b) / 2. NCA, arXiv 2402.05369
-    case PreferenceLoss::nca_pair:
-      return T(-0.5) * (log_sigmoid(-beta * a) + log_sigmoid(-beta * b)) - log_sigmoid(beta * a);
-
-    // -log S(beta a) - log S(-beta b). BCO without the running shift, arXiv 2404.04656
-    case PreferenceLoss::bco_pair:
-      return -log_sigmoid(beta * a) - log_sigmoid(-beta * b);
-
-    // (a - 1 / (2 beta))^2 + (b + 1 / (2 beta))^2. SPPO with hard labels, arXiv 2405.00675 eq. 4.7
-    case PreferenceLoss::sppo_hard:
-      return square(a - T(0.5) / beta) + square(b + T(0.5) / beta);
-
-    // 1 - S(beta a) + S(beta b). APO-zero, arXiv 2408.06266 eq. 7
-    case PreferenceLoss::apo_zero:
-      return sigmoid(-beta * a) + sigmoid(beta * b);
-
-    // S(beta a) + 1 - S(beta (a - b)). APO-down, arXiv 2408.06266 eq. 8
-    case PreferenceLoss::apo_down:
-      return sigmoid(beta * a) + sigmoid(-beta * (a - b));
-
-    // -log S(x) (1 - m) + e^-x m with x = beta d, m = S(x / tau). DiscoPOP, arXiv 2406.08414 eq. 5
-    case PreferenceLoss::discopop: {
-      // e^-x and m overflow and vanish together: their exponents are added before either exists.
-      const D z = x / T(options.discopop_tau);
-      return exp(clamp_max(log_sigmoid(z) - x, T(kMaxExponent))) - log_sigmoid(x) * sigmoid(-z);
-    }
-
-    // -log S(beta (s_w / n_w - s_l / n_l)). Length-normalised DPO, arXiv 2411.15124
-    case PreferenceLoss::sigmoid_norm:
-      return -log_sigmoid(beta * (s_w / n_w - s_l / n_l));
-
-    // -log S(beta (chosen / n_w - rejected / n_l) - gamma), smoothed. SimPO, arXiv 2405.14734 eq. 6
-    case PreferenceLoss::simpo:
-      return smoothed_log_loss(beta * (in.chosen / n_w - in.rejected / n_l) - T(options.simpo_gamma), e);
-
-    // -log S(beta (chosen - rejected)), smoothed. CPO's preference term, arXiv 2401.08417 eq. 3
-    case PreferenceLoss::cpo:
-      return smoothed_log_loss(beta * (in.chosen - in.rejected), e);
-
-    // -beta log S(log odds_w - log odds_l), odds = p / (1 - p), p = e^(logp / n). ORPO's odds-ratio term, arXiv
-    // 2403.07691 eqs. 4 and 7; its lambda is `beta`, as in TRL
-    case PreferenceLoss::orpo:
-      return -beta * log_sigmoid(log_odds(in.chosen / n_w) - log_odds(in.rejected / n_l));
-
-    // [lambda_D (1 - S(beta (a - KL))) + lambda_U (1 - S(beta (KL - b)))] / 2: the mean over the two sequences, as
-    // KTO averages over sequences. arXiv 2402.01306
-    case PreferenceLoss::kto: {
-      const T kl = T(options.kto_kl);
-      return T(0.5 * options.desirable_weight) * sigmoid(-beta * (a - kl)) +
-             T(0.5 * options.undesirable_weight) * sigmoid(beta * (b - kl));
-    }
-
-    // -log S(beta (a - b - lambda relu(-a))). DPO-positive, arXiv 2402.13228
-    case PreferenceLoss::dpop:
-      return -log_sigmoid(beta * (a - b - T(options.dpop_lambda) * relu(-a)));
-
-    // relu(delta - beta (chosen - rejected)). SLiC-HF's rank loss, arXiv 2305.10425, where beta is 1
-    case PreferenceLoss::slic:
-      return relu(T(options.slic_delta) - beta * (in.chosen - in.rejected));
+#define LOSS(name, ...)      \
+  case PreferenceLoss::name: \
+    return __VA_ARGS__;
+#include "shared/preference_losses.h"
+#undef LOSS
   }
   return D(T(0));
 }

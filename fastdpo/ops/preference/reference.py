@@ -1,4 +1,4 @@
-"""Every preference loss in plain torch, differentiated by autograd: the oracle of csrc/shared/preference_loss.h, and
+"""Every preference loss in plain torch, differentiated by autograd: the oracle of csrc/shared/preference_losses.h, and
 the engine where that cannot run. Computed in fp64; same names as there:
     a, b = chosen, rejected log-ratio    s = f-divergence score    d = s_w - s_l    n = completion tokens
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ...losses import PreferenceOptions
-from ...sequences import Sequences, cast, wide_dtype
+from ...sequences import Cast, Sequences, cast, wide_dtype
 
 MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float
 # A mean log-prob of 0 says only that p rounds to 1, where the log-odds have a pole: it counts as that of the largest
@@ -258,8 +258,8 @@ def batch_losses_ref(
     # sum / B instead of mean: an empty batch has loss 0. Wide, so that the sum of finite losses is finite.
     loss = losses.sum(dtype=wide_dtype(losses.device)) / max(losses.shape[0], 1)
     return (
-        cast(loss, dtype),
-        cast(losses, dtype),
+        Cast.apply(loss, dtype),
+        Cast.apply(losses, dtype),
         _reward(options, chosen, ref_chosen, chosen_lengths).to(dtype),
         _reward(options, rejected, ref_rejected, rejected_lengths).to(dtype),
         cast(chosen, dtype),

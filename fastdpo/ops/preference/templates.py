@@ -120,14 +120,14 @@ def batch_losses(
         tensors = (logps, rejected, ref.to(logps.dtype), *tensors[3:])
     kto_kl = options.kto_kl if isinstance(options.kto_kl, Tensor) else None
     kto_kl = None if kto_kl is None else kto_kl.to(logps.device, torch.float64)
-    return _Losses.apply(Spec.of(options, **reading), *tensors, log_sum_sq_probs, kto_kl)
+    return _BatchLosses.apply(Spec.of(options, **reading), *tensors, log_sum_sq_probs, kto_kl)
 
 
-class _Losses(torch.autograd.Function):
-    """The one autograd of both operators: ``apply(Spec, the operator's tensors)`` returns its first six results.
+class _BatchLosses(torch.autograd.Function):
+    """``apply(Spec, the operator's tensors)`` returns its first six results; once differentiable.
 
-    torch.compile follows it and finds the operators inside; outside of a graph it calls what they call, which takes half
-    the time. Saved: five derivatives of every row, and what says which tokens count. Double backward raises RuntimeError.
+    The one autograd of both operators: torch.compile follows it and finds them inside. Outside of a graph it calls what
+    they call, FIGURE.
     """
 
     of = "fastdpo.preference_loss"

@@ -209,7 +209,7 @@ def test_operators_keep_torchs_rules(form, dtype, layout):
     torch.library.opcheck(preference_native.preference_forward_op, (*detached, *spec))
     loss, losses, _, _, chosen, _, partials, sums = preference_native.preference_forward_op(*detached, *spec)
     assert loss.isfinite() and (layout != "empty" or loss == 0)
-    results = preference_native._Losses.apply(spec, *tensors)
+    results = preference_native._BatchLosses.apply(spec, *tensors)
     for mine, wanted in zip(results, (loss, losses)):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
     loss, losses, _, _, chosen, _ = results
