@@ -114,6 +114,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     import fastdpo
     from fastdpo.head import Routing, taus
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
+    from fastdpo.ops.triton import backward as triton_backward
     from fastdpo.ops.triton import forward as triton_engine
     from fastdpo.ops.triton.launch import Recorder
 
@@ -137,7 +138,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
             elif part == "backward":
                 upstream = Upstream(meta(n, dtype=torch.float32))
                 needs = Needs(True, not frozen, False, False, False)
-                triton_engine.backward(head, rows, saved, upstream, routing, needs)
+                triton_backward.backward(head, rows, saved, upstream, routing, needs)
             else:
                 triton_engine.forward(head, rows, stats=frozenset(), routing=None, shards=None)
         if part in parts:
@@ -166,10 +167,13 @@ def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **o
 
 
 def _bound(launches: list[tuple]):
-    """(kernel, its arguments by name) of every launch, with the tokens that the lists it reads are of."""
+    """(kernel, its arguments by name, tuples' members among them) of every launch, with the tokens its lists are of."""
     tokens_of = {}
-    for kernel, grid, arguments, constants, *_ in launches:
-        bound = dict(zip(kernel.arg_names, arguments), **constants, grid=grid)
+    for kernel, grid, arguments, *_ in launches:
+        bound = dict(arguments, grid=grid)
+        for name in ("form", "head", "lists", "kept"):
+            if name in arguments:
+                bound |= {key: getattr(x, "value", x) for key, x in arguments[name]._asdict().items()}
         if "lengths" in bound:
             tokens_of.setdefault(id(bound["lengths"]), bound.get("capacity"))  # the plan comes first
             bound["of_range"] = tokens_of[id(bound["lengths"])]
@@ -234,7 +238,7 @@ def _routed(a, shape, live) -> tuple[Tensor, Tensor, float]:
     """(pairs, padded pairs) per block and tiles of this launch's list; the first round stands for all of them."""
     blocks = a["running"].shape[1] if "running" in a else a["lengths"].shape[0]
     lengths = _lengths(a, shape, live, a["first_token"], a.get("capacity", shape.num_tokens), blocks)
-    return lengths, (lengths / a["TILE"]).ceil() * a["TILE"], a["round"] == 0
+    return lengths, (lengths / a.get("TILE", a["BM"])).ceil() * a.get("TILE", a["BM"]), a["round"] == 0
 
 
 def _range(a: dict, shape: Shape) -> int:
@@ -276,7 +280,7 @@ def _ordered_dhidden(a, shape, live):
     item, columns = shape.dtype.itemsize, _padded(a["H"], a["BN"])
     touched = (lengths > 0).sum().item() * BLOCK * a["H"]
     added = _missed(8 * lengths.sum().item() * a["H"], 8 * _range(a, shape) * a["H"])
-    pairs = (_ordered_shares(a, lengths) / a["ROWS"]).ceil().sum().item() * a["ROWS"]
+    pairs = (_ordered_shares(a, lengths) / a["BM"]).ceil().sum().item() * a["BM"]
     return Cost(2.0 * pairs * BLOCK * columns, item * (lengths.sum().item() * BLOCK + touched) + added)
 
 
@@ -305,7 +309,7 @@ def dhidden_through_cache(shape: Shape, live_hidden: Tensor, target) -> dict[str
             lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live_hidden)
             if first:
                 parts, item, pairs = -(-a["H"] // a["BN"]), shape.dtype.itemsize, lengths.sum().item()
-                reads_of_blocks = padded.sum().item() / a["TILE"]
+                reads_of_blocks = padded.sum().item() / a.get("TILE", a["BM"])
                 if ordered:  # a program reads its part of a block once, if it has pairs there
                     reads_of_blocks = (_ordered_shares(a, lengths) > 0).sum().item()
                 operands = parts * item * BLOCK * (pairs + reads_of_blocks * a["BN"])
@@ -349,7 +353,7 @@ _COSTS = {
     "routed_dweight": _routed_dweight,
     "compact": _rows(lambda a, s: 30 * s.num_tokens),
     "gather": _rows(lambda a, s: 2 * s.dtype.itemsize * a["capacity"] * a["pitch"]),
-    "rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
+    "low_rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
     "finish": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + 20)),
     "route": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + a["bitmap_stride"] + 8)),
     "count": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),

@@ -107,7 +107,7 @@ def main() -> int:
     for arch in args.arch or built:
         if arch not in built:
             parser.error(f"--arch must be one of {built}; got {arch}")
-        extension = Path(native.extension().__file__)
+        extension = Path(native.EXTENSION.__file__)
         listing, usage = (
             run_tool("cuobjdump", option, "-arch", f"sm_{arch}", extension) for option in ("-sass", "-res-usage")
         )

@@ -14,8 +14,9 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fastdpo.head import Routing
-from fastdpo.ops.problem import STATS, Head, LogitTransform, LoRA, Needs, Rows, Upstream
+from fastdpo.head import LogitTransform, LoRA, Routing
+from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
+from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton.launch import Recorder, Target
 
@@ -98,17 +99,19 @@ class Variant:
         return self.kernel.removesuffix("_kernel")
 
     def constant(self, name: str, otherwise=None):
-        return (
-            self.constants.get((list(self.signature).index(name),), otherwise) if name in self.signature else otherwise
-        )
+        """Of an argument, or of a tuple's member."""
+        for index, (argument, kind) in enumerate(self.signature.items()):
+            members = getattr(kind, "_fields", ())
+            if argument == name or name in members:
+                path = (index,) if argument == name else (index, members.index(name))
+                value = self.constants.get(path, otherwise)
+                return getattr(value, "value", value)
+        return otherwise
 
     @property
     def compute(self) -> str:
         """The type that a matrix product multiplies in."""
-        dtype = self.constant("COMPUTE")
-        if dtype is None:
-            dtype = self.signature["hidden"].lstrip("*") if "PRECISION" in self.signature else ""
-        return str(dtype)
+        return str(self.constant("COMPUTE", ""))
 
     @property
     def shape(self) -> str:
@@ -141,12 +144,12 @@ class _OneShard:
     sum = max = logsumexp = sum_before = label_logit
 
 
-def variant_of(capability: int, kernel, arguments: tuple, constants: dict, warps: int, stages: int) -> Variant:
-    """What Triton compiles for kernel[grid](*arguments, **constants)."""
+def variant_of(capability: int, kernel, arguments: dict, warps: int, stages: int) -> Variant:
+    """What Triton compiles for kernel[grid](**arguments)."""
     triton.runtime.driver.set_active(_NoDevice(capability))
     *_, backend, binder = kernel.device_caches[capability]
-    keywords = {**constants, "num_warps": warps, "num_stages": stages, "debug": False}
-    bound, specialization, options = binder(*arguments, **keywords)
+    keywords = {**arguments, "num_warps": warps, "num_stages": stages, "debug": False}
+    bound, specialization, options = binder(**keywords)
     _, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     return Variant(kernel.__module__, kernel.__name__, capability, signature, constexprs, attributes, warps, stages)
 
@@ -178,7 +181,7 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
             column = meta(n, dtype=torch.float32)
             upstream = Upstream(column, column if problem.entropy else None)
             exact = problem.entropy
-            triton_engine.backward(head, rows, saved, upstream, None if exact else routing, needs)
+            triton_backward.backward(head, rows, saved, upstream, None if exact else routing, needs)
     return launches
 
 
@@ -206,10 +209,10 @@ def variants(
             if not (everything or name == "bf16" or problem.name in ESSENTIAL):
                 continue
             launched = set()
-            for function, _, arguments, constants, warps, stages in record(problem, name, capability):
+            for function, _, arguments, warps, stages in record(problem, name, capability):
                 if kernel is not None and kernel not in function.__name__:
                     continue
-                variant = variant_of(capability, function, arguments, constants, warps, stages)
+                variant = variant_of(capability, function, arguments, warps, stages)
                 launched.add(variant.key)
                 found.setdefault(variant.key, variant)
             for key in launched:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import inputs
 from benchmarks.peers import OURS, PEERS, Problem, Unavailable
-from fastdpo.ops.cpu.gemm import matmul
+from fastdpo.ops.cpu.operands import matmul
 
 
 def make_problem(head: inputs.HeadInputs, sequence_length: int, prompt_share: float) -> Problem:

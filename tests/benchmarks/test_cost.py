@@ -142,11 +142,11 @@ def test_memory_of_a_step_on_a_trained_head(tmp_path):
 
 
 def test_products_of_few_shapes():
-    from fastdpo.ops.cpu import gemm
+    from fastdpo.ops.cpu import operands
 
-    if not gemm.USES_ONEDNN:
-        assert gemm.padded_rows(77) == 77
+    if not operands.USES_ONEDNN:
+        assert operands.padded_rows(77) == 77
         return
-    padded = {count: gemm.padded_rows(count) for count in range(1, 1025)}
+    padded = {count: operands.padded_rows(count) for count in range(1, 1025)}
     assert len(set(padded.values())) <= 16
     assert all(count <= rows < count + max(32, count / 4 + 1) for count, rows in padded.items())

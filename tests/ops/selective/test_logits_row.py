@@ -17,7 +17,7 @@ from fastdpo.ops.selective.cuda import DTYPES
 from fastdpo.ops.selective.operators import LEFT_OUT, NO_LABEL
 
 if not native.available():
-    pytest.skip(f"no native extension here: {native.reason()}", allow_module_level=True)
+    pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 LANES = 32
@@ -33,11 +33,11 @@ def canvas(N: int, V: int, stride: int, offset: int, dtype) -> tuple[torch.Tenso
 def forward(logits, labels, temperature=1.0, lanes=LANES, with_entropy=False, splits=1):
     """(logps, lse), and the entropy where it is asked for."""
     results = torch.full((2 + with_entropy, len(labels)), CANARY)
-    partials = torch.full((len(labels), splits, native.extension().PARTIAL_FLOATS), NAN)
+    partials = torch.full((len(labels), splits, native.EXTENSION.PARTIAL_FLOATS), NAN)
     addresses = [x.data_ptr() for x in (labels, *results)] + [0] * (not with_entropy)
     arguments = (logits.data_ptr(), logits.stride(0), *logits.shape, *addresses, 1 / temperature)
     part = (splits, partials.data_ptr())
-    native.extension().host_logits_forward(*arguments, *part, DTYPES[logits.dtype], lanes)
+    native.EXTENSION.host_logits_forward(*arguments, *part, DTYPES[logits.dtype], lanes)
     return tuple(results)
 
 
@@ -45,7 +45,7 @@ def backward(logits, labels, logps, lse, coef, out, temperature=1.0, lanes=LANES
     """`of_entropy`: (entropy, coef_entropy)."""
     addresses = [x.data_ptr() for x in (labels, logps, lse, coef, *(of_entropy or ()))] + [0, 0] * (not of_entropy)
     arguments = (logits.data_ptr(), logits.stride(0), *logits.shape, *addresses, out.data_ptr(), out.stride(0))
-    native.extension().host_logits_backward(*arguments, 1 / temperature, splits, DTYPES[logits.dtype], lanes)
+    native.EXTENSION.host_logits_backward(*arguments, 1 / temperature, splits, DTYPES[logits.dtype], lanes)
 
 
 def expected(logits, labels, coef, temperature):
@@ -133,7 +133,7 @@ def test_entropy_and_splits(dtype, splits):
 
 
 def test_when_a_row_is_split():
-    splits = native.extension().logits_splits
+    splits = native.EXTENSION.logits_splits
     assert splits(660, 128256, 132) == 1 and splits(331, 128256, 132) == 1
     assert splits(330, 128256, 132) == 2 and splits(8, 128256, 132) == 31  # one batch for each thread
     assert splits(100, 128256, 132) == 6 and splits(1, 8191, 132) == 1 and splits(0, 8192, 132) == 2
@@ -243,7 +243,7 @@ def test_gradients_are_rounded_to_nearest(dtype):
 @pytest.fixture
 def launched_on_the_cpu(monkeypatch):
     def launch(name, x, *arguments):
-        getattr(native.extension(), name.replace("cuda", "host"))(*arguments, DTYPES[x.dtype], LANES)
+        getattr(native.EXTENSION, name.replace("cuda", "host"))(*arguments, DTYPES[x.dtype], LANES)
 
     monkeypatch.setattr(cuda_logits, "_launch", launch)
     monkeypatch.setattr(cuda_logits, "_multiprocessors", lambda device: 132)
@@ -293,7 +293,7 @@ def test_engine_keeps_the_contract(launched_on_the_cpu, test):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would succeed")
-@pytest.mark.skipif(not hasattr(native.extension(), "cuda_logits_forward"), reason="built without CUDA kernels")
+@pytest.mark.skipif(not hasattr(native.EXTENSION, "cuda_logits_forward"), reason="built without CUDA kernels")
 def test_a_launch_that_fails_says_what_and_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import functools
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .lazy_tensor import Cell, Lazy
-
-if TYPE_CHECKING:
-    from .lazy_head import Source
+from .source import Source
+from .tensor import Cell, Lazy, Unserved, serve_if
 
 WHOLE = slice(None)
 VIEWS = (
@@ -59,10 +57,9 @@ class LogitsCell(Cell):
                 return None
         key = tuple(applied)
         if key not in self.scaled:
-            source = self.source
-            for number in key:
-                source = None if source is None else source.times(factor_of(*self.changes[number][2:]))
-            self.scaled[key] = source
+            self.scaled[key], factors = None, [factor_of(*self.changes[number][2:]) for number in key]
+            with suppress(Unserved):
+                self.scaled[key] = functools.reduce(Source.times, factors, self.source)
         return self.scaled[key]
 
 
@@ -145,8 +142,7 @@ class LazyRows(Lazy):
         on_rows = on_rows or step
         rows = on_rows(self.rows)
         if rows.untyped_storage()._cdata != self.rows.untyped_storage()._cdata:
-            if self.source is None:
-                return NotImplemented
+            serve_if(self.source is not None)
             detached = self.detached or not torch.is_grad_enabled()
             return self.of(self.source, rows, detached, self.cell.distinct and distinct, self.lineage)
         blind = not detached and (self.blind or (self.requires_grad and not torch.is_grad_enabled()))
@@ -161,33 +157,30 @@ class LazyRows(Lazy):
     def _last(self, dim) -> bool:
         return type(dim) is int and dim in (-1, self.ndim - 1)
 
-    def _row_dim(self, dim) -> int | None:
-        """Which dimension of the rows it is, None for the last one of the logits and for none."""
+    def _row_dim(self, dim) -> int:
+        """Which dimension of the rows it is: not the last one of the logits."""
         dim = dim + self.ndim if type(dim) is int and dim < 0 else dim
-        return dim if type(dim) is int and 0 <= dim < self.ndim - 1 else None
+        serve_if(type(dim) is int and 0 <= dim < self.ndim - 1)
+        return dim
 
     def _getitem(self, index):
         index = index if isinstance(index, tuple) else (index,)
-        if not all(map(_is_index, index)) or sum(x is Ellipsis for x in index) > 1:
-            return NotImplemented
+        serve_if(all(map(_is_index, index)) and sum(x is Ellipsis for x in index) <= 1)
         missing = self.ndim - sum(x.ndim if _is_mask(x) else x is not None and x is not Ellipsis for x in index)
         if not any(x is Ellipsis for x in index):
             index = (*index, Ellipsis)
         spread = [y for x in index for y in ((WHOLE,) * missing if x is Ellipsis else (x,))]
-        if missing < 0 or not isinstance(spread[-1], slice) or spread[-1] != WHOLE:
-            return NotImplemented
+        serve_if(missing >= 0 and isinstance(spread[-1], slice) and spread[-1] == WHOLE)
         distinct = not any(isinstance(x, (Tensor, list)) and not _is_mask(x) for x in spread)
         return self._moved(lambda z: z[index], lambda rows: rows[tuple(spread[:-1])], distinct=distinct)
 
     def _reshape(self, *shape, name="reshape"):
         shape = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
-        if len(shape) < 2 or not all(type(x) is int for x in shape):
-            return NotImplemented
+        serve_if(len(shape) >= 2 and all(type(x) is int for x in shape))
         *leading, last = shape
         fits = last == self.shape[-1] or (last == -1 and math.prod(leading) == self.rows.numel() > 0)
-        if not fits or min(leading) < -1 or self.shape[-1] == 0:
-            return NotImplemented
         width = self.shape[-1]
+        serve_if(fits and min(leading) >= -1 and width > 0)
         return self._moved(lambda z: getattr(z, name)(*leading, width), lambda rows: getattr(rows, name)(leading))
 
     def _view(self, *shape):
@@ -195,52 +188,43 @@ class LazyRows(Lazy):
 
     def _flatten(self, start_dim: int = 0, end_dim: int = -1):
         start, end = self._row_dim(start_dim), self._row_dim(end_dim)
-        if start is None or end is None or self.rows.ndim == 0:
-            return NotImplemented
         return self._moved(lambda x: x.flatten(start, end))
 
     def _chunk(self, chunks: int, dim: int = 0):
-        return self._parts("chunk", chunks, dim)
+        return self._parts(dim, "chunk", chunks)
 
     def _split(self, split_size, dim: int = 0):
-        return self._parts("split", split_size, dim)
-
-    def _parts(self, name: str, sizes, dim: int):
-        dim, sizes = self._row_dim(dim), tuple(sizes) if isinstance(sizes, list) else sizes
-        if dim is None:
-            return NotImplemented
-        count = len(getattr(self.rows, name)(sizes, dim))
-        return tuple(self._moved(lambda x, i=i: getattr(x, name)(sizes, dim)[i], many=True) for i in range(count))
+        return self._parts(dim, "split", tuple(split_size) if isinstance(split_size, list) else split_size)
 
     def _unbind(self, dim: int = 0):
+        return self._parts(dim, "unbind")
+
+    def _parts(self, dim: int, name: str, *sizes):
         dim = self._row_dim(dim)
-        if dim is None:
-            return NotImplemented
-        return tuple(self._moved(lambda x, i=i: x.unbind(dim)[i], many=True) for i in range(self.rows.shape[dim]))
+        numbers = range(len(getattr(self.rows, name)(*sizes, dim)))
+        return tuple(self._moved(lambda x, i=i: getattr(x, name)(*sizes, dim)[i], many=True) for i in numbers)
 
     def _iter(self):
-        parts = self._unbind()
-        return parts if parts is NotImplemented else iter(parts)
+        return iter(self._unbind())
 
     def _index_select(self, dim: int, index: Tensor):
         dim = self._row_dim(dim)
-        if dim is None:
-            return NotImplemented
         return self._moved(lambda x: x.index_select(dim, index), distinct=False)
 
     def _unsqueeze(self, dim: int):
-        if type(dim) is not int or not 0 <= dim < self.ndim:
-            return NotImplemented
+        serve_if(type(dim) is int and 0 <= dim < self.ndim)
         return self._moved(lambda x: x.unsqueeze(dim))
 
     def _contiguous(self):
         return self if self.rows.is_contiguous() else self._moved(lambda x: x.contiguous())
 
     def _float(self):
-        return self if self.dtype == torch.float32 else NotImplemented
+        serve_if(self.dtype == torch.float32)
+        return self
 
     def _clone(self, *, memory_format=torch.preserve_format):
-        return self._copy() if memory_format == torch.preserve_format else NotImplemented
+        serve_if(memory_format == torch.preserve_format)
+        return self._copy()
 
     def _detach(self):
         return self._moved(lambda z: z.detach(), lambda rows: rows.view(rows.shape), detached=True)
@@ -251,12 +235,12 @@ class LazyRows(Lazy):
             wanted.pop()
         # A cast to the type that the logits are lazy in, or that the model would have made them in, changes nothing
         types = (self.dtype, self.cell.source.model_dtype)
-        served = [x in types if isinstance(x, torch.dtype) else _is_device(x, self.device) for x in wanted]
-        return self if all(served) else NotImplemented
+        serve_if(all(x in types if isinstance(x, torch.dtype) else _is_device(x, self.device) for x in wanted))
+        return self
 
 
 def _no(*_, **__):
-    return NotImplemented
+    raise Unserved
 
 
 def _is_mask(x) -> bool:

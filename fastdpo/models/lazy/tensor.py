@@ -14,6 +14,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -28,9 +29,17 @@ METADATA = (
 )  # fmt: skip
 # What sees the gradient that arrives at this very tensor
 WATCHES = ("register_hook", "retain_grad", "grad_fn")
-PACKAGE = os.path.dirname(os.path.dirname(__file__))
 _signature = functools.cache(inspect.signature)
-QUIET = (PACKAGE + os.sep, os.path.dirname(torch.__file__) + os.sep)
+QUIET = tuple(os.path.dirname(sys.modules[name].__file__) + os.sep for name in ("fastdpo", "torch"))
+
+
+class Unserved(Exception):
+    """What is asked for is in the values alone."""
+
+
+def serve_if(served) -> None:
+    if not served:
+        raise Unserved
 
 
 @dataclass(eq=False, repr=False)
@@ -100,9 +109,8 @@ class Lazy:
             except TypeError:
                 pass  # torch's to say, or an option that is not known here
             else:
-                result = method(*given.args, **given.kwargs)
-                if result is not NotImplemented:
-                    return result
+                with suppress(Unserved):
+                    return method(*given.args, **given.kwargs)
         name = getattr(function, "__name__", "")
         return function(self.tensor(name), *real(args, name), **real(kwargs, name))
 
@@ -142,7 +150,7 @@ def _refuse_function(value: Lazy) -> None:
     frame = None if torch.is_grad_enabled() or not value.requires_grad else sys._getframe(2)
     while frame is not None:
         names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
-        if len(names) > 1 and isinstance(frame.f_locals.get(names[0]), FunctionCtx):
+        if len(names) > 1 and issubclass(type(frame.f_locals.get(names[0])), FunctionCtx):
             if any(frame.f_locals.get(name) is value for name in names[1:]):
                 raise TypeError("a torch.autograd.Function of lazy logits has no gradient: give it logits + 0")
         frame = frame.f_back

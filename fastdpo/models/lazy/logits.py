@@ -1,15 +1,13 @@
 """Logits that are computed only if somebody reads them.
 
-slices, masks, scale, softcap, temperature      followed, on row numbers (lazy_rows.py) and one `Source` (lazy_head.py)
+slices, masks, scale, softcap, temperature      followed, on row numbers (rows.py) and one `Source` (source.py)
 log_softmax(-1).gather(-1, y), cross_entropy    linear_logps: [B, T, V] never exists
 anything that is not known here                 the logits themselves, with a warning, and from then on they are real
-                                                (lazy_tensor.py): slower, never another result
+                                                (tensor.py): slower, never another result
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 import numbers
 from dataclasses import dataclass, replace
@@ -17,35 +15,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..logps import TokenStats
-from .lazy_rows import VIEWS, WHOLE, LazyRows, factor_of
-from .lazy_tensor import Cell, Lazy, serves
+from ...head import HeadOptions
+from ...ops.problem import TokenStats
+from .rows import VIEWS, WHOLE, LazyRows, factor_of
+from .tensor import Cell, Lazy, serve_if, serves
 
-IGNORED = -100
+IGNORED = HeadOptions.ignore_index
 
 
 @dataclass(eq=False, repr=False)
 class LazyLogits(LazyRows):
     """The logits ``[..., V]`` of some rows of a `Source`, or a multiple of their log-softmax."""
 
+    @property
+    def plain(self) -> bool:
+        """Logits, whose softcap is known."""
+        return self.power is None and not self.source.bent
+
     # Scale, softcap, temperature
 
     def _times(self, factor):
-        source = self.source.times(factor) if _is_factor(factor) else None
-        return NotImplemented if source is None else self._copy(source)
+        serve_if(_is_factor(factor))
+        return self._copy(self.source.times(factor))
 
     def _over(self, divisor, *, rounding_mode=None):
-        if not _is_factor(divisor) or rounding_mode is not None or not _is_factor(1 / divisor):
-            return NotImplemented
+        serve_if(_is_factor(divisor) and rounding_mode is None)
         return self._times(1 / divisor)
 
     def _times_(self, factor, method: str = "mul_"):
-        if not _is_factor(factor) or not _is_factor(factor_of(method, factor)) or self.many:
-            return NotImplemented
+        serve_if(_is_factor(factor) and _is_factor(factor_of(method, factor)) and not self.many)
         # A change that takes no part in the gradients, of logits that have some
         apart = self.cell.source.requires_grad and (self.detached or not torch.is_grad_enabled())
-        if apart or self.source.times(factor_of(method, factor)) is None:
-            return NotImplemented
+        serve_if(not apart)
+        self.source.times(factor_of(method, factor))  # where that is served
         changed = torch.zeros(self.cell.rows.shape, dtype=torch.bool, device="cpu").view(-1)
         changed[self.at] = True
         view, steps = self, []
@@ -55,36 +57,31 @@ class LazyLogits(LazyRows):
         return self
 
     def _over_(self, divisor, *, rounding_mode=None):
-        return NotImplemented if rounding_mode is not None else self._times_(divisor, "div_")
+        serve_if(rounding_mode is None)
+        return self._times_(divisor, "div_")
 
     def _tanh(self):
-        source = self.source.tanh()
-        return NotImplemented if source is None else self._copy(source)
+        return self._copy(self.source.tanh())
 
     # What trainers want of logits
 
     def _log_softmax(self, dim=None, dtype=None, *, _stacklevel: int = 3):
-        if not self._last(dim) or dtype not in (None, self.dtype) or self.power is not None or self.source.bent:
-            return NotImplemented
+        serve_if(self._last(dim) and dtype in (None, self.dtype) and self.plain)
         return self._copy(replace(self.source, power=1.0))
 
     def _gather(self, dim: int, index: Tensor):
-        if self.power is None or not self._last(dim) or index.shape != (*self.rows.shape, 1):
-            return NotImplemented
-        labels = self.labels(index[..., 0])
-        return NotImplemented if labels is None else self.power * self.logps(labels)[..., None]
+        serve_if(self.power is not None and self._last(dim) and index.shape == (*self.rows.shape, 1))
+        return self.power * self.logps(self.labels(index[..., 0]))[..., None]
 
-    def labels(self, labels: Tensor, ignored: Tensor | None = None) -> Tensor | None:
-        """`labels` with those `ignored` as IGNORED, None where torch refuses them: where finding out does not wait for
-        the device. Elsewhere those out of range give NaN."""
-        if labels.dtype != torch.int64:
-            return None
+    def labels(self, labels: Tensor, ignored: Tensor | None = None) -> Tensor:
+        """`labels` with those `ignored` as IGNORED. What torch refuses is not served where finding out does not wait
+        for the device; elsewhere labels out of range give NaN."""
+        serve_if(labels.dtype == torch.int64)
         labels = labels.to(self.device)
         outside = (labels < 0) | (labels >= self.shape[-1])
         if ignored is not None:
             outside, labels = outside & ~ignored, labels.masked_fill(ignored, IGNORED)
-        if self.device.type == "cpu":
-            return None if outside.any() else labels
+        serve_if(self.device.type != "cpu" or not outside.any())
         return labels.masked_fill(outside, self.shape[-1])
 
     def _cross_entropy(
@@ -97,53 +94,46 @@ class LazyLogits(LazyRows):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ):
-        unknown = weight is not None or label_smoothing or (size_average, reduce) != (None, None)
-        if unknown or self.ndim != 2 or target.shape != self.rows.shape or self.power is not None or self.source.bent:
-            return NotImplemented
+        known = weight is None and not label_smoothing and (size_average, reduce) == (None, None)
+        serve_if(known and reduction in ("none", "mean", "sum"))
+        serve_if(self.ndim == 2 and target.shape == self.rows.shape and self.plain)
         ignored = target.to(self.device) == ignore_index
-        labels = self.labels(target, ignored)
-        if labels is None or reduction not in ("none", "mean", "sum"):
-            return NotImplemented
-        losses = -self.token_stats(labels).logps
+        losses = -self.token_stats(self.labels(target, ignored)).logps
         if reduction == "none":
             return losses
         return losses.sum() / (~ignored).sum() if reduction == "mean" else losses.sum()
 
     def _logsumexp(self, dim, keepdim: bool = False):
-        if not self._last(dim) or keepdim is not False or self.source.bent or self.power not in (None, 2.0):
-            return NotImplemented
+        serve_if(self._last(dim) and keepdim is False and not self.source.bent and self.power in (None, 2.0))
         if self.power == 2.0:
             return self._statistic("log_sum_sq_probs")
         first = self._quietly(self.source.column(slice(1)).values, self.rows)[..., 0]
         return first - self.token_stats(torch.zeros_like(self.rows)).logps  # z - log p, of any one label
 
-    def _means(self) -> Tensor | None:
-        """Each row's mean logit, None where there is no way to them but the logits."""
-        if self.power is not None or self.source.bent:
-            return None
-        if self.source.softcap is None:  # linear in the head: the mean column's logit
+    def _means(self, dim) -> Tensor:
+        """Each row's mean logit."""
+        serve_if((dim is None or self._last(dim)) and self.plain)
+        if not self.source.transform.softcap:  # linear in the head: the mean column's logit
             return self._quietly(self.source.column(None).values, self.rows)[..., 0]
-        return None if self.requires_grad and torch.is_grad_enabled() else self._statistic("mean_logit")
+        serve_if(not (self.requires_grad and torch.is_grad_enabled()))
+        return self._statistic("mean_logit")
 
     def _mean(self, dim=None):
-        means = self._means() if dim is None or self._last(dim) else None
-        return NotImplemented if means is None else means.mean() if dim is None else means
+        means = self._means(dim)
+        return means.mean() if dim is None else means
 
     def _sum(self, dim=None):
-        means = self._means() if dim is None or self._last(dim) else None
-        if means is None:
-            return NotImplemented
+        means = self._means(dim)
         return (means.sum() if dim is None else means) * self.shape[-1]
 
     def _nansum(self, dim=None):
-        means = self._means() if dim is None else None
-        if means is None or (self.device.type == "cpu" and means.isnan().any()):  # which of a row's logits is one?
-            return NotImplemented
+        serve_if(dim is None)
+        means = self._means(dim)
+        serve_if(self.device.type != "cpu" or not means.isnan().any())  # which of a row's logits is one?
         return means.sum() * self.shape[-1]
 
     def _argmax(self, dim=None, keepdim: bool = False):
-        if not self._last(dim) or keepdim is not False or self.power is not None:
-            return NotImplemented
+        serve_if(self._last(dim) and keepdim is False and self.power is None)
         with torch.no_grad():
             logits = self._copy()  # as they are now
         return LazyArgmax(ArgmaxCell(logits), logits)
@@ -158,7 +148,7 @@ class LazyLogits(LazyRows):
             labels = labels.masked_fill(row_mask == 0, IGNORED)
         if not self.lazy:
             return self.token_stats(labels).logps
-        stats = tuple(sorted(self.source.head.wanted)) if row_mask is None else ()
+        stats = tuple(sorted(self.source.wanted)) if row_mask is None else ()
         return self.token_stats(labels, stats, remember=row_mask is None).logps
 
     def token_stats(self, labels: Tensor, stats: tuple[str, ...] = (), remember: bool = False) -> TokenStats:
@@ -174,7 +164,7 @@ class LazyLogits(LazyRows):
             rows, flat = self.rows.reshape(-1), labels.reshape(-1)
             computed = self._quietly(lambda: source.of_rows(rows).token_stats(flat, stats))
             return TokenStats(*(None if x is None else x.view(labels.shape) for x in computed))
-        spread = self.rows.new_full((len(source.hidden),), IGNORED)
+        spread = self.rows.new_full((len(source.applied.hidden),), IGNORED)
         spread = spread.index_put((self.rows.reshape(-1),), labels.reshape(-1))
         computed = self._quietly(source.token_stats, spread, stats)
         if remember:
@@ -187,7 +177,7 @@ class LazyLogits(LazyRows):
             labels = torch.zeros(self.shape[:-1], dtype=torch.int64, device=self.device) if labels is None else labels
             return getattr(self.token_stats(labels), name)
         source, value = self.source, None
-        source.head.wanted.add(name)
+        source.wanted.add(name)
         if source.computed is not None and source.computed_by in self.lineage:
             if labels is None or torch.equal(source.computed_for[self.rows], labels):
                 value = getattr(source.computed, name)
@@ -252,22 +242,18 @@ class LazyArgmax(Lazy):
         where = index if isinstance(index, tuple) else (index,)
         where = where if any(x is Ellipsis for x in where) else (*where, Ellipsis)
         logits = self.logits._getitem((*where, WHOLE))
-        if logits is NotImplemented:
-            return NotImplemented
         if logits.cell is not self.logits.cell:
             return LazyArgmax(ArgmaxCell(logits), logits)
         return LazyArgmax(self.cell, logits, parent=self, step=lambda argmax: argmax[index])
 
     def _eq(self, labels):
-        known = isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == self.shape
-        if not known or labels.device != self.device:
-            return NotImplemented
+        serve_if(isinstance(labels, Tensor) and labels.dtype == torch.int64 and labels.shape == self.shape)
+        serve_if(labels.device == self.device)
         outside = (labels < 0) | (labels >= self.logits.shape[-1])
         return self.logits._statistic("is_top1", labels.masked_fill(outside, IGNORED))
 
     def _ne(self, labels):
-        hits = self._eq(labels)
-        return hits if hits is NotImplemented else torch.logical_not(hits)
+        return torch.logical_not(self._eq(labels))
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -280,27 +266,6 @@ serves(LazyArgmax, __getitem__="_getitem", eq="_eq", __eq__="_eq", ne="_ne", __n
 
 
 def _is_factor(x) -> bool:
-    whole = isinstance(x, numbers.Integral)
-    return (
-        isinstance(x, numbers.Real)
-        and not isinstance(x, bool)
-        and (whole or not isinstance(x, numbers.Rational))
-        and math.isfinite(x)
-        and x != 0
-    )
-
-
-def lazy_aware(original, ours):
-    """`original`, a function of logits and more, that is ``ours(logits, arguments)`` for `LazyLogits`."""
-    signature = inspect.signature(original)
-
-    @functools.wraps(original)
-    def function(*args, **kwargs):
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        logits = next(iter(given.arguments.values()))
-        lazy = isinstance(logits, LazyLogits) and logits.lazy
-        return ours(logits, given.arguments) if lazy else original(*args, **kwargs)
-
-    function.fastdpo_original = original
-    return function
+    """Finite, not 0, and no Fraction, which torch refuses."""
+    real = isinstance(x, numbers.Integral) or (isinstance(x, numbers.Real) and not isinstance(x, numbers.Rational))
+    return real and not isinstance(x, bool) and math.isfinite(x) and x != 0

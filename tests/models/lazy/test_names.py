@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastdpo.integrations import lazy_logits
-from fastdpo.models.lazy_tensor import Lazy
+from fastdpo.models.lazy.tensor import Lazy
 
 B, T, H, V = 2, 3, 4, 6
 HOMES = {

@@ -1,20 +1,17 @@
 """Lazy logits: what a trainer reads of them is what it would have read of the logits."""
 
-import copy
-import pickle
 import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lazy_models import B, H, Model, T, V, inputs, lazily, picked
 from torch import nn
 
-transformers = pytest.importorskip("transformers")
-
 from fastdpo.integrations import lazy_logits
-from fastdpo.models.lazy import LazyArgmax, LazyLogits
+from fastdpo.models.lazy.logits import LazyArgmax, LazyLogits
 
-V, H, B, T = 300, 16, 4, 6
+transformers = pytest.importorskip("transformers")
 
 
 class Reader(nn.Module):
@@ -62,7 +59,7 @@ def both(read, change=lambda z: z):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * max(1.0, other.abs().max().item()))
 
 
-def picked(logits, labels):
+def gathered(logits, labels):
     return torch.gather(logits.log_softmax(-1), dim=-1, index=labels.unsqueeze(-1)).squeeze(-1)
 
 
@@ -73,25 +70,25 @@ def causal_loss(logits, labels):
 
 
 READS = {
-    "log_softmax, gather": picked,
+    "log_softmax, gather": gathered,
     "method of F": lambda z, y: F.log_softmax(z, dim=-1).gather(2, y[..., None]).squeeze(2),
-    "shifted": lambda z, y: picked(z[:, :-1, :], y[:, 1:]),
-    "ellipsis": lambda z, y: picked(z[..., 1:-1, :].contiguous(), y[..., 1:-1]),
-    "the chosen half": lambda z, y: picked(z[: B // 2], y[: B // 2]),
-    "chunks": lambda z, y: tuple(picked(part, y[:2]) for part in z.chunk(2, dim=0)),
-    "split": lambda z, y: tuple(picked(part, y[:3, :]) for part in z[:3].split(3)),
-    "a mask": lambda z, y: picked(z[y % 2 == 0], y[y % 2 == 0]),
-    "one sequence": lambda z, y: picked(z[1], y[1]),
-    "negative steps of one": lambda z, y: picked(z[:, -3:], y[:, -3:]),
-    "rows twice": lambda z, y: picked(z.index_select(0, torch.tensor([1, 1, 3])), y[[0, 2, 3]]),
-    "a list of rows": lambda z, y: picked(z[[0, 0]], y[:2]),
-    "iteration": lambda z, y: torch.stack([picked(a, b) for a, b in zip(z, y)]),
+    "shifted": lambda z, y: gathered(z[:, :-1, :], y[:, 1:]),
+    "ellipsis": lambda z, y: gathered(z[..., 1:-1, :].contiguous(), y[..., 1:-1]),
+    "the chosen half": lambda z, y: gathered(z[: B // 2], y[: B // 2]),
+    "chunks": lambda z, y: tuple(gathered(part, y[:2]) for part in z.chunk(2, dim=0)),
+    "split": lambda z, y: tuple(gathered(part, y[:3, :]) for part in z[:3].split(3)),
+    "a mask": lambda z, y: gathered(z[y % 2 == 0], y[y % 2 == 0]),
+    "one sequence": lambda z, y: gathered(z[1], y[1]),
+    "negative steps of one": lambda z, y: gathered(z[:, -3:], y[:, -3:]),
+    "rows twice": lambda z, y: gathered(z.index_select(0, torch.tensor([1, 1, 3])), y[[0, 2, 3]]),
+    "a list of rows": lambda z, y: gathered(z[[0, 0]], y[:2]),
+    "iteration": lambda z, y: torch.stack([gathered(a, b) for a, b in zip(z, y)]),
     "transformers' loss": causal_loss,
     "flattened loss": lambda z, y: nn.CrossEntropyLoss()(torch.flatten(z[:2, :-1], end_dim=1), y[:2, 1:].flatten()),
     "loss per token": lambda z, y: F.cross_entropy(z.reshape(-1, V), y.view(-1), reduction="none"),
     "summed loss": lambda z, y: F.cross_entropy(z.view(-1, z.shape[-1]), y.view(-1), ignore_index=5, reduction="sum"),
-    "temperature": lambda z, y: picked(z / 0.7, y),
-    "temperature in place": lambda z, y: picked(z[:, :-1].div_(0.7), y[:, 1:]),
+    "temperature": lambda z, y: gathered(z / 0.7, y),
+    "temperature in place": lambda z, y: gathered(z[:, :-1].div_(0.7), y[:, 1:]),
     "means": lambda z, y: (z.mean(-1), z[y > 9].mean(), z.detach().mean(), z.sum(), z.nansum()),
     "accuracy": lambda z, y: (z.argmax(dim=-1) == y).float(),
     "logsumexp": lambda z, y: (torch.logsumexp(z, dim=-1), torch.logsumexp(2.0 * z.detach(), dim=-1)),
@@ -115,7 +112,7 @@ def test_reads_without_logits(read):
 def test_scale_and_softcap_of_the_model(change):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        both(picked, change)
+        both(gathered, change)
         both(lambda z, y: z.detach().mean(-1), change)
         both(lambda z, y: torch.logsumexp(z, -1), change)
 
@@ -145,16 +142,16 @@ def test_what_is_not_known_is_computed_and_said(read):
 
 
 def test_statistics_come_from_the_pass_of_the_log_probs(monkeypatch):
-    from fastdpo.models import lazy_head
+    from fastdpo.models import lm_head
 
     calls = []
-    original = lazy_head.linear_token_stats
+    original = lm_head.token_stats
 
     def spy(*args, **options):
         calls.append(options["stats"])
         return original(*args, **options)
 
-    monkeypatch.setattr(lazy_head, "linear_token_stats", spy)
+    monkeypatch.setattr(lm_head, "token_stats", spy)
     model = Reader()
     labels = torch.randint(V, (B, T))
     with lazy_logits(model.head):
@@ -185,61 +182,32 @@ def test_grad_mode_autocast_and_adapter_of_the_call_count():
     )
     ids = torch.randint(V, (2, T))
     with torch.no_grad(), model.disable_adapter():
-        expected = picked(model(ids).logits, ids)
+        expected = gathered(model(ids).logits, ids)
         with lazy_logits(model):
             logits = model(ids).logits
-    logps = picked(logits, ids)  # outside of both contexts
+    logps = gathered(logits, ids)  # outside of both contexts
     assert not logps.requires_grad
     torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-5)
     with lazy_logits(model):
-        adapted = picked(model(ids).logits, ids)
+        adapted = gathered(model(ids).logits, ids)
     assert (adapted - expected).abs().max() > 1e-3 and adapted.requires_grad
-    torch.testing.assert_close(adapted, picked(model(ids).logits, ids), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(adapted, gathered(model(ids).logits, ids), rtol=1e-4, atol=1e-5)
     with torch.autocast("cpu", torch.bfloat16), lazy_logits(model):
         logits = model(ids).logits
-    rounded = picked(logits, ids)
+    rounded = gathered(logits, ids)
     assert rounded.dtype == torch.float32 and 0 < (rounded - adapted).abs().max() < 0.1
 
 
-def test_the_head_is_as_it_was():
-    model = Reader()
-    with lazy_logits(model.head):
-        with lazy_logits(model.head):  # a method of a trainer that calls another
-            assert isinstance(model(torch.randn(1, 2, H)), LazyLogits)
-        assert isinstance(model(torch.randn(1, 2, H)), LazyLogits)
-    assert "forward" not in model.head.__dict__
-    model.head.forward = hooked = model.head.forward
-    with pytest.raises(RuntimeError, match="boom"), lazy_logits(model.head):
-        raise RuntimeError("boom")
-    assert model.head.forward is hooked
-    del model.head.forward
-    pickle.dumps(model.head), copy.deepcopy(model.head)
-
-
-class Scaled(nn.Linear):
-    def forward(self, hidden):
-        return 2 * super().forward(hidden)
-
-
-@pytest.mark.parametrize(
-    ("model", "options", "error", "message"),
-    [
-        (nn.Linear(H, V), {"backwards": "exact"}, TypeError, "backwards"),
-        (nn.Linear(H, V), {"tau": 2.0}, ValueError, "2.0"),
-        (nn.Embedding(V, H), {}, TypeError, "Embedding"),
-        (Scaled(H, V), {}, NotImplementedError, "Scaled"),
-        (nn.DataParallel(Reader()), {}, NotImplementedError, "DataParallel"),
-    ],
-)
-def test_refusals(model, options, error, message):
-    with pytest.raises(error, match=message), lazy_logits(model, **options):
-        pass
-
-
-def test_zero3_and_fsdp_are_refused():
-    split = nn.Linear(H, V)
-    split.weight.ds_id = 0
-    sharded = type("FSDPLinear", (type("FSDPModule", (), {}), nn.Linear), {})(H, V)
-    for head in (split, sharded):
-        with pytest.raises(NotImplementedError, match=r"FSDP|splits"), lazy_logits(head):
-            pass
+def test_labels_that_torch_refuses_are_refused():
+    model, (hidden, labels) = Model(), inputs()
+    for label in (-1, -100, V):
+        wrong = labels.clone()
+        wrong[1, 2] = label
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+                picked(lazily(model, hidden), wrong)
+            with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+                F.cross_entropy(lazily(model, hidden).view(-1, V), wrong.view(-1), ignore_index=5)
+            with pytest.raises(ValueError, match="sometimes"):
+                F.cross_entropy(lazily(model, hidden).view(-1, V), labels.view(-1), reduction="sometimes")
