@@ -7,7 +7,7 @@ import torch
 
 from fastdpo.losses import F_DIVERGENCES, LOSSES, PreferenceOptions
 from fastdpo.ops.preference import templates as preference_native
-from fastdpo.ops.preference.reference import REFERENCE, preference_losses_ref
+from fastdpo.ops.preference.reference import REFERENCE, BatchInputs, batch_losses_ref
 from fastdpo.preference import PreferenceLossFunction, preference_loss
 
 B = 7
@@ -84,7 +84,7 @@ def oracle(tensors, lengths, **case):
     """fp64 losses by autograd on the reference."""
     options = PreferenceOptions(**case)
     x = [t.double() for t in tensors] + [None] * (4 - len(tensors))
-    return preference_losses_ref(options, *x, lengths["chosen_lengths"], lengths["rejected_lengths"], x[0])
+    return batch_losses_ref(options, BatchInputs(*x, *lengths.values()))[1]
 
 
 def grads_of(losses, tensors, upstream):

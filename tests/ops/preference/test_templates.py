@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fastdpo.linear_dpo import _DPOOptions
-from fastdpo.losses import F_DIVERGENCES, LOSSES
+from fastdpo.losses import F_DIVERGENCES, LOSSES, PreferenceOptions
 from fastdpo.ops import native
 from fastdpo.ops.preference import templates as preference_native
+from fastdpo.ops.preference.reference import BatchInputs
 from fastdpo.ops.preference.templates import batch_losses
 
 if not native.available():
@@ -75,11 +76,12 @@ class Batch:
         ref = self.ref
         if ref is not None and self.cu_seqlens is not None and ref.shape != self.logps.shape:
             ref = ref[:, None]  # per sequence, of packed tokens
-        return batch_losses(
-            options.preference, self.logps, ref=ref, labels=self.labels, cu_seqlens=self.cu_seqlens,
+        given = BatchInputs(
+            self.logps, ref=ref, labels=self.labels, cu_seqlens=self.cu_seqlens,
             log_sum_sq_probs=self.log_sum_sq_probs if options.use_weighting else None,
             average=options.average_log_prob, ld_alpha=options.ld_alpha,
         )  # fmt: skip
+        return batch_losses(options.preference, given)
 
     def steps(self, options, monkeypatch):
         with monkeypatch.context() as patched:
@@ -204,7 +206,7 @@ def test_operators_keep_torchs_rules(form, dtype, layout):
     tensors[:4] = [None if x is None else x.detach().nan_to_num().to(dtype).requires_grad_() for x in tensors[:4]]
     if layout == "strided":
         tensors = [spread(x) for x in tensors]
-    spec = preference_native.Spec.of(options.preference, ld_alpha=options.ld_alpha)
+    spec = preference_native.Spec.of(options.preference, BatchInputs(tensors[0], ld_alpha=options.ld_alpha))
     detached = [None if x is None else x.detach() for x in tensors]
     torch.library.opcheck(preference_native.preference_forward_op, (*detached, *spec))
     loss, losses, _, _, chosen, _, partials, sums = preference_native.preference_forward_op(*detached, *spec)
@@ -245,7 +247,7 @@ def test_the_operator_checks_what_native_code_reads(name):
     order = ("rejected", "ref", "ref_rejected", "labels", "cu_seqlens", "chosen_lengths", "rejected_lengths",
              "log_sum_sq_probs", "kto_kl")  # fmt: skip
     given = {"rejected": torch.zeros(4), "ref": torch.zeros(4), "ref_rejected": torch.zeros(4), name: WRONG[name]}
-    spec = preference_native.Spec.of(_DPOOptions.of().preference)
+    spec = preference_native.Spec.of(PreferenceOptions(), BatchInputs(torch.zeros(4)))
     with pytest.raises(ValueError, match=f"{name} must be"):
         preference_native.preference_forward_op(torch.zeros(4), *(given.get(x) for x in order), *spec)
 
@@ -272,7 +274,7 @@ def test_nothing_is_written_beside_the_outputs(dtype, monkeypatch):
 
     monkeypatch.setattr(preference_native, "_results", results)
     before = [x.detach().clone() for x in (batch.logps, batch.ref, batch.labels)]
-    spec = preference_native.Spec.of(_DPOOptions.of().preference)
+    spec = preference_native.Spec.of(PreferenceOptions(), BatchInputs(torch.zeros(4)))
     preference_native._forward(batch.logps.detach(), None, batch.ref.detach(), None, batch.labels, *[None] * 5, *spec)
     assert len(buffers) == 8
     for buffer in buffers:
