@@ -17,6 +17,7 @@ from torch import Tensor
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
+from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
 from .sequences import check_layout
 from .tensors import plain, refuse_transforms
@@ -167,19 +168,17 @@ def _linear_dpo_loss(
             ref_logps = token_stats(
                 reference.hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
             ).logps
-    return DPOOutput(
-        *batch_losses(
-            options.preference,
-            stats.logps,
-            ref=ref_logps,
-            labels=labels,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
-            log_sum_sq_probs=stats.log_sum_sq_probs,
-            ignore_index=options.head.ignore_index,
-            average=options.average_log_prob,
-            ld_alpha=options.ld_alpha,
-        )
+    given = BatchInputs(
+        stats.logps,
+        ref=ref_logps,
+        labels=labels,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
+        log_sum_sq_probs=stats.log_sum_sq_probs,
+        ignore_index=options.head.ignore_index,
+        average=options.average_log_prob,
+        ld_alpha=options.ld_alpha,
     )
+    return DPOOutput(*batch_losses(options.preference, given))
 
 
 class _Reference(NamedTuple):

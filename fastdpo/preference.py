@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import PreferenceOptions, check_sequences, states_options
+from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import PreferenceLossFunction, batch_losses
 from .tensors import refuse_transforms
 
@@ -109,4 +110,4 @@ def preference_loss(
     checked = check_sequences(
         options, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
     )
-    return PreferenceOutput(*batch_losses(options, *checked)[:4])
+    return PreferenceOutput(*batch_losses(options, BatchInputs(*checked))[:4])

@@ -32,33 +32,24 @@ def engine(request, monkeypatch) -> Iterator[str]:
     torch.set_default_device(None)
 
 
-@pytest.fixture
-def native(monkeypatch) -> None:
-    """The extension computes the preference losses, all but those that match rows by rank."""
+@pytest.fixture(params=["native", "reference"])
+def loss_engine(request, monkeypatch) -> str:
+    """Each engine of the preference losses in turn, and no other but for the losses that only the reference has."""
     from fastdpo.losses import LOSSES
     from fastdpo.ops.preference import templates
 
-    if not templates.AVAILABLE:
+    def only_ranked(options, given):
+        assert any(LOSSES[name].ranked for name in options.loss_type), "templates have these losses"
+        return reference(options, given)
+
+    if request.param == "reference":
+        monkeypatch.setenv("FASTDPO_ENGINE", "reference")
+    elif not templates.AVAILABLE:
         pytest.skip("this installation has no native extension")
-    monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
-    by_reference = templates.batch_losses_ref
-
-    def only_ranked(options, *arguments, **reading):
-        assert any(LOSSES[name].ranked for name in options.loss_type)
-        return by_reference(options, *arguments, **reading)
-
-    monkeypatch.setattr(templates, "batch_losses_ref", only_ranked)
-
-
-@pytest.fixture(params=["native", "reference"])
-def loss_engine(request, monkeypatch) -> str:
-    """Each engine of the preference losses in turn; the head's engine stays."""
-    from fastdpo.ops.preference import templates
-
-    if request.param == "native":
-        request.getfixturevalue("native")
     else:
-        monkeypatch.setattr(templates, "problem", lambda device, dtype: "asked for")
+        monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
+        reference = templates.batch_losses_ref
+        monkeypatch.setattr(templates, "batch_losses_ref", only_ranked)
     return request.param
 
 

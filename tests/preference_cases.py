@@ -1,9 +1,11 @@
-"""Cases of the preference losses: every loss, every variation that changes its formula, and inputs for each."""
+"""Preference losses to try: every loss and what changes its formula, inputs for each, and what they should give."""
+
+from __future__ import annotations
 
 import torch
 
 from fastdpo.losses import F_DIVERGENCES, LOSSES, PreferenceOptions
-from fastdpo.ops.preference.reference import preference_losses_ref
+from fastdpo.ops.preference.reference import BatchInputs, batch_losses_ref
 
 B = 7
 
@@ -11,7 +13,11 @@ SMOOTHED = [name for name, loss in LOSSES.items() if loss.label_smoothing is not
 WITH_SCORES = [name for name, loss in LOSSES.items() if loss.f_divergence]
 
 # Every loss, every variation that changes its formula.
-CASES = {name: {"loss_type": name} for name in LOSSES if name != "exo_pair"}
+CASES = {
+    name: {"loss_type": name}
+    for name, loss in LOSSES.items()
+    if loss.label_smoothing is None or 0.0 in loss.label_smoothing
+}
 CASES |= {f"{name}-smoothed": {"loss_type": name, "label_smoothing": 0.15} for name in SMOOTHED}
 for name in WITH_SCORES:
     smoothing = {"label_smoothing": 0.15} if LOSSES[name].label_smoothing else {}
@@ -61,7 +67,7 @@ def oracle(tensors, lengths, **case):
     """fp64 losses by autograd on the reference."""
     options = PreferenceOptions(**case)
     x = [t.double() for t in tensors] + [None] * (4 - len(tensors))
-    return preference_losses_ref(options, *x, lengths["chosen_lengths"], lengths["rejected_lengths"], x[0])
+    return batch_losses_ref(options, BatchInputs(*x, *lengths.values()))[1]
 
 
 def grads_of(losses, tensors, upstream):
@@ -70,3 +76,12 @@ def grads_of(losses, tensors, upstream):
 
 
 UPSTREAM = torch.tensor([0.0, 1.0, -2.0, 0.5, 3.0, 1e-3, 7.0], dtype=torch.float64)  # the first is not the others
+
+
+def token_logps(seed, dtype=torch.float64, tokens=9):
+    """[2B, T] log-probs of policy and reference, zero outside the mask; every row has a token."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.rand(2 * B, tokens, generator=generator) < 0.6
+    mask[:, 2] = True
+    logps = -2 * torch.rand(2, 2 * B, tokens, generator=generator, dtype=torch.float64).to(dtype)
+    return logps[0] * mask, logps[1] * mask, mask

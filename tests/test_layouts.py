@@ -79,8 +79,9 @@ def test_labels_of_any_layout(engine, layout, dtype):
 
 def test_economies_of_layout_remain(monkeypatch):
     """Slices along the tokens, and heads with rows apart, are read where they lie."""
-    from fastdpo.ops.by_token import _completion_tokens
     from fastdpo.ops.layout import laid_out
+
+    from fastdpo.ops.by_token import _completion_tokens
     from fastdpo.ops.problem import Head, Rows
 
     states, table = torch.randn(2, 5, 16), torch.randn(130, 24)

@@ -1,4 +1,4 @@
-"""Where sequences lie: the check of layouts, sums over them, and which tokens are within the shorter length."""
+"""Sums of tokens per sequence, in both layouts; the check of layouts; conversions in which nothing finite overflows."""
 
 import math
 
@@ -21,16 +21,40 @@ def test_sums_of_long_sequences():
     assert packed.tolist() == pytest.approx(exact, rel=1e-14)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_counts_and_shared_length(packed):
-    labels = torch.tensor([[IGNORE, 1, 2, 3], [4, IGNORE, IGNORE, IGNORE], [5, 6, IGNORE, IGNORE], [7, IGNORE, 8, 9]])
-    offsets = torch.tensor([0, 4, 8, 12, 16], dtype=torch.int32) if packed else None
-    sequences = Sequences(labels.flatten() if packed else labels, IGNORE, offsets)
-    assert sequences.num == 4 and sequences.counts.tolist() == [3, 1, 2, 3]
-    within = sequences.within_shared_length().view(4, 4) & (labels != IGNORE)
-    # 2 of the first chosen and rejected sequence, 1 of the second
-    assert within.sum(1).tolist() == [2, 1, 2, 1] and within[0].tolist() == [False, True, True, False]
-    assert sequences.mean(torch.tensor([6.0, 1.0, 4.0, 3.0])).tolist() == [2.0, 1.0, 2.0, 1.0]
+LABELS = torch.tensor([[7, 7, IGNORE, 7, 7], [IGNORE, IGNORE, 7, 7, IGNORE]])  # 4 tokens and 2
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+def test_the_shared_length_counts_completion_tokens(layout):
+    offsets = torch.tensor([0, 5, 10]) if layout == "packed" else None
+    labels = LABELS.flatten() if layout == "packed" else LABELS
+    sequences = Sequences(labels, IGNORE, offsets)
+    within = sequences.within_shared_length() & (labels != IGNORE)
+    expected = torch.tensor([[1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    assert sequences.counts.tolist() == [4, 2] and torch.equal(within.view(2, 5), expected)
+
+
+def test_offsets_are_bounded():
+    """Those of a GPU are not read by the host."""
+    offsets = torch.tensor([3, 1, 99])
+    assert Sequences(LABELS.flatten(), IGNORE, offsets).offsets.tolist() == [3, 3, 10]
+
+
+def test_what_is_finite_stays_finite():
+    x = torch.tensor([1e300, -1e300, math.inf, math.nan, 2.0], dtype=torch.float64, requires_grad=True)
+    y, largest = cast(x, torch.float32), torch.finfo(torch.float32).max
+    torch.testing.assert_close(y, torch.tensor([largest, -largest, math.inf, math.nan, 2.0]), equal_nan=True)
+    assert cast(y, torch.float32) is y
+    half = torch.ones(1, dtype=torch.float16, requires_grad=True)
+    (cast(half, torch.float64) * 1e30).sum().backward()
+    assert half.grad == torch.finfo(torch.float16).max
+
+
+def test_once_differentiable():
+    x = torch.ones(2, requires_grad=True)
+    (grad,) = torch.autograd.grad(cast(x, torch.float64).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once differentiable"):
+        grad.sum().backward()
 
 
 def test_what_is_ignored_is_left_out_not_multiplied():
@@ -39,20 +63,6 @@ def test_what_is_ignored_is_left_out_not_multiplied():
     sums = Sequences(labels, IGNORE, None).sum(values)
     sums.sum().backward()
     assert sums.tolist() == [2.0, 0.0] and values.grad.tolist() == [[1.0, 0.0], [0.0, 0.0]]
-
-
-def test_offsets_that_nobody_checked_stay_inside():
-    sequences = Sequences(torch.zeros(6, dtype=torch.int64), IGNORE, torch.tensor([0, 9, -4]))
-    assert sequences.offsets.tolist() == [0, 6, 6] and sequences.counts.tolist() == [6, 0]
-
-
-def test_casts_keep_what_is_finite():
-    x = torch.tensor([1e300, -1e300, math.inf, 2.0], dtype=torch.float64, requires_grad=True)
-    y = cast(x, torch.float32)
-    largest = torch.finfo(torch.float32).max
-    assert y.tolist() == [largest, -largest, math.inf, 2.0]
-    (y * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-    assert x.grad.tolist() == [1.0, 2.0, 3.0, 4.0] and cast(y, torch.float32) is y
 
 
 LAYOUTS_REFUSED = {
