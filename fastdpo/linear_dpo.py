@@ -17,6 +17,7 @@ from torch import Tensor
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
+from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
 from .sequences import check_layout
 from .tensors import plain, refuse_transforms
@@ -157,29 +158,27 @@ def _linear_dpo_loss(
     hidden, labels = plain("hidden", hidden), plain("labels", labels)
     cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
     check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
-    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
-    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
     reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
     reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
+    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
+    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
     ref_logps = reference.logps
     if reference.hidden is not None:
         with torch.no_grad():
             ref_logps = token_stats(
                 reference.hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
             ).logps
-    return DPOOutput(
-        *batch_losses(
-            options.preference,
-            stats.logps,
-            ref=ref_logps,
-            labels=labels,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
-            log_sum_sq_probs=stats.log_sum_sq_probs,
-            ignore_index=options.head.ignore_index,
-            average=options.average_log_prob,
-            ld_alpha=options.ld_alpha,
-        )
+    given = BatchInputs(
+        stats.logps,
+        ref=ref_logps,
+        labels=labels,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
+        log_sum_sq_probs=stats.log_sum_sq_probs,
+        ignore_index=options.head.ignore_index,
+        average=options.average_log_prob,
+        ld_alpha=options.ld_alpha,
     )
+    return DPOOutput(*batch_losses(options.preference, given))
 
 
 class _Reference(NamedTuple):
@@ -232,8 +231,8 @@ def _check_reference(
             f"got shape {tuple(hidden.shape)}"
         )
     if ref_weight is None:
-        ref_weight = weight
-        if hidden.shape[-1] != weight.shape[-1]:
+        weight = ref_weight = plain("weight", weight)
+        if hidden.shape[-1:] != weight.shape[-1:]:
             raise ValueError(
                 f"ref_hidden has H = {hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
             )

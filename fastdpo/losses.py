@@ -6,7 +6,9 @@ ops/preference/reference.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import inspect
+import textwrap
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -171,20 +173,9 @@ def _check_kl(name: str, value) -> float | Tensor:
     return value.detach().reshape(()).clamp(min=0)
 
 
-_POSITIVE, _NOT_NEGATIVE = partial(check_number, low=0, above=True), partial(check_number, low=0)
-_CHECKS = {
-    "beta": _POSITIVE,
-    "label_smoothing": check_number,
-    "f_alpha_divergence_coef": check_number,
-    "discopop_tau": _POSITIVE,
-    "simpo_gamma": check_number,
-    "dpop_lambda": _NOT_NEGATIVE,
-    "slic_delta": _NOT_NEGATIVE,
-    "kto_kl": _check_kl,
-    "desirable_weight": _NOT_NEGATIVE,
-    "undesirable_weight": _NOT_NEGATIVE,
-}
-_USERS = {option: _users(option) for option in _CHECKS}  # none for what every loss reads
+# How an option is checked where it is not the default.
+_ANY, _CHECK_KL = {"check": check_number}, {"check": _check_kl}
+_POSITIVE, _NOT_NEGATIVE = {"check": partial(check_number, low=0, above=True)}, {"check": partial(check_number, low=0)}
 MAX_TERMS = 24  # of csrc/shared/preference_batch.h
 
 
@@ -193,19 +184,19 @@ class PreferenceOptions:
     """The options of `preference_loss`, checked when they are made: every error names the option and its value. This
     is the one list of them."""
 
-    beta: float = 0.1
-    loss_type: str | tuple[str, ...] = "sigmoid"  # a tuple once checked
-    loss_weights: tuple[float, ...] | None = None  # as long as loss_type once checked
-    label_smoothing: float = 0.0
+    beta: float = field(default=0.1, metadata=_POSITIVE)
+    loss_type: str | list[str] = "sigmoid"  # a tuple once checked
+    loss_weights: list[float] | None = None  # a tuple as long as loss_type once checked
+    label_smoothing: float = field(default=0.0, metadata=_ANY)
     f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    dpop_lambda: float = 50.0
-    slic_delta: float = 1.0
-    kto_kl: float | Tensor = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=_ANY)
+    discopop_tau: float = field(default=0.05, metadata=_POSITIVE)
+    simpo_gamma: float = field(default=0.5, metadata=_ANY)
+    dpop_lambda: float = field(default=50.0, metadata=_NOT_NEGATIVE)
+    slic_delta: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    kto_kl: float | Tensor = field(default=0.0, metadata=_CHECK_KL)
+    desirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    undesirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
 
     def __post_init__(self):
         names, weights = _check_losses(self.loss_type, self.loss_weights)
@@ -247,7 +238,32 @@ class PreferenceOptions:
             raise ValueError(f"{given} was given, but loss_type {list(self.loss_type)} never looks at a reference")
 
 
-PREFERENCE_OPTIONS = tuple(field.name for field in fields(PreferenceOptions))
+PREFERENCE_OPTIONS = tuple(option.name for option in fields(PreferenceOptions))
+_CHECKS = {option.name: option.metadata["check"] for option in fields(PreferenceOptions) if option.metadata}
+_USERS = {option: _users(option) for option in _CHECKS}  # none for what every loss reads
+
+
+def states_options(function):
+    """Decorates what takes `**options`: the options join its signature, and the table's names its docstring."""
+    signature = inspect.signature(function)
+    given = list(signature.parameters.values())[:-1]
+    first = [x.kind for x in given].index(inspect.Parameter.KEYWORD_ONLY)
+    options = list(inspect.signature(PreferenceOptions).parameters.values())
+    options = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in options]
+    function.__signature__ = signature.replace(parameters=[*given[:first], *options, *given[first:]])
+
+    def names(chosen) -> str:
+        names = ", ".join(f"``{name}``" for name in chosen)
+        return textwrap.fill(names, 100, subsequent_indent=" " * 12)
+
+    lists = {"losses": names(LOSSES), "divergences": names(F_DIVERGENCES)}
+    for key in ("f_divergence", "lengths"):
+        lists[key] = names(name for name, loss in LOSSES.items() if getattr(loss, key))
+    intervals = (f"{loss.label_smoothing} for ``{name}``" for name, loss in LOSSES.items() if loss.label_smoothing)
+    lists["label_smoothing"] = textwrap.fill(", ".join(intervals), 100, subsequent_indent=" " * 12)
+    for key, text in lists.items():  # none under python -OO
+        function.__doc__ = function.__doc__ and function.__doc__.replace(f"{{{key}}}", text)
+    return function
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -316,16 +332,16 @@ def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
         if ref_chosen is None or ref_rejected is None:
             missing = "ref_chosen_logps" if ref_chosen is None else "ref_rejected_logps"
             raise ValueError(f"{missing} is None: give the reference log-probs of both sides, or neither")
-    checked, dtype, like = [], torch.float32, None
+    like, dtype, checked = None, torch.float32, []
     for name, x in zip(_NAMES, tensors):
-        is_length = name in BOTH_LENGTHS
-        if x is None and like is not None and name != "rejected_logps":
+        if x is None and name not in ("chosen_logps", "rejected_logps"):
             for loss in options.loss_type:
                 if name in LOSSES[loss].lengths:
                     raise ValueError(f"{name} is None, but loss_type {loss!r} needs it")
             checked.append(None)
             continue
         x = plain(name, x)
+        is_length = name in BOTH_LENGTHS
         if is_length and x.dtype not in INTEGERS:
             raise TypeError(f"{name} must be a tensor of integers; got {x.dtype}")
         if not is_length and x.dtype not in FLOATS:
@@ -344,7 +360,7 @@ def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
             raise ValueError(f"{name} must not be negative; got {int(x.min())}")
         checked.append(x)
     for i, x in enumerate(checked):
-        wanted = dtype if i < 4 else torch.int64
+        wanted = torch.int64 if _NAMES[i] in BOTH_LENGTHS else dtype
         if x is not None and x.dtype != wanted:
-            checked[i] = cast(x, dtype) if i < 4 else x.to(torch.int64)
+            checked[i] = x.to(wanted) if _NAMES[i] in BOTH_LENGTHS else cast(x, wanted)
     return CheckedSequences(*checked)

@@ -189,7 +189,7 @@ def test_functions_are_checked_where_they_reach_engines():
         inputs = (given["hidden"], given["weight"], None, None, None, given["labels"])
         with pytest.raises(TypeError, match=f"{name} must be a plain strided tensor"):
             fastdpo.LinearLogpsFunction.apply(*inputs, options, (), False)
-    with pytest.raises(TypeError, match=r"chosen_logps must be a plain strided tensor; .* storage was released"):
+    with pytest.raises(TypeError, match="chosen_logps must be a plain strided tensor; got a tensor of shape"):
         fastdpo.PreferenceLossFunction.apply(
             released(torch.zeros(2)), torch.zeros(2), None, None, None, None, PreferenceOptions()
         )
