@@ -235,36 +235,30 @@ struct CountPairsArgs {
   int num_threads;
 };
 template <class V>
-void fields(V& v, CountPairsArgs& a) {
+void set_fields(V& v, CountPairsArgs& a) {
   v("num_tokens", a.num_tokens);
   v("num_blocks", a.num_blocks);
   v.rows("bitmap", a.bitmap, a.bitmap_stride, a.num_tokens);
   v("coef", a.coef, a.num_tokens);
-  v("counts", a.counts, a.num_blocks);
   v("num_threads", a.num_threads);
 }
+template <class V>
+void fields(V& v, CountPairsArgs& a) {
+  set_fields(v, a);
+  v("counts", a.counts, a.num_blocks);
+}
 
-struct FillPairsArgs {
-  const uint8_t* bitmap;  // of all tokens, as coef
-  int64_t bitmap_stride;
-  const float* coef;
-  int64_t first_token, num_tokens;
-  int64_t first_block, num_blocks;
+struct FillPairsArgs : CountPairsArgs {  // of num_blocks from first_block on
+  int64_t first_block;
   const int64_t* offsets;  // [num_blocks + 1]
   int32_t* tokens;         // ascending inside a block, whatever the threads
-  int num_threads;
 };
 template <class V>
 void fields(V& v, FillPairsArgs& a) {
-  v("first_token", a.first_token);
-  v("num_tokens", a.num_tokens);
+  set_fields(v, a);
   v("first_block", a.first_block);
-  v("num_blocks", a.num_blocks);
-  v.rows("bitmap", a.bitmap, a.bitmap_stride, a.first_token + a.num_tokens);
-  v("coef", a.coef, a.first_token + a.num_tokens);
   v("offsets", a.offsets, a.num_blocks + 1);
   v("tokens", a.tokens);
-  v("num_threads", a.num_threads);
 }
 
 // out[i] = float(source[rows[tokens[i]]]); either list may be null: every row.
@@ -307,62 +301,52 @@ void fields(V& v, ScatterArgs& a) {
 constexpr int64_t kLeftOut = -2;       // in `labels` of given logits
 constexpr int64_t kPartialFloats = 3;  // of one part of a row in `partials`
 
-// Given logits of any of the three types -> log p of one column per row. On both machines.
-struct LogitsForwardArgs {
+// Given logits of any of the three types -> log p of one column per row, and back. On both machines.
+struct LogitsArgs {
   const void* logits;  // [num_rows, vocab_size], columns contiguous
   int64_t logits_stride;
   int64_t num_rows;
   int64_t vocab_size;
   DType dtype;
   const int64_t* labels;  // [num_rows] column; -1: none, lse alone; kLeftOut: the row is not read, its results are 0
-  float* logps;           // [num_rows]
-  float* lse;             // [num_rows]
-  float* entropy;         // [num_rows] or null
+  float* logps;           // [num_rows], written by the forward and read by the backward, as the two below
+  float* lse;
+  float* entropy;  // or null
   float inv_temperature;
-  int64_t splits;   // parts of a row, each walked by a block of threads of its own
+  int64_t splits;  // parts of a row, each walked by a block of threads of its own
+};
+template <class V>
+void row_fields(V& v, LogitsArgs& a) {
+  v.any_matrix("logits", a.logits, a.logits_stride, a.num_rows, a.vocab_size, a.dtype);
+  v("labels", a.labels, a.num_rows);
+  v("logps", a.logps, a.num_rows);
+  v("lse", a.lse, a.num_rows);
+  v.optional("entropy", a.entropy, a.num_rows);
+  v("inv_temperature", a.inv_temperature);
+  v("splits", a.splits);
+}
+
+struct LogitsForwardArgs : LogitsArgs {
   float* partials;  // scratch [num_rows, splits, kPartialFloats]; null where splits is 1
 };
 template <class V>
 void fields(V& v, LogitsForwardArgs& a) {
-  v.any_matrix("logits", a.logits, a.logits_stride, a.num_rows, a.vocab_size, a.dtype);
-  v("labels", a.labels, a.num_rows);
-  v("logps", a.logps, a.num_rows);
-  v("lse", a.lse, a.num_rows);
-  v.optional("entropy", a.entropy, a.num_rows);
-  v("inv_temperature", a.inv_temperature);
-  v("splits", a.splits);
+  row_fields(v, a);
   v.optional("partials", a.partials, a.num_rows * a.splits * kPartialFloats);
 }
 
-struct LogitsBackwardArgs {
-  const void* logits;
-  int64_t logits_stride;
-  int64_t num_rows;
-  int64_t vocab_size;
-  DType dtype;
-  const int64_t* labels;
-  const float* logps;
-  const float* lse;
+struct LogitsBackwardArgs : LogitsArgs {
   const float* coef;          // [num_rows] dL/dlogp; 0, and the other too: the row gets zeros and is not read
-  const float* entropy;       // both null, or both given
-  const float* coef_entropy;  // dL/dentropy
+  const float* coef_entropy;  // dL/dentropy; null, or given with the entropy
   void* dlogits;              // [num_rows, vocab_size] of the logits' type; may be the logits
   int64_t dlogits_stride;
-  float inv_temperature;
-  int64_t splits;
 };
 template <class V>
 void fields(V& v, LogitsBackwardArgs& a) {
-  v.any_matrix("logits", a.logits, a.logits_stride, a.num_rows, a.vocab_size, a.dtype);
-  v("labels", a.labels, a.num_rows);
-  v("logps", a.logps, a.num_rows);
-  v("lse", a.lse, a.num_rows);
+  row_fields(v, a);
   v("coef", a.coef, a.num_rows);
-  v.optional("entropy", a.entropy, a.num_rows);
   v.optional("coef_entropy", a.coef_entropy, a.num_rows);
   v.same_rows("dlogits", a.dlogits, a.dlogits_stride, a.dtype);
-  v("inv_temperature", a.inv_temperature);
-  v("splits", a.splits);
 }
 
 constexpr int kMaxTerms = 24;

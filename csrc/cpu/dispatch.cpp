@@ -168,7 +168,7 @@ void fill_pairs(const FillPairsArgs& a) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = a.first_block + i;
       int32_t* out = a.tokens + a.offsets[i];
-      for (int64_t token = a.first_token; token < a.first_token + a.num_tokens; ++token) {
+      for (int64_t token = 0; token < a.num_tokens; ++token) {
         const bool kept = a.bitmap[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
         if (kept && a.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
       }

@@ -294,7 +294,6 @@ class _Routed:
             pairs = torch.empty(total, dtype=torch.int32, device=counted.device)
             EXTENSION.fill_pairs(
                 **kept,
-                first_token=0,
                 num_tokens=num_tokens,
                 first_block=first,
                 num_blocks=last - first,

@@ -79,4 +79,10 @@ class Call:
                 taken.append(TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]))
         programs = min(self.target.programs * shape.per_sm, most_programs)
         numbers = (compute or self.compute, tma, shape.m, shape.n, shape.k, shape.group, programs)
-        return Form(*map(tl.constexpr, numbers)), *taken
+        return _form(*numbers), *taken
+
+
+@functools.cache
+def _form(*numbers) -> Form:
+    """The same constants as the same objects: Triton then finds what it has compiled without comparing them."""
+    return Form(*map(tl.constexpr, numbers))
