@@ -48,12 +48,12 @@ $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
 	touch $@
 
 kernels: $(VENV)/triton-$(TRITON)/installed
-	PYTHONPATH=$(dir $<) $(RUN) benchmarks/kernels.py $(KERNELS_ARGS)
-	PYTHONPATH=$(dir $<) $(RUN) benchmarks/cuda_kernels.py
+	PYTHONPATH=$(dir $<) $(RUN) -m tools.kernels $(KERNELS_ARGS)
+	PYTHONPATH=$(dir $<) $(RUN) -m tools.cuda_kernels
 
 # Into the Python that has this machine's torch: a GPU machine often has no network. Peers are timed if installed.
 gpu:
-	$(PYTHON) benchmarks/gpu.py --install $(GPU_ARGS)
+	$(PYTHON) -m benchmarks.gpu.suite --install $(GPU_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
@@ -63,13 +63,13 @@ WITH_HEAD = $(if $(HEAD),--head $(HEAD))
 LOCAL = benchmarks/results/local
 
 bench: $(VENV)/installed-bench
-	$(RUN) benchmarks/bench_cpu.py $(WITH_HEAD) --output $(LOCAL)-step.json
-	$(RUN) benchmarks/bench_sweep.py --rounds 1 --longest 2 $(WITH_HEAD) --output $(LOCAL)-sweep.json
-	$(RUN) benchmarks/bench_memory.py --frozen --output $(LOCAL)-memory.json
-	$(RUN) benchmarks/bench_memory.py --fits 2 --most 16384 --vocab 131072 --hidden-size 256 --output $(LOCAL)-fits.json
-	$(RUN) benchmarks/bench_accuracy.py $(WITH_HEAD) --output $(LOCAL)-accuracy.json
-	$(RUN) benchmarks/bench_tau.py --seeds 1 $(WITH_HEAD) --output $(LOCAL)-tau.json
-	$(RUN) benchmarks/bench_bias.py --seeds 20 $(WITH_HEAD) --output $(LOCAL)-bias.json
+	$(RUN) -m benchmarks.cpu.step $(WITH_HEAD) --output $(LOCAL)-step.json
+	$(RUN) -m benchmarks.cpu.sweep --rounds 1 --longest 2 $(WITH_HEAD) --output $(LOCAL)-sweep.json
+	$(RUN) -m benchmarks.cpu.memory --frozen --output $(LOCAL)-memory.json
+	$(RUN) -m benchmarks.cpu.memory --fits 2 --most 16384 --vocab 131072 --hidden-size 256 --output $(LOCAL)-fits.json
+	$(RUN) -m benchmarks.cpu.accuracy $(WITH_HEAD) --output $(LOCAL)-accuracy.json
+	$(RUN) -m benchmarks.cpu.tau --seeds 1 $(WITH_HEAD) --output $(LOCAL)-tau.json
+	$(RUN) -m benchmarks.cpu.bias --seeds 20 $(WITH_HEAD) --output $(LOCAL)-bias.json
 	$(MAKE) bench-micro
 
 bench-micro: $(VENV)/installed-bench

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .autograd import Function, uncompiled
 from .head import HeadOptions, check_head
 from .ops.operators import LinearLogpsFunction, compiled
 from .ops.problem import STATS, TokenStats
@@ -163,6 +164,12 @@ def token_stats(
     if torch.is_grad_enabled():
         for x in call.tensors:
             differentiable = differentiable or (x is not None and x.requires_grad)
-    in_graph = torch.compiler.is_compiling() and options.vocab_group is None
-    outputs = (compiled if in_graph else function.checked)(call, options, stats, differentiable)
+    arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
+    apply = super(Function, function).apply  # torch's: the class's own checks again
+    if not torch.compiler.is_compiling():
+        outputs = apply(*arguments)
+    elif options.vocab_group is None:
+        outputs = compiled(call, options, stats, differentiable)
+    else:
+        outputs = uncompiled(apply, *arguments)
     return TokenStats(*[None if x is None else x.view(call.shape) for x in outputs])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import transformers
 
-from fastdpo.models.huggingface import LogitsTransform
+from fastdpo.head import LogitTransform
 
 V = 300
 SHAPE = {
@@ -22,18 +22,18 @@ SHAPE = {
 }
 GPT2_SHAPE = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
 MODELS = {
-    "llama": ("LlamaConfig", SHAPE, LogitsTransform()),
-    "llama tied": ("LlamaConfig", SHAPE | {"tie_word_embeddings": True}, LogitsTransform()),
+    "llama": ("LlamaConfig", SHAPE, LogitTransform()),
+    "llama tied": ("LlamaConfig", SHAPE | {"tie_word_embeddings": True}, LogitTransform()),
     "gemma2 (softcap)": (
         "Gemma2Config",
         SHAPE | {"final_logit_softcapping": 30.0},
-        LogitsTransform(softcap=30.0),
+        LogitTransform(softcap=30.0),
     ),
-    "granite (divides)": ("GraniteConfig", SHAPE | {"logits_scaling": 8.0}, LogitsTransform(0.125)),
-    "hyperclovax (multiplies)": ("HyperCLOVAXConfig", SHAPE | {"logits_scaling": 4.0}, LogitsTransform(4.0)),
-    "cohere (scale, tied)": ("CohereConfig", SHAPE | {"logit_scale": 0.0625}, LogitsTransform(0.0625)),
-    "gpt2 (tied)": ("GPT2Config", GPT2_SHAPE, LogitsTransform()),
-    "phi (bias)": ("PhiConfig", SHAPE, LogitsTransform()),
+    "granite (divides)": ("GraniteConfig", SHAPE | {"logits_scaling": 8.0}, LogitTransform(0.125)),
+    "hyperclovax (multiplies)": ("HyperCLOVAXConfig", SHAPE | {"logits_scaling": 4.0}, LogitTransform(4.0)),
+    "cohere (scale, tied)": ("CohereConfig", SHAPE | {"logit_scale": 0.0625}, LogitTransform(0.0625)),
+    "gpt2 (tied)": ("GPT2Config", GPT2_SHAPE, LogitTransform()),
+    "phi (bias)": ("PhiConfig", SHAPE, LogitTransform()),
 }
 
 

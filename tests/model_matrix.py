@@ -113,13 +113,13 @@ def _gradients(model, logps) -> dict:
 
 def features(model) -> list[str]:
     """What the head has beside a weight."""
-    head, (scale, softcap) = model.get_output_embeddings(), model.forward.transform
+    head, (scale, softcap, _) = model.get_output_embeddings(), model.forward.transform
     rows, vocab_size = head.weight.shape[0], getattr(model.config.get_text_config(), "vocab_size", None)
     found = {
         "bias": getattr(head, "bias", None) is not None,
         "tied": head.weight is model.get_input_embeddings().weight,
         f"scale {scale}": scale != 1.0,
-        f"softcap {softcap}": softcap is not None,
+        f"softcap {softcap}": softcap != 0.0,
         f"{rows} rows for {vocab_size} tokens": rows != vocab_size,
     }
     return [name for name, present in found.items() if present]

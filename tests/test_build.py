@@ -39,7 +39,7 @@ def build_wheel(tmp_path: Path, **environment) -> zipfile.ZipFile:
 
 def test_isolated_build_holds_the_extension(tmp_path):
     if not native.available():
-        pytest.skip(f"no native extension here: {native.reason()}")
+        pytest.skip(f"no native extension here: {native.REASON}")
     wheel = build_wheel(tmp_path, FASTDPO_REQUIRE_NATIVE="1", FASTDPO_CUDA_ARCHS="80")
     names = wheel.namelist()
     (extension,) = (name for name in names if name.startswith("fastdpo/_C."))
@@ -47,7 +47,7 @@ def test_isolated_build_holds_the_extension(tmp_path):
     assert info["native"] and info["reason"] is None
     assert info["cuda_archs"] == ([80] if info["cuda_reason"] is None else [])
     assert info["cuda_archs"] or not shutil.which("nvcc"), info["cuda_reason"]
-    for package in ("ops", "ops/triton", "models", "integrations", "demo"):
+    for package in ("ops", "ops/triton", "models", "models/lazy", "integrations", "demo"):
         assert f"fastdpo/{package}/__init__.py" in names
     if sys.platform == "linux":  # one build serves every torch
         wheel.extract(extension, tmp_path)
@@ -88,7 +88,7 @@ def test_a_broken_compiler_fails_only_where_the_extension_is_required(tmp_path):
 @pytest.mark.parametrize("why", ["FASTDPO_CUDA_ARCHS is empty", "cannot compile for 35", "this nvcc is broken"])
 def test_without_cuda_kernels_the_rest_is_built(tmp_path, why):
     if not native.available():
-        pytest.skip(f"no native extension here: {native.reason()}")
+        pytest.skip(f"no native extension here: {native.REASON}")
     home = tmp_path / "cuda"
     (home / "bin").mkdir(parents=True)
     nvcc = home / "bin" / "nvcc"

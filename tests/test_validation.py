@@ -14,8 +14,8 @@ import torch
 import fastdpo
 from fastdpo.head import HeadOptions
 from fastdpo.losses import PREFERENCE_OPTIONS, PreferenceOptions
-from fastdpo.models import lazy_head
 from fastdpo.models.huggingface import _Settings
+from fastdpo.models.options import TRAINER_OPTIONS, head_options
 
 B, T, H, V = 2, 3, 8, 200
 G = torch.Generator().manual_seed(0)
@@ -76,7 +76,7 @@ FUNCTIONS = {
         {"temperature": (2, {})},
     ),
     "patch_model": (lambda **o: _Settings.of(o), {"tau": (1, {}), "seed": (3, {}), "ignore_index": (7, {})}),
-    "patch_trl": (lambda **o: lazy_head.check_options("patch_trl", o), {"tau": (1, {}), "seed": (3, {})}),
+    "patch_trl": (lambda **o: head_options("patch_trl", o, TRAINER_OPTIONS), {"tau": (1, {}), "seed": (3, {})}),
 }
 INTEGERS = ("ignore_index", "seed")
 CASES = [(name, option) for name, (_, options) in FUNCTIONS.items() for option in options]
@@ -88,7 +88,7 @@ KINDS = (float, Fraction, np.float16, np.float32, np.float64, np.longdouble, *IN
 def call(name, option, value):
     function, options = FUNCTIONS[name]
     result = function(**options[option][1], **{option: value})
-    return result if result is None or isinstance(result, _Settings) else first(result)
+    return result if result is None or isinstance(result, (HeadOptions, _Settings)) else first(result)
 
 
 @pytest.mark.parametrize("name,option", CASES)

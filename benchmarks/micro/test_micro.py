@@ -6,18 +6,12 @@ logits; the preference loss. Not collected by `make test`.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-import inputs
-from peers import SELECTIVE_LOGPS, TOKEN_LOGPS, Unavailable
-
 import fastdpo
+from benchmarks import inputs
+from benchmarks.peers import SELECTIVE_LOGPS, TOKEN_LOGPS, Unavailable
 
 TOKENS, VOCAB, HIDDEN = 256, 16384, 256
 

@@ -74,20 +74,19 @@ int64_t grain_for(int64_t elements_per_row) { return std::max<int64_t>(1, 16384 
 
 }  // namespace
 
-void fold(const FoldArgs& a, int num_threads) {
-  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), num_threads,
+void fold(const FoldArgs& a) {
+  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), a.num_threads,
                [&](int64_t begin, int64_t end) { cpu_kernels().fold_rows(a, begin, end); });
 }
 
-void grad(const GradArgs& a, int num_threads) {
-  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), num_threads,
+void grad(const GradArgs& a) {
+  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), a.num_threads,
                [&](int64_t begin, int64_t end) { cpu_kernels().grad_rows(a, begin, end); });
 }
 
-int64_t routed_grad(const RoutedGradArgs& a, int num_threads) {
+int64_t routed_grad(const RoutedGradArgs& a) {
   const Tile& tile = a.grad.tile;
-  const int64_t grain = grain_for(tile.num_cols);
-  parallel_for(tile.num_rows, grain, num_threads,
+  parallel_for(tile.num_rows, grain_for(tile.num_cols), a.grad.num_threads,
                [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
   int64_t num_hidden = 0;
   if (a.dz_hidden) {
@@ -109,21 +108,21 @@ int64_t routed_grad(const RoutedGradArgs& a, int num_threads) {
   return num_hidden;
 }
 
-void sum_blocks(const double* block_lse, int64_t num_rows, int64_t num_blocks, double* rest_lse, int num_threads) {
-  parallel_for(num_rows, grain_for(num_blocks * 8), num_threads, [&](int64_t begin, int64_t end) {
+void sum_blocks(const SumBlocksArgs& a) {
+  parallel_for(a.num_rows, grain_for(a.num_blocks * 8), a.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const double* values = block_lse + row * num_blocks;
+      const double* values = a.block_lse + row * a.stride;
       double block_max = -INFINITY, total = 0.0;
-      for (int64_t i = 0; i < num_blocks; ++i) block_max = std::fmax(block_max, values[i]);
+      for (int64_t i = 0; i < a.num_blocks; ++i) block_max = std::fmax(block_max, values[i]);
       const double m = block_max == -INFINITY ? 0.0 : block_max;
-      for (int64_t i = 0; i < num_blocks; ++i) total += std::exp(values[i] - m);
-      rest_lse[row] = m + std::log(total);
+      for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(values[i] - m);
+      a.rest_lse[row] = m + std::log(total);
     }
   });
 }
 
-void finish(const FinishArgs& a, int num_threads) {
-  parallel_for(a.num_rows, grain_for(64), num_threads, [&](int64_t begin, int64_t end) {
+void finish(const FinishArgs& a) {
+  parallel_for(a.num_rows, grain_for(64), a.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const double label_logit = a.label_logit[row];
       const LabelLogp label = label_logp(a.rest_lse[row], 0.0, label_logit);
@@ -146,62 +145,53 @@ void finish(const FinishArgs& a, int num_threads) {
   });
 }
 
-void route(const RouteArgs& a, int num_threads) {
-  parallel_for(a.num_rows, grain_for(a.num_blocks * 8), num_threads, [&](int64_t begin, int64_t end) {
+void route(const RouteArgs& a) {
+  parallel_for(a.num_rows, grain_for(a.num_blocks * 8), a.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) cpu_kernels().route_row(a, row);
   });
 }
 
-void count_pairs(const uint8_t* bitmap, int64_t bitmap_stride, const float* coef, int64_t num_tokens,
-                 int64_t num_blocks, int64_t* counts, int num_threads) {
-  std::memset(counts, 0, num_blocks * sizeof(int64_t));
-  const int64_t bytes = (num_blocks + 7) / 8;
-  parallel_for(bytes, grain_for(num_tokens), num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t token = 0; token < num_tokens; ++token) {
-      if (coef[token] == 0.0f) continue;
+void count_pairs(const CountPairsArgs& a) {
+  std::memset(a.counts, 0, a.num_blocks * sizeof(int64_t));
+  parallel_for((a.num_blocks + 7) / 8, grain_for(a.num_tokens), a.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = 0; token < a.num_tokens; ++token) {
+      if (a.coef[token] == 0.0f) continue;
       for (int64_t byte = begin; byte < end; ++byte)
-        for (unsigned bits = bitmap[token * bitmap_stride + byte]; bits; bits &= bits - 1)
-          ++counts[byte * 8 + __builtin_ctz(bits)];
+        for (unsigned bits = a.bitmap[token * a.bitmap_stride + byte]; bits; bits &= bits - 1)
+          ++a.counts[byte * 8 + __builtin_ctz(bits)];
     }
   });
 }
 
-void fill_pairs(const uint8_t* bitmap, int64_t bitmap_stride, const float* coef, int64_t first_token,
-                int64_t num_tokens, int64_t first_block, int64_t num_blocks, const int64_t* offsets, int32_t* tokens,
-                int num_threads) {
-  // offsets[num_blocks + 1]; ascending tokens inside a block, whatever the threads
-  parallel_for(num_blocks, grain_for(num_tokens), num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t byte = (first_block + block) >> 3;
-      const int shift = (first_block + block) & 7;
-      int32_t* out = tokens + offsets[block];
-      for (int64_t token = first_token; token < first_token + num_tokens; ++token)
-        if ((bitmap[token * bitmap_stride + byte] >> shift & 1) && coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
-    }
-  });
-}
-
-void gather_rows(float* dst, int64_t dst_stride, const void* src, DType type, int64_t src_stride,
-                 const int32_t* tokens, const int64_t* rows, int64_t num_rows, int64_t num_cols, int num_threads) {
-  const int64_t size = type == DType::kFloat32 ? 4 : 2;
-  parallel_for(num_rows, grain_for(num_cols), num_threads, [&](int64_t begin, int64_t end) {
+void fill_pairs(const FillPairsArgs& a) {
+  parallel_for(a.num_blocks, grain_for(a.num_tokens), a.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t token = tokens ? tokens[i] : i;
-      const int64_t row = rows ? rows[token] : token;
-      const char* source = static_cast<const char*>(src) + row * src_stride * size;
-      cpu_kernels().load_row(dst + i * dst_stride, source, type, num_cols);
+      const int64_t block = a.first_block + i;
+      int32_t* out = a.tokens + a.offsets[i];
+      for (int64_t token = a.first_token; token < a.first_token + a.num_tokens; ++token) {
+        const bool kept = a.bitmap[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
+        if (kept && a.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
+      }
     }
   });
 }
 
-void scatter_add_rows(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, const int32_t* tokens,
-                      const int64_t* rows, int64_t num_rows, int64_t num_cols, int num_threads) {
-  parallel_for(num_rows, grain_for(num_cols), num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {  // a token stands once in a list, so its row has one writer
-      const int64_t token = tokens ? tokens[i] : i;
-      cpu_kernels().add_row(dst + (rows ? rows[token] : token) * dst_stride, src + i * src_stride, num_cols);
+void gather_rows(const GatherArgs& a) {
+  const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
+  parallel_for(a.num_rows, grain_for(a.num_cols), a.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t token = a.tokens ? a.tokens[i] : i;
+      const int64_t row = a.rows ? a.rows[token] : token;
+      const char* source = static_cast<const char*>(a.source) + row * a.source_stride * size;
+      cpu_kernels().load_row(a.out + i * a.out_stride, source, a.dtype, a.num_cols);
     }
   });
+}
+
+void scatter_add_rows(const ScatterArgs& a) {  // a token stands once in a list, so its row has one writer
+  for (int64_t i = 0; i < a.num_rows; ++i) {
+    cpu_kernels().add_row(a.out + (a.tokens[i] - a.first_token) * a.out_stride, a.source + i * a.source_stride, a.num_cols);
+  }
 }
 
 }  // namespace fastdpo

@@ -186,6 +186,7 @@ void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
 // Leaves the unweighted dz in the tile and each row's weight in either set in row_weight.
 void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.grad.tile;
+  const int64_t block = tile.col_start / kBlock;
   alignas(64) float dz[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t token = a.grad.tokens[row];
@@ -199,7 +200,7 @@ void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
       weight = pair_weight(pair_odds(share, a.tau));
       if (a.second_bits) second = weight * pair_weight(second_pair_odds(share, a.tau, a.second_tau));
     }
-    if (a.second_bits && !(a.second_bits[token * a.bitmap_stride] >> a.second_bit & 1)) second = 0.0f;
+    if (a.second_bits && !(a.second_bits[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1)) second = 0.0f;
     a.row_weight[row] = weight;
     a.row_weight[tile.num_rows + row] = second;
     std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
@@ -228,7 +229,7 @@ void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
 }
 
 void route_row(const RouteArgs& a, int64_t row) {
-  const double* block_lse = a.block_lse + row * a.num_blocks;
+  const double* block_lse = a.block_lse + row * a.stride;
   const bool two_sets = a.second_tau >= 0.0f;
   uint8_t* bits = a.bitmap + row * a.bitmap_stride;
   uint8_t* second_bits = bits + a.set_bytes;

@@ -23,25 +23,15 @@ const CpuKernels& cpu_kernels();
 std::vector<const char*> supported_isas();
 bool use_isa(const char* name);  // for tests of every instruction set on one machine; not while a call runs
 
-void fold(const FoldArgs&, int num_threads);
-// [num_rows, num_blocks] -> [num_rows] log-sum-exp
-void sum_blocks(const double* block_lse, int64_t num_rows, int64_t num_blocks, double* rest_lse, int num_threads);
-void finish(const FinishArgs&, int num_threads);
-void route(const RouteArgs&, int num_threads);
-void grad(const GradArgs&, int num_threads);
-int64_t routed_grad(const RoutedGradArgs&, int num_threads);  // the number of rows of dz_hidden
-
-// Per-block token lists from the bitmap. Tokens with coef == 0 have no gradient and are left out.
-void count_pairs(const uint8_t* bitmap, int64_t bitmap_stride, const float* coef, int64_t num_tokens,
-                 int64_t num_blocks, int64_t* counts, int num_threads);
-void fill_pairs(const uint8_t* bitmap, int64_t bitmap_stride, const float* coef, int64_t first_token,
-                int64_t num_tokens, int64_t first_block, int64_t num_blocks, const int64_t* offsets, int32_t* tokens,
-                int num_threads);
-
-// dst[i] = float(src[row(i)]) and dst[row(i)] += src[i], with row(i) = rows[tokens[i]]; either list may be null (identity).
-void gather_rows(float* dst, int64_t dst_stride, const void* src, DType type, int64_t src_stride,
-                 const int32_t* tokens, const int64_t* rows, int64_t num_rows, int64_t num_cols, int num_threads);
-void scatter_add_rows(float* dst, int64_t dst_stride, const float* src, int64_t src_stride, const int32_t* tokens,
-                      const int64_t* rows, int64_t num_rows, int64_t num_cols, int num_threads);
+void fold(const FoldArgs&);
+void sum_blocks(const SumBlocksArgs&);
+void finish(const FinishArgs&);
+void route(const RouteArgs&);
+void grad(const GradArgs&);
+int64_t routed_grad(const RoutedGradArgs&);  // the number of rows of dz_hidden
+void count_pairs(const CountPairsArgs&);
+void fill_pairs(const FillPairsArgs&);
+void gather_rows(const GatherArgs&);
+void scatter_add_rows(const ScatterArgs&);
 
 }  // namespace fastdpo

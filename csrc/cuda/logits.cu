@@ -116,8 +116,8 @@ int backward_as(const LogitsBackwardArgs& a, int device, void* stream) {
 
 }  // namespace
 
-int launch_logits_forward(const LogitsForwardArgs& a, DType dtype, int device, void* stream) {
-  switch (dtype) {
+int launch_logits_forward(const LogitsForwardArgs& a, int device, void* stream) {
+  switch (a.dtype) {
     case DType::kFloat32: return forward_as<float>(a, device, stream);
     case DType::kBFloat16: return forward_as<BFloat16>(a, device, stream);
     case DType::kFloat16: return forward_as<Float16>(a, device, stream);
@@ -125,8 +125,8 @@ int launch_logits_forward(const LogitsForwardArgs& a, DType dtype, int device, v
   return cudaErrorInvalidValue;
 }
 
-int launch_logits_backward(const LogitsBackwardArgs& a, DType dtype, int device, void* stream) {
-  switch (dtype) {
+int launch_logits_backward(const LogitsBackwardArgs& a, int device, void* stream) {
+  switch (a.dtype) {
     case DType::kFloat32: return backward_as<float>(a, device, stream);
     case DType::kBFloat16: return backward_as<BFloat16>(a, device, stream);
     case DType::kFloat16: return backward_as<Float16>(a, device, stream);

@@ -13,70 +13,11 @@
 #include <cstdint>
 #include <limits>
 
-#include "shared/preference_loss.h"
+#include "structs.h"
 
 namespace fastdpo {
 
 constexpr int kLanes = 256;
-constexpr int kMaxTerms = 24;
-
-struct LossTerm {
-  PreferenceLoss loss;
-  double weight;
-};
-
-// Sequence i of side 0 is the i-th chosen one, of side 1 the i-th rejected one. Padded: [num_pairs, num_tokens] per
-// side. Packed (`offsets`): num_tokens in all, sequence s = side * num_pairs + i at [offsets[s], offsets[s + 1]).
-// One log-prob per sequence is num_tokens == 1 without labels.
-template <class T>
-struct PreferenceBatch {
-  const T* logps[2];
-  const T* ref[2];               // or null: zeros, the loss is reference-free
-  const T* log_sum_sq_probs[2];  // per token, for WPO's weights; or null
-  const int64_t* labels[2];      // or null: every token counts
-  const int64_t* lengths[2];     // [num_pairs], where there are no labels; or null: 1
-  const void* offsets;           // [2 num_pairs + 1]; or null: padded
-  const double* kto_kl;          // or null: the option's number
-  int64_t label_stride;          // between padded rows of labels; the other arrays are contiguous
-  int64_t ignore_index;
-  int64_t num_pairs, num_tokens;
-  bool offsets_are_int32, ref_per_token, average, reward_per_token;
-  double ld_alpha;    // of tokens past the shorter length; negative: none
-  double sft_weight;  // of -sum(chosen) / sum(tokens) over the batch, which has no expression per pair
-  LossTerm terms[kMaxTerms];
-  int num_terms;
-  PreferenceOptions options;
-};
-
-struct PairSums {
-  double policy[2], ref[2];  // as the loss reads them
-  double plain_chosen;       // without weights, for sft
-  double weight;             // WPO's
-  int64_t tokens[2];
-};
-
-template <class T>
-struct PreferenceResults {
-  PairSums* sums;    // [num_pairs] scratch
-  int32_t* finished; // [1] scratch of a GPU
-  T* loss;           // [1]
-  T* losses;         // [num_pairs], as the six below
-  T* rewards[2];
-  T* logps[2];
-  double* partials;  // [5, num_pairs]: d losses[i] / d (chosen, rejected, ref_chosen, ref_rejected, plain sums)
-};
-
-template <class T>
-struct PreferenceUpstream {
-  const double* partials;
-  const PairSums* sums;
-  const T* dloss;      // [1], or null as the three below
-  const T* dlosses;    // [num_pairs]
-  const T* dlogps[2];  // [num_pairs], of PreferenceResults::logps
-  T* dtokens[2];       // like `logps`, or null as dref
-  T* dref[2];          // like `ref`
-};
-
 // A finite result beyond T's range is stored as T's largest finite value.
 template <class T>
 FASTDPO_HD inline T saturated(double x) {

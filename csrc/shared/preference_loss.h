@@ -13,7 +13,7 @@ enum class Divergence : int { kReverseKl, kForwardKl, kJs, kAlpha };
 
 struct NamedDivergence {
   const char* name;
-  Divergence divergence;
+  Divergence id;
 };
 
 constexpr NamedDivergence kDivergences[] = {
@@ -31,7 +31,7 @@ enum class PreferenceLoss : int {
 
 struct NamedLoss {
   const char* name;
-  PreferenceLoss loss;
+  PreferenceLoss id;
 };
 
 constexpr NamedLoss kPreferenceLosses[] = {

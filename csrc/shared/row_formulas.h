@@ -26,16 +26,16 @@ struct LabelLogp {
 // Differences are taken first, and log(1 + e^x) on the side that does not overflow: log p keeps its relative precision
 // near 0, whatever the logits' magnitude.
 FASTDPO_HD static inline LabelLogp label_logp(double max, double log_sum, double label_logit) {
-  const double x = (max - label_logit) + log_sum, small = log1p(exp(-fabs(x)));
+  const double x = (max - label_logit) + log_sum, small = ::log1p(::exp(-::fabs(x)));
   if (x > 0.0) return {-x - small, -small, max + log_sum + small};
   return {-small, x - small, label_logit + small};
 }
 
-FASTDPO_HD static inline double p_log_p(double logp) { return logp == -INFINITY ? 0.0 : exp(logp) * logp; }
+FASTDPO_HD static inline double p_log_p(double logp) { return logp == -INFINITY ? 0.0 : ::exp(logp) * logp; }
 
 // -sum p log p: of label or not, and then among the others; mean_d is their mean of z - max, weighted by exp(z - max).
 FASTDPO_HD static inline double row_entropy(const LabelLogp& label, double log_sum, double mean_d) {
-  const double others = label.rest_logp == -INFINITY ? 0.0 : exp(label.rest_logp) * (log_sum - mean_d);
+  const double others = label.rest_logp == -INFINITY ? 0.0 : ::exp(label.rest_logp) * (log_sum - mean_d);
   return others - p_log_p(label.rest_logp) - p_log_p(label.logp);
 }
 

@@ -49,16 +49,16 @@ int64_t logits_splits(int64_t num_rows, int64_t vocab_size, int64_t num_multipro
   return splits_of_row(num_rows, vocab_size, num_multiprocessors);
 }
 
-void host_logits_forward(const LogitsForwardArgs& a, DType dtype, int64_t lanes) {
-  switch (dtype) {
+void host_logits_forward(const LogitsForwardArgs& a, int64_t lanes) {
+  switch (a.dtype) {
     case DType::kFloat32: return forward_as<float>(a, lanes);
     case DType::kBFloat16: return forward_as<BFloat16>(a, lanes);
     case DType::kFloat16: return forward_as<Float16>(a, lanes);
   }
 }
 
-void host_logits_backward(const LogitsBackwardArgs& a, DType dtype, int64_t lanes) {
-  switch (dtype) {
+void host_logits_backward(const LogitsBackwardArgs& a, int64_t lanes) {
+  switch (a.dtype) {
     case DType::kFloat32: return backward_as<float>(a, lanes);
     case DType::kBFloat16: return backward_as<BFloat16>(a, lanes);
     case DType::kFloat16: return backward_as<Float16>(a, lanes);

@@ -6,6 +6,7 @@ each keeps the memory figures apart. The parent shows progress, compares the run
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -15,25 +16,16 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import torch
+
+import fastdpo
+
+from . import setup
 from .meters import HeadTimer, MemoryPeak
-from .setup import (
-    CHAT_TEMPLATE,
-    DemoError,
-    build_model,
-    build_tokenizer,
-    is_conversational,
-    load_model,
-    load_preferences,
-    load_tokenizer,
-    looks_like_path,
-    make_trainer,
-    reason,
-    show_step,
-    texts_of,
-    warm_up,
-)
+from .setup import DemoError
 
 DEMO_DATA = Path(__file__).parent / "data" / "preferences.jsonl"
 NEEDED = ("trl", "transformers", "datasets", "matplotlib", "rich")
@@ -76,12 +68,10 @@ def parse_arguments(argv):
 
 def prepare(settings, work):
     """Writes `pairs/`, the data of both runs, and without --model `model/`, the weights both start from."""
-    import copy
-
     import datasets
 
     datasets.disable_caching()
-    dataset = load_preferences(settings.dataset or str(DEMO_DATA), settings.split, str(work / "cache"))
+    dataset = setup.load_preferences(settings.dataset or str(DEMO_DATA), settings.split, str(work / "cache"))
     if len(dataset) < settings.batch_size:
         raise DemoError(f"the dataset has {len(dataset)} pairs, less than one batch of {settings.batch_size}")
     num_pairs = min(len(dataset), settings.steps * settings.batch_size)
@@ -94,26 +84,20 @@ def prepare(settings, work):
     info = {"pairs": num_pairs}
 
     if settings.model is not None:
-        from transformers import AutoConfig
-
-        path = Path(settings.model).expanduser()
-        if looks_like_path(settings.model) and not path.is_dir():
+        if setup.looks_like_path(settings.model) and not Path(settings.model).expanduser().is_dir():
             raise DemoError(f"--model {settings.model}: no such folder")
-        try:
-            AutoConfig.from_pretrained(settings.model)
-        except Exception as error:
-            raise DemoError(f"--model {settings.model}: {reason(error)}") from error
-        tokenizer = load_tokenizer(settings.model)
-        if is_conversational(pairs) and not tokenizer.chat_template:
+        setup.load_pretrained("AutoConfig", settings.model)
+        tokenizer = setup.load_pretrained("AutoTokenizer", settings.model)
+        if setup.is_conversational(pairs) and not tokenizer.chat_template:
             raise DemoError(f"--model {settings.model}: no chat template, but the dataset has messages")
         return info
 
-    tokenizer = build_tokenizer(texts_of(pairs), settings.vocab_size)
-    if is_conversational(pairs):
-        tokenizer.chat_template = CHAT_TEMPLATE
-    model = build_model(settings, tokenizer)
-    trainer = make_trainer(settings, work / "warmup", model, copy.deepcopy(model), tokenizer, pairs)
-    losses = warm_up(trainer, settings.warmup_steps)
+    tokenizer = setup.build_tokenizer(setup.texts_of(pairs), settings.vocab_size)
+    if setup.is_conversational(pairs):
+        tokenizer.chat_template = setup.CHAT_TEMPLATE
+    model = setup.build_model(settings, tokenizer)
+    trainer = setup.make_trainer(settings, work / "warmup", model, copy.deepcopy(model), tokenizer, pairs)
+    losses = setup.warm_up(trainer, settings.warmup_steps)
     model.save_pretrained(work / "model")
     tokenizer.save_pretrained(work / "model")
     return info | {
@@ -127,20 +111,18 @@ def prepare(settings, work):
 def train(settings, work, engine):
     """One DPO run from the common weights, measured."""
     import datasets
-    import torch
     import transformers
     import trl
     import trl.trainer.utils as trl_utils
-
-    import fastdpo
 
     if not hasattr(trl_utils, "_ChunkedLogProbFunction"):
         raise DemoError(f"needs trl>=1.15, found {trl.__version__}")
     datasets.disable_caching()
     source = settings.model or str(work / "model")
     pairs = datasets.load_from_disk(str(work / "pairs"))
-    model, reference, tokenizer = load_model(source), load_model(source), load_tokenizer(source)
-    trainer = make_trainer(settings, work / engine, model, reference, tokenizer, pairs)
+    model, reference = (setup.load_pretrained("AutoModelForCausalLM", source, dtype=torch.float32) for _ in range(2))
+    tokenizer = setup.load_pretrained("AutoTokenizer", source)
+    trainer = setup.make_trainer(settings, work / engine, model, reference, tokenizer, pairs)
 
     if engine == "fastdpo" and not fastdpo.patch_trl(backward=settings.backward):
         raise DemoError("another library has replaced TRL's log-prob function; fastdpo leaves it alone")
@@ -151,7 +133,7 @@ def train(settings, work, engine):
     class StepEnd(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **unused):
             head_seconds.append(timer.seconds - sum(head_seconds))
-            show_step(state.global_step, state.max_steps)
+            setup.show_step(state.global_step, state.max_steps)
 
     trainer.add_callback(StepEnd())
     trl_utils._ChunkedLogProbFunction = timer
@@ -186,8 +168,6 @@ def train(settings, work, engine):
 
 def run_phase(settings):
     """The body of a child process: does one phase and leaves its result as JSON beside the log."""
-    import warnings
-
     import datasets
     import transformers
 
@@ -330,11 +310,7 @@ def run_demo(settings, argv):
     draw(runs, curves)
     recorded = {
         "settings": {name: value for name, value in vars(settings).items() if name not in ("run", "output")},
-        "machine": {
-            "system": platform.platform(),
-            "cpus": os.cpu_count(),
-            "python": platform.python_version(),
-        },
+        "machine": {"system": platform.platform(), "cpus": os.cpu_count(), "python": platform.python_version()},
         "data_and_model": results["prepare"],
         "summary": summary,
         "runs": runs,

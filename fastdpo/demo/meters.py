@@ -4,6 +4,8 @@ import sys
 import threading
 import time
 
+import torch
+
 
 class HeadTimer:
     """Takes the place of the autograd Function that TRL scores tokens with, and times it from outside.
@@ -21,15 +23,11 @@ class HeadTimer:
 
     @staticmethod
     def now():
-        import torch
-
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def apply(self, *arguments):
-        import torch
-
         start = self.now()
         outputs = self.function.apply(*arguments)
         self.seconds += self.now() - start
@@ -40,8 +38,6 @@ class HeadTimer:
         return outputs
 
     def _watch_backward(self, outputs, inputs):
-        import torch
-
         ends = {torch.autograd.graph.get_gradient_edge(tensor).node for tensor in inputs}
         found, pending = set(), [output.grad_fn for output in outputs if output is not None]
         while pending:
@@ -67,8 +63,6 @@ class MemoryPeak:
     """
 
     def __enter__(self):
-        import torch
-
         self.on_gpu = torch.cuda.is_available()
         if self.on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -85,8 +79,6 @@ class MemoryPeak:
         return self
 
     def __exit__(self, *exception):
-        import torch
-
         if self.on_gpu:
             self.bytes = torch.cuda.max_memory_allocated() - self.before
             return

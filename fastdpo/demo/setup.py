@@ -3,6 +3,8 @@
 import itertools
 from pathlib import Path
 
+import torch
+
 DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 CHAT_TEMPLATE = (  # for conversational data and the built-in tokenizer, which has no template of its own
     "{% for message in messages %}"
@@ -104,7 +106,6 @@ def build_tokenizer(texts, vocab_size):
 
 def build_model(settings, tokenizer):
     """A randomly initialised Llama. Its vocabulary is padded past the tokenizer's, as real models' are."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if settings.vocab_size < len(tokenizer):
@@ -124,28 +125,19 @@ def build_model(settings, tokenizer):
     return LlamaForCausalLM(config)
 
 
-def load_tokenizer(source):
-    from transformers import AutoTokenizer
+def load_pretrained(kind, source, **options):
+    """What transformers' class `kind` makes of a folder or hub id."""
+    import transformers
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return getattr(transformers, kind).from_pretrained(source, **options)
     except Exception as error:
-        raise DemoError(f"--model {source}: no tokenizer: {reason(error)}") from error
-
-
-def load_model(source):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    try:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
-    except Exception as error:
-        raise DemoError(f"--model {source}: {reason(error)}") from error
+        what = kind.removeprefix("Auto").removesuffix("ForCausalLM").lower()
+        raise DemoError(f"--model {source}: no {what}: {reason(error)}") from error
 
 
 def make_trainer(settings, folder, model, reference, tokenizer, pairs):
     """TRL's DPOTrainer on `pairs`; everything not named here is TRL's default."""
-    import torch
     from transformers.trainer_callback import PrinterCallback
     from trl import DPOConfig, DPOTrainer
 
@@ -178,8 +170,6 @@ def make_trainer(settings, folder, model, reference, tokenizer, pairs):
 def warm_up(trainer, num_steps, learning_rate=2e-3):
     """Supervised steps on chosen and rejected completions alike, so that DPO starts peaked but without a
     preference. Returns the first and the last loss."""
-    import torch
-
     model = trainer.model
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, num_steps))

@@ -5,5 +5,5 @@ A repository to clone: its `trainers.py` must be importable, as it is where its 
 
 from .adapter import Adapter
 
-_adapter = Adapter("direct_preference_optimization", {"trainers": {"BasicTrainer": ("get_batch_metrics",)}})
+_adapter = Adapter("direct_preference_optimization", {"trainers": ("BasicTrainer.get_batch_metrics",)})
 patch, unpatch = _adapter.patch, _adapter.unpatch

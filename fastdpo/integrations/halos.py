@@ -8,12 +8,12 @@ from .adapter import Adapter
 _adapter = Adapter(
     "halos",
     {
-        "train.trainers": {
-            "SFTTrainer": ("get_batch_metrics",),
-            "PairedPreferenceTrainer": ("forward",),
-            "UnpairedPreferenceTrainer": ("forward",),
-            "KTOTrainer": ("forward",),
-        }
+        "train.trainers": (
+            "SFTTrainer.get_batch_metrics",
+            "PairedPreferenceTrainer.forward",
+            "UnpairedPreferenceTrainer.forward",
+            "KTOTrainer.forward",
+        )
     },
 )
 patch, unpatch = _adapter.patch, _adapter.unpatch

@@ -8,8 +8,8 @@ from .adapter import Adapter
 _adapter = Adapter(
     "llamafactory",
     {
-        "llamafactory.train.dpo.trainer": {"CustomDPOTrainer": ("concatenated_forward",)},
-        "llamafactory.train.kto.trainer": {"CustomKTOTrainer": ("forward",)},
+        "llamafactory.train.dpo.trainer": ("CustomDPOTrainer.concatenated_forward",),
+        "llamafactory.train.kto.trainer": ("CustomKTOTrainer.forward",),
     },
 )
 patch, unpatch = _adapter.patch, _adapter.unpatch

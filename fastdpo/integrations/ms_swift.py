@@ -10,9 +10,9 @@ _function = {"selective_log_softmax": FUNCTIONS["selective_log_softmax"]}
 _adapter = Adapter(
     "ms_swift",
     {
-        "swift.rlhf_trainers.rlhf_mixin": {"RLHFTrainerMixin": ("concatenated_forward",)},
-        "swift.rlhf_trainers.dpo_trainer": {"DPOTrainer": ("concatenated_forward",)},
-        "swift.rlhf_trainers.kto_trainer": {"KTOTrainer": ("forward", "_compute_kl_logps")},
+        "swift.rlhf_trainers.rlhf_mixin": ("RLHFTrainerMixin.concatenated_forward",),
+        "swift.rlhf_trainers.dpo_trainer": ("DPOTrainer.concatenated_forward",),
+        "swift.rlhf_trainers.kto_trainer": ("KTOTrainer.forward", "KTOTrainer._compute_kl_logps"),
     },
     {
         "swift.rlhf_trainers.rlhf_mixin": _function,

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from ..autograd import Function
 from ..logps import linear_logps
-from ..models.lazy import IGNORED
-from .adapter import ORIGINAL, Adapter
+from ..models.lazy.logits import IGNORED
+from .adapter import Adapter, Replacements
 
 PARAMETERS = (
     "tensor_parallel_hidden_states",
@@ -49,7 +49,7 @@ class _Gathered(Function):
         return dhidden.chunk(dist.get_world_size(ctx.group))[dist.get_rank(ctx.group)], None
 
 
-def _sharded_logps(original):
+def _sharded_logps(original, replacements: Replacements):
     signature = inspect.signature(original)
     if tuple(signature.parameters) != PARAMETERS:
         raise RuntimeError(f"{original.__name__} takes {', '.join(signature.parameters)}: another release of NeMo-RL")
@@ -70,16 +70,11 @@ def _sharded_logps(original):
             labels = target.roll(-1, dims=-1)
             labels[:, -1] = IGNORED
             sharded = {"vocab_group": group} if ranks > 1 else {}
-            return linear_logps(hidden, weight, labels.T, **sharded, **logps.options).T[:, :-1]
+            return linear_logps(hidden, weight, labels.T, **sharded, **replacements.options).T[:, :-1]
 
-    logps.options = {}
-    setattr(logps, ORIGINAL, original)
     return logps
 
 
-_adapter = Adapter(
-    "nemo_rl",
-    {"nemo_rl.distributed.model_utils": {None: ("from_parallel_hidden_states_to_logprobs",)}},
-    make=_sharded_logps,
-)
+_function = {"from_parallel_hidden_states_to_logprobs": _sharded_logps}
+_adapter = Adapter("nemo_rl", {}, {"nemo_rl.distributed.model_utils": _function})
 patch, unpatch = _adapter.patch, _adapter.unpatch

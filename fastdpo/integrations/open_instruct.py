@@ -6,8 +6,8 @@ function from its arguments.
 
 import torch
 
-from ..models.lazy import IGNORED
-from .adapter import Adapter
+from ..models.lazy.logits import IGNORED
+from .adapter import Adapter, lazy_aware
 
 
 def _per_token_logps(logits, arguments):
@@ -17,7 +17,7 @@ def _per_token_logps(logits, arguments):
 
 _adapter = Adapter(
     "open_instruct",
-    {"open_instruct.dpo_utils": {None: ("concatenated_forward", "separate_forward")}},
-    {"open_instruct.dpo_utils": {"calculate_per_token_logps": _per_token_logps}},
+    {"open_instruct.dpo_utils": ("concatenated_forward", "separate_forward")},
+    {"open_instruct.dpo_utils": {"calculate_per_token_logps": lazy_aware(_per_token_logps)}},
 )
 patch, unpatch = _adapter.patch, _adapter.unpatch

@@ -4,7 +4,7 @@
 live in processes of Ray's: `patch` is for them, and not for the driver.
 """
 
-from .adapter import Adapter
+from .adapter import Adapter, lazy_aware
 
 
 def _log_probs(logits, arguments):
@@ -13,14 +13,9 @@ def _log_probs(logits, arguments):
     return logits.logps(arguments["labels"])
 
 
-_adapter = Adapter(
-    "openrlhf",
-    {"openrlhf.models.actor": {"Actor": ("forward",)}},
-    {
-        "openrlhf.models.actor": {
-            "log_probs_from_logits": _log_probs,
-            "compute_entropy": lambda logits, arguments: logits.entropy(),
-        }
-    },
-)
+_functions = {
+    "log_probs_from_logits": lazy_aware(_log_probs),
+    "compute_entropy": lazy_aware(lambda logits, arguments: logits.entropy()),
+}
+_adapter = Adapter("openrlhf", {"openrlhf.models.actor": ("Actor.forward",)}, {"openrlhf.models.actor": _functions})
 patch, unpatch = _adapter.patch, _adapter.unpatch

@@ -5,5 +5,5 @@ A repository to clone: its `scripts/simpo_trainer.py` must be importable, as it 
 
 from .adapter import Adapter
 
-_adapter = Adapter("simpo", {"simpo_trainer": {"SimPOTrainer": ("concatenated_forward",)}})
+_adapter = Adapter("simpo", {"simpo_trainer": ("SimPOTrainer.concatenated_forward",)})
 patch, unpatch = _adapter.patch, _adapter.unpatch

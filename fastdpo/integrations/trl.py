@@ -9,20 +9,20 @@ metrics stay TRL's; only the per-token log-probs change hands.
 
 from __future__ import annotations
 
-import importlib.metadata
+import ast
 import inspect
 import re
+import sys
 import warnings
-from collections.abc import Iterator
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 
-import torch
-
-from ..autograd import apply
 from ..head import HeadOptions
-from ..logps import LinearLogpsFunction, TokenStats
-from ..models.lazy_head import check_options
-from .trl_methods import METHODS, STILL_LOGITS, patch_methods, trl_modules, unpatch_methods
+from ..logps import token_stats
+from ..models.options import TRAINER_OPTIONS, head_options
+from ..ops.operators import LinearLogpsFunction
+from ..ops.problem import TokenStats
+from .adapter import load
+from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
 
 SUPPORTED = "0.24 to 1.16"
 
@@ -83,36 +83,30 @@ def patch_trl(**options) -> bool:
         forward and again for the backward, one gather each on every rank, as in TRL. Trainers that take logits get
         those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
-    check_options("patch_trl", options)
-    utils = _trl_utils()
-    current = getattr(utils, "_ChunkedLogProbFunction", _MISSING)
-    if isinstance(current, _Replacement):
-        current.options = options
-        patch_methods(current.trainers, options)
+    head_options("patch_trl", options, TRAINER_OPTIONS)
+    utils = load("trl.trainer.utils", "patch_trl needs TRL: pip install 'fastdpo[trl]'")
+    theirs = vars(utils).get("_ChunkedLogProbFunction", _MISSING)
+    if type(theirs) is _Replacement:
+        _placed.wrap_methods(theirs.trainers, options)
         return True
-    if current is _MISSING:
+    if theirs is _MISSING:
         if not (0, 24) <= _release() < (1, 1):
-            raise RuntimeError(
-                f"TRL {_version()} has no trl.trainer.utils._ChunkedLogProbFunction; fastdpo supports TRL {SUPPORTED}"
-            )
-        patch_methods(METHODS, options)
+            raise _unknown("has no trl.trainer.utils._ChunkedLogProbFunction")
+        _placed.wrap_methods(METHODS, options)
         return True
-    if any(getattr(current, mark, False) for mark in UNSLOTH_MARKS):
+    if any(getattr(theirs, mark, False) for mark in UNSLOTH_MARKS):
         warnings.warn("Unsloth has replaced TRL's log-prob function; patch_trl leaves it alone", stacklevel=2)
         return False
 
-    signature = _understood(current)
+    signature = _understood(theirs)
     trainers = STILL_LOGITS if "outputs" in signature.parameters else tuple(METHODS)
-    patch_methods(trainers, options)
-    replacement = _Replacement(current, signature, options, trainers)
-    utils._ChunkedLogProbFunction = replacement
-    if current is not None:
-        for module in trl_modules():
-            for name in [name for name, value in vars(module).items() if value is current]:
-                setattr(module, name, replacement)
-    use_triton = getattr(utils, "_use_triton", None)
-    if use_triton is not None and _only_selects_rows(utils):
-        utils._use_triton = _SelectsRows(use_triton)
+    _placed.wrap_methods(trainers, options)
+    if theirs is None:
+        _placed.replace(utils, "_ChunkedLogProbFunction", lambda *_: _Replacement(None, signature, trainers))
+    else:
+        _placed.replace_everywhere(trl_modules(), theirs, lambda *_: _Replacement(theirs, signature, trainers))
+    if "_use_triton" in vars(utils) and _only_selects_rows(utils):
+        _placed.replace(utils, "_use_triton", _select_rows)
     return True
 
 
@@ -121,21 +115,19 @@ def unpatch_trl() -> None:
 
     Does nothing where `patch_trl` has not been called. What another library has replaced since stays.
     """
-    unpatch_methods()
-    for module in trl_modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, (_Replacement, _SelectsRows)):
-                setattr(module, name, value.original)
+    _placed.restore(trl_modules())
+
+
+_placed = Trainers()
 
 
 class _Replacement:
     """Stands in TRL's place for its autograd Function: `apply` takes and returns what that one did."""
 
-    def __init__(self, original, signature: inspect.Signature, options: dict, trainers: tuple[str, ...]):
+    def __init__(self, original, signature: inspect.Signature, trainers: tuple[str, ...]):
         self.original = original
         self.trainers = trainers  # those that do not call it, or not always: their methods are wrapped
         self.signature = signature  # of the original's forward, without ctx
-        self.options = options
 
     @property
     def forward(self):
@@ -144,46 +136,32 @@ class _Replacement:
     def apply(self, *args, **kwargs):
         given = self.signature.bind(*args, **kwargs)
         given.apply_defaults()
-        call = {}
         for name, value in given.arguments.items():
-            if name in PARAMETERS:
-                call[PARAMETERS[name]] = value
-                continue
             default = self.signature.parameters[name].default
-            if value is not default and value != default:
-                raise RuntimeError(
-                    f"TRL {_version()} passes {name}={value!r} to its log-prob function, which fastdpo does "
-                    f"not understand; it supports TRL {SUPPORTED}"
-                )
-        if "outputs" not in call:
-            stats = self._token_stats(call, ("entropy",))
-            return stats.logps, stats.entropy
-        outputs = call["outputs"]
+            if name not in PARAMETERS and value is not default and value != default:
+                raise _unknown(f"passes {name}={value!r} to its log-prob function")
+        call = {PARAMETERS[name]: value for name, value in given.arguments.items() if name in PARAMETERS}
+        outputs = call.get("outputs", ("log_probs", "entropy"))
         for name in outputs:
             if name not in OUTPUTS:
-                raise RuntimeError(
-                    f"TRL {_version()} asks for the output {name!r}, which fastdpo does not know; "
-                    f"it supports TRL {SUPPORTED}"
-                )
+                raise _unknown(f"asks for the output {name!r}")
         stats = self._token_stats(call, tuple(OUTPUTS[name] for name in outputs if name != "log_probs"))
-        return tuple(getattr(stats, name) for name in OUTPUTS.values())
+        every = tuple(getattr(stats, name) for name in OUTPUTS.values())
+        return every if "outputs" in call else every[:2]
 
     def _token_stats(self, call: dict, stats: tuple[str, ...]) -> TokenStats:
-        hidden, weight, bias = call["hidden"], call["weight"], call.get("bias")
-        if weight.shape[0] == 0:
-            raise RuntimeError(f"TRL {_version()} passes an lm_head without rows: it does not gather it under ZeRO-3")
-        options = HeadOptions(
-            logit_scale=call.get("logit_scale", 1.0),
-            softcap=call.get("softcap"),
-            temperature=call["temperature"],
-            **self.options,
+        if call["weight"].shape[0] == 0:
+            raise RuntimeError(f"TRL {_trl_version()} passes an lm_head without rows: ZeRO-3's, not gathered")
+        options = {name: call[name] for name in ("logit_scale", "softcap", "temperature") if name in call}
+        return token_stats(
+            call["hidden"],
+            call["weight"],
+            call["labels"],
+            bias=call.get("bias"),
+            options=HeadOptions(**options, **_placed.options),
+            stats=stats,
+            function=_RegatheringLogps,
         )
-        # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad
-        differentiable = torch.is_grad_enabled() and any(
-            x is not None and x.requires_grad for x in (hidden, weight, bias)
-        )
-        arguments = (hidden, weight, bias, None, None, call["labels"], options, stats, differentiable)
-        return TokenStats(*apply(_RegatheringLogps, *arguments))
 
 
 class _RegatheringLogps(LinearLogpsFunction):
@@ -195,94 +173,61 @@ class _RegatheringLogps(LinearLogpsFunction):
         split = [x for x in ctx.saved_tensors if hasattr(x, "ds_status")]
         if not split:
             return LinearLogpsFunction.backward(ctx, *grads)
-        with _trl_utils().maybe_gather_lm_head_ctx(*split):
+        with sys.modules["trl.trainer.utils"].maybe_gather_lm_head_ctx(*split):
             return LinearLogpsFunction.backward(ctx, *grads)
 
 
-class _SelectsRows:
-    """Stands in for `_use_triton` of trl.trainer.utils, by which TRL drops the rows without a label or not.
+def _select_rows(theirs, _):
+    """In the place of `_use_triton` of trl.trainer.utils, by which TRL drops the rows without a label or not.
 
     CPU tensors gain by it as CUDA tensors do. Elsewhere (Neuron recompiles per shape) TRL's answer stands.
     """
-
-    def __init__(self, original):
-        self.original = original
-
-    def __call__(self, device: torch.device) -> bool:
-        return device.type == "cpu" or self.original(device)
+    return lambda device: device.type == "cpu" or theirs(device)
 
 
-def _trl_utils() -> ModuleType:
-    try:
-        import trl.trainer.utils
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "trl":
-            raise
-        raise ImportError("patch_trl needs TRL: pip install 'fastdpo[trl]'") from error
-    return trl.trainer.utils
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("trl")
-    except importlib.metadata.PackageNotFoundError:
-        return "(unknown version)"
+def _trl_version() -> str:
+    return getattr(sys.modules.get("trl"), "__version__", "(unknown version)")
 
 
 def _release() -> tuple[int, int]:
-    numbers = re.match(r"(\d+)\.(\d+)", _version())
+    numbers = re.match(r"(\d+)\.(\d+)", _trl_version())
     return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
 
 
-def _understood(function) -> inspect.Signature:
-    """The signature of the Function's forward, without ctx, when every call it allows can be served."""
-    if function is None:
-        return inspect.signature(_forward_1_15)
-    forward = getattr(function, "forward", None)
-    if forward is None:
-        raise RuntimeError(
-            f"the log-prob function of TRL {_version()} is {function!r}, not an autograd Function; "
-            "has another library replaced it?"
-        )
-    signature = inspect.signature(forward)
-    parameters = list(signature.parameters.values())[1:]
-    problem = None
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            problem = f"takes {parameter}"
-        elif parameter.name not in PARAMETERS and parameter.default is parameter.empty:
-            problem = f"needs {parameter.name!r}, which fastdpo does not understand"
-    for name in REQUIRED:
-        if name not in [PARAMETERS.get(parameter.name) for parameter in parameters]:
-            problem = f"lacks {name!r} under a name that fastdpo understands"
-    if problem:
-        raise RuntimeError(
-            f"the log-prob function of TRL {_version()} {problem}; its parameters are "
-            f"{', '.join(parameter.name for parameter in parameters)}; fastdpo supports TRL {SUPPORTED}"
-        )
-    return signature.replace(parameters=parameters)
+def _unknown(what: str) -> RuntimeError:
+    return RuntimeError(f"TRL {_trl_version()} {what}, which fastdpo does not know; it supports TRL {SUPPORTED}")
 
 
 # TRL 1.15 without Triton has None in the symbol's place, and one caller, which passes these
 def _forward_1_15(
-    hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
+    ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
 ): ...
+
+
+def _understood(function) -> inspect.Signature:
+    """The signature of the Function's forward, without ctx, when every call it allows can be served."""
+    forward = _forward_1_15 if function is None else getattr(function, "forward", None)
+    if forward is None:
+        raise _unknown(f"has {function!r} for its log-prob function, not an autograd Function (another library's?)")
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())[1:]
+    served = [PARAMETERS.get(parameter.name) for parameter in parameters]
+    problems = [f"lacks {name!r} under a known name" for name in REQUIRED if name not in served]
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            problems.append(f"takes {parameter}")
+        elif parameter.name not in PARAMETERS and parameter.default is parameter.empty:
+            problems.append(f"needs {parameter.name!r}")
+    if problems:
+        raise _unknown(f"has a log-prob function{signature} that {' and '.join(problems)}")
+    return signature.replace(parameters=parameters)
 
 
 def _only_selects_rows(utils: ModuleType) -> bool:
     """Whether `add_fused_lm_head` alone asks `_use_triton` in trl.trainer.utils: nothing else may change."""
-
-    def names(code: CodeType) -> Iterator[str]:
-        yield from code.co_names
-        for constant in code.co_consts:
-            if isinstance(constant, CodeType):
-                yield from names(constant)
-
-    users = set()
-    for name, value in vars(utils).items():
-        if getattr(value, "__module__", None) == utils.__name__:
-            for member in vars(value).values() if isinstance(value, type) else [value]:
-                member = inspect.unwrap(getattr(member, "__func__", member))
-                if isinstance(member, FunctionType) and "_use_triton" in names(member.__code__):
-                    users.add(name)
-    return users == {"add_fused_lm_head"}
+    try:
+        definitions = ast.parse(inspect.getsource(utils)).body
+    except OSError:  # installed without its source
+        return False
+    users = [x for x in definitions if any(getattr(y, "id", None) == "_use_triton" for y in ast.walk(x))]
+    return [getattr(x, "name", None) for x in users] == ["add_fused_lm_head"]

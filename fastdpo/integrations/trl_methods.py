@@ -7,13 +7,13 @@ on only CPO and ORPO; the others no longer take logits.
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 import warnings
+from collections.abc import Iterable
 from types import ModuleType
 
-from ..models.lazy import IGNORED, LazyLogits, lazy_aware
-from .adapter import ORIGINAL, unwrap, wrap
+from ..models.lazy.logits import IGNORED, LazyLogits
+from .adapter import Replacements, lazily, lazy_aware
 
 # Trainer -> its methods that call a model and read its logits. A release has some of them.
 METHODS = {
@@ -30,28 +30,23 @@ METHODS = {
 STILL_LOGITS = ("CPOTrainer", "ORPOTrainer")  # in 1.15 and newer
 
 
-def patch_methods(names, options: dict) -> None:
-    """Wrap the methods of the trainers called `names`, and TRL's two functions of logits.
+class Trainers(Replacements):
+    """Of TRL: what is replaced in its classes and modules."""
 
-    Raises:
-        RuntimeError: a trainer has none of the methods that are known; nothing is replaced.
-    """
-    found = [(owner, name) for trainer in names for owner, name in _methods(trainer)]
-    for owner, name in found:
-        wrap(owner, name, options)
-    for name, ours in FUNCTIONS.items():
-        original = getattr(sys.modules["trl.trainer.utils"], name, None)
-        if original is not None and not hasattr(original, ORIGINAL):
-            _replace_everywhere(original, lazy_aware(original, ours))
+    def wrap_methods(self, names: Iterable[str], options: dict) -> None:
+        """The methods of the trainers called `names`, and TRL's functions of logits.
 
-
-def unpatch_methods() -> None:
-    for module in trl_modules():
-        for value in list(vars(module).values()):
-            if hasattr(value, ORIGINAL) and inspect.isfunction(value):
-                _replace_everywhere(value, getattr(value, ORIGINAL))
-            elif inspect.isclass(value) and value.__module__.partition(".")[0] == "trl":
-                unwrap(value)
+        Raises:
+            RuntimeError: a trainer has none of the methods that are known; nothing is replaced.
+        """
+        found = [method for trainer in names for method in methods_of(trainer)]
+        self.options = options
+        for owner, name in found:
+            self.replace(owner, name, lazily)
+        for name, make in FUNCTIONS.items():
+            original = vars(sys.modules["trl.trainer.utils"]).get(name)
+            if original is not None:
+                self.replace_everywhere(trl_modules(), original, make)
 
 
 def trl_modules() -> list[ModuleType]:
@@ -61,17 +56,11 @@ def trl_modules() -> list[ModuleType]:
         for name, module in list(sys.modules.items())
         if name.partition(".")[0] == "trl"
         and not f"{name}.".startswith("trl.kernels.")
-        and isinstance(module, ModuleType)
+        and issubclass(type(module), ModuleType)
     ]
 
 
-def _replace_everywhere(old, new) -> None:
-    for module in trl_modules():
-        for name in [name for name, value in vars(module).items() if value is old]:
-            setattr(module, name, new)
-
-
-def _methods(trainer: str) -> list[tuple[type, str]]:
+def methods_of(trainer: str) -> list[tuple[type, str]]:
     """(class, method) where TRL defines them: releases moved some trainers to trl.experimental."""
     kind = trainer.removesuffix("Trainer").lower()
     found, seen = [], []
@@ -80,9 +69,9 @@ def _methods(trainer: str) -> list[tuple[type, str]]:
             warnings.simplefilter("ignore")  # that it is experimental is for who imports it to hear
             try:
                 module = importlib.import_module(f"{place}.{kind}_trainer")
-            except ModuleNotFoundError:
-                continue  # not in this release, or it needs a package that is not here: nobody can train with it
-        owner = getattr(module, trainer, None)
+            except Exception:
+                continue  # not in this release, or a package it needs is missing or broken: nobody can train with it
+        owner = vars(module).get(trainer)
         if owner is not None and owner.__module__ == module.__name__:
             seen.append(module.__name__)
             found += [(owner, name) for name in METHODS[trainer] if name in vars(owner)]
@@ -106,10 +95,6 @@ def _selective_log_softmax(logits: LazyLogits, arguments: dict):
     return _divided(logits, arguments).logps(index, arguments.get("row_mask"))
 
 
-def _entropy_from_logits(logits: LazyLogits, arguments: dict):
-    return logits.entropy()
-
-
 def _selective_log_softmax_and_entropy(logits: LazyLogits, arguments: dict):
     mask = arguments.get("row_mask")
     labels = arguments["index"] if mask is None else arguments["index"].masked_fill(mask == 0, IGNORED)
@@ -119,7 +104,7 @@ def _selective_log_softmax_and_entropy(logits: LazyLogits, arguments: dict):
 
 # Functions of trl.trainer.utils -> what they are of lazy logits
 FUNCTIONS = {
-    "selective_log_softmax": _selective_log_softmax,
-    "entropy_from_logits": _entropy_from_logits,
-    "selective_log_softmax_and_entropy": _selective_log_softmax_and_entropy,
+    "selective_log_softmax": lazy_aware(_selective_log_softmax),
+    "entropy_from_logits": lazy_aware(lambda logits, arguments: logits.entropy()),
+    "selective_log_softmax_and_entropy": lazy_aware(_selective_log_softmax_and_entropy),
 }

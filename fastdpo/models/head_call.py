@@ -8,14 +8,13 @@ answer [..., 1, V]      known numbers in place of its logits, so that what the m
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..head import HeadOptions
-from ..logps import TokenStats, linear_token_stats
-from .lm_head import applied_head
+from ..head import HeadOptions, LogitTransform
+from ..ops.problem import IDENTITY, TokenStats
+from .lm_head import applied_head, autocast, autocast_type, transformed
 
 # The numbers, after the logits' scale, reach this far: smaller ones do not show a softcap of 30 (Gemma, xLSTM)
 ANSWER = 60.0
@@ -24,24 +23,10 @@ ANSWER = 60.0
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-9, torch.bfloat16: 2**-7}
 
 
-class LogitsTransform(NamedTuple):
-    """What a model makes of ``z = lm_head(hidden)``: ``softcap * tanh(logit_scale * z / softcap)``."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def of(self, z: Tensor) -> Tensor:
-        z = z * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-
-IDENTITY = LogitsTransform()
-
-
 class HeadCall:
     """What one call gave its head, and under which modes. `head` None: a plain call, whose logits are its own."""
 
-    def __init__(self, head: nn.Module | None, transform: LogitsTransform = IDENTITY):
+    def __init__(self, head: nn.Module | None, transform: LogitTransform = IDENTITY):
         self.head = head
         self.transform = transform  # the expected one
         self.hidden: Tensor | None = None
@@ -55,22 +40,21 @@ class HeadCall:
         if self.hidden is not None:
             raise NotImplementedError("fastdpo=True with a model that calls its lm_head twice in one forward")
         self.hidden, self.grad_mode = hidden, torch.is_grad_enabled()
-        self.version = _version(hidden)
-        device = hidden.device.type
-        self.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        self.version = _writes(hidden)
+        self.autocast = autocast_type(hidden)
         return hidden[..., :1, :]
 
     def give(self, logits) -> Tensor:
         # An odd factor runs through all residues, neighbours far apart: a mask, a bias per id and a permutation show
         steps = (torch.arange(logits.shape[-1], device=logits.device) * 40503 + 32768) % 65536 - 32768
-        reach = min(ANSWER / self.transform.logit_scale, 3e4)  # fp16 ends at 65504
+        reach = min(ANSWER / self.transform.scale, 3e4)  # fp16 ends at 65504
         self.numbers, self.shape = (steps * (reach / 32768)).to(logits.dtype), logits.shape
         return self.numbers.expand(self.shape).clone()  # models change their logits in place
 
-    def shows(self, logits: Tensor, transform: LogitsTransform) -> Tensor:
+    def shows(self, logits: Tensor, transform: LogitTransform) -> Tensor:
         """Whether the model made `logits` of the numbers by `transform`; 0-d, bool."""
         wide = torch.promote_types(logits.dtype, torch.float32)
-        expected, found = transform.of(self.numbers.to(wide)), logits.detach().to(wide)
+        expected, found = transformed(self.numbers.to(wide), transform), logits.detach().to(wide)
         allowed = self.tolerance(logits, TOLERANCE) * (expected.abs() + 0.1 * ANSWER)
         return ((found - expected).abs() <= allowed).all()
 
@@ -79,32 +63,16 @@ class HeadCall:
         return max(table.get(x, 0.0) for x in types)
 
     def token_stats(
-        self, labels: Tensor, transform: LogitsTransform, options: HeadOptions, stats: tuple[str, ...]
+        self, labels: Tensor, transform: LogitTransform, options: HeadOptions, stats: tuple[str, ...]
     ) -> TokenStats:
         """Shaped like `labels`, under the autocast of the head, which may be inside of the model's forward."""
-        if _version(self.hidden) != self.version:
+        if _writes(self.hidden) != self.version:
             raise NotImplementedError("a model that changes in place what it has given its lm_head")
-        with torch.autocast(self.hidden.device.type, self.autocast, enabled=self.autocast is not None):
-            head = applied_head(self.head, self.hidden)
-            return linear_token_stats(
-                head.hidden.to(head.weight.device),  # device_map may put inputs, hidden and head on three devices
-                head.weight,
-                labels.to(head.weight.device),
-                head.bias,
-                stats=stats,
-                ignore_index=options.ignore_index,
-                logit_scale=transform.logit_scale,
-                softcap=transform.softcap,
-                temperature=options.temperature,
-                backward=options.backward,
-                tau=options.tau,
-                seed=options.seed,
-                lora=head.lora,
-                check_labels=options.check_labels,
-            )
+        with autocast(self.hidden, self.autocast):
+            return applied_head(self.head, self.hidden).token_stats(labels, transform, options, stats)
 
 
-def _version(hidden: Tensor) -> int | None:
+def _writes(hidden: Tensor) -> int | None:
     return None if torch.compiler.is_dynamo_compiling() or hidden.is_inference() else hidden._version
 
 
@@ -167,6 +135,8 @@ class _Answered:
 
 
 _PLACING = threading.Lock()
+# A module's hooks, ours among them, and whether ours is the last
+_PLACES = (("_forward_pre_hooks", _Given, True), ("_forward_hooks", _Answered, False))
 
 
 def place_hooks(head: nn.Module) -> None:
@@ -175,7 +145,8 @@ def place_hooks(head: nn.Module) -> None:
     if before and after and isinstance(before[-1], _Given) and isinstance(after[0], _Answered):
         return
     with _PLACING:
-        for hooks, kind, last in ((head._forward_pre_hooks, _Given, True), (head._forward_hooks, _Answered, False)):
+        for name, kind, last in _PLACES:
+            hooks = getattr(head, name)
             key = next((key for key, hook in hooks.items() if isinstance(hook, kind)), None)
             if key is None and kind is _Given:
                 key = head.register_forward_pre_hook(_Given(), with_kwargs=True).id
@@ -190,10 +161,7 @@ def other_hooks(head: nn.Module) -> list:
 
 def remove_hooks(model: nn.Module) -> None:
     for module in model.modules():  # PEFT's modules_to_save has copies
-        for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, _Given):
-                del module._forward_pre_hooks[key]
+        for name, kind, _ in _PLACES:
+            for key in [key for key, hook in getattr(module, name).items() if isinstance(hook, kind)]:
+                del getattr(module, name)[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(hook, _Answered):
-                del module._forward_hooks[key]

@@ -13,17 +13,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..head import HeadOptions
+from ..head import HeadOptions, LogitTransform
 from ..ops.problem import STATS
 from ..validation import check_names
-from .head_call import PLAIN, HeadCall, LogitsTransform, calling, other_hooks, place_hooks, remove_hooks
+from .head_call import PLAIN, HeadCall, calling, other_hooks, place_hooks, remove_hooks
 from .lm_head import origin
+from .options import MODEL_OPTIONS, head_options
 from .probe import declared_transforms, logits_of, probe
 
-OPTIONS = ("backward", "tau", "seed", "temperature", "ignore_index", "check_labels", "stats")
 # Arguments of a call that can have one meaning only, and the values that mean it
 NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
-OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
+SERVED_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 # Attributes of the model: the patch, whatever has since been put around its `forward`; and accelerate's, while it is
 # prepared, of the forward without autocast
 STATE, UNPREPARED = "_fastdpo", "_original_forward"
@@ -81,7 +81,7 @@ def patch_model(model, **options):
         return model
     patched = _PatchedForward(causal, settings)
     try:
-        probe(patched)
+        patched.seen = probe(causal, patched.call_original, patched.run)
     except Exception:
         remove_hooks(causal)
         raise
@@ -124,17 +124,14 @@ class ModelTokenStats(NamedTuple):
 
 
 class _Settings(NamedTuple):
-    head: HeadOptions
+    options: HeadOptions
     stats: tuple[str, ...]
 
     @staticmethod
     def of(options: dict) -> _Settings:
-        for name in options:
-            if name not in OPTIONS:
-                raise TypeError(f"patch_model takes {', '.join(OPTIONS)}; got {name}={options[name]!r}")
-        stats = check_names("stats", options.get("stats", ()), STATS)
-        head = HeadOptions(**{name: value for name, value in options.items() if name != "stats"})
-        return _Settings(head, stats)
+        of_head = {name: value for name, value in options.items() if name != "stats"}
+        of_head = head_options("patch_model, besides stats,", of_head, MODEL_OPTIONS)
+        return _Settings(of_head, check_names("stats", options.get("stats", ()), STATS))
 
 
 class _PatchedForward:
@@ -145,7 +142,7 @@ class _PatchedForward:
         self.previous = model.__dict__.get("forward")  # the instance's own, TRL's for one; None: the class's
         self.unprepared = model.__dict__.get(UNPREPARED)
         self.settings: _Settings | None = settings  # None: unpatched, inside of what else has wrapped the forward
-        self.seen = (None, LogitsTransform())  # what the configuration declared, and which of it the model does
+        self.seen = (None, LogitTransform())  # what the configuration declared, and which of it the model does
         self.taken = (None, ())  # a forward, and the names of its positional arguments
         self.forward_then = self.forward_name()
 
@@ -169,7 +166,7 @@ class _PatchedForward:
         return type(self.model).forward(self.model, *args, **kwargs) if own is None else own(*args, **kwargs)
 
     @property
-    def transform(self) -> LogitsTransform:
+    def transform(self) -> LogitTransform:
         return self.seen[1]
 
     @property
@@ -189,18 +186,19 @@ class _PatchedForward:
         if (labels is None) == (shift_labels is None):
             given = "neither" if labels is None else "both"
             raise ValueError(f"fastdpo=True takes either labels or shift_labels; got {given}")
-        call, output = self.run(**arguments)
+        call, output = self.run(self.transform, **arguments)
         name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
         if targets.shape != call.hidden.shape[:-1]:
             raise ValueError(f"{name} must have shape {tuple(call.hidden.shape[:-1])}; got {tuple(targets.shape)}")
         transform, factor = self.followed(call, logits_of(output))
-        if transform.logit_scale != call.transform.logit_scale:  # then other numbers show its softcap
+        if transform.scale != call.transform.scale:  # then other numbers show its softcap
             return self(*args, fastdpo=True, **kwargs)
         if shift_labels is None:
             # The labels move and not hidden, [B, T, H], which a slice would copy
-            last = labels.new_full((labels.shape[0], 1), self.settings.head.ignore_index)
+            last = labels.new_full((labels.shape[0], 1), self.settings.options.ignore_index)
             targets = torch.cat((labels[:, 1:], last), dim=1)
-        stats = call.token_stats(targets, transform, *self.settings)
+        options, stats = self.settings
+        stats = call.token_stats(targets, transform._replace(temperature=options.temperature), options, stats)
         if factor is not None:
             stats = [x if x is None or x.dtype == torch.bool else x * factor for x in stats]
         if shift_labels is None:
@@ -211,8 +209,8 @@ class _PatchedForward:
         """By name, since the backbone takes them in another order; None is every backbone's default."""
         original = self.original
         function = getattr(original, "__func__", original)
-        known, names = self.taken
-        if known is not function:
+        of, names = self.taken
+        if of is not function:
             parameters = inspect.signature(original).parameters
             named = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
             names = tuple(name for name, parameter in parameters.items() if parameter.kind in named)
@@ -224,10 +222,10 @@ class _PatchedForward:
             raise TypeError(f"{type(self.model).__name__} takes {', '.join(names)}; got {what}")
         arguments = {name: x for name, x in (positional | kwargs).items() if x is not None}
         for name, value in arguments.items():
-            if name in OPTIONS and name not in names:
+            if name in (*MODEL_OPTIONS, "stats") and name not in names:
                 raise TypeError(f"{name} is an option of patch_model, not of a call; got {value!r}")
             meaningless = name in NO_EFFECT and (isinstance(value, Tensor) or value not in NO_EFFECT[name])
-            if meaningless or (name.startswith("output_") and name not in OUTPUTS and value):
+            if meaningless or (name.startswith("output_") and name not in SERVED_OUTPUTS and value):
                 raise TypeError(f"{name} has no effect with fastdpo=True; got {value!r}")
         if "use_cache" in names:
             arguments["use_cache"] = False
@@ -235,11 +233,11 @@ class _PatchedForward:
             arguments["return_dict"] = True  # what the model returns is told apart by name
         return arguments
 
-    def run(self, **arguments) -> tuple[HeadCall, object]:
+    def run(self, transform: LogitTransform, /, **arguments) -> tuple[HeadCall, object]:
         """The model's own forward, with known numbers as its logits."""
         head = self.model.get_output_embeddings()  # looked up now: PEFT and FSDP replace modules
         place_hooks(head)
-        call = HeadCall(head, self.transform)
+        call = HeadCall(head, transform)
         output = calling(call, self.call_original, **arguments)
         name = type(self.model).__name__
         if call.hidden is None or call.numbers is None:
@@ -255,28 +253,28 @@ class _PatchedForward:
             raise NotImplementedError(f"{name} computes its logits with trainable parameters behind its lm_head")
         return call, output
 
-    def followed(self, call: HeadCall, logits: Tensor) -> tuple[LogitsTransform, Tensor | None]:
+    def followed(self, call: HeadCall, logits: Tensor) -> tuple[LogitTransform, Tensor | None]:
         """What the model makes of its lm_head's output now; and NaN if that is something else after all, 1 if not,
         None where it has been looked at: on a GPU that would be to wait, in a graph it cannot be done."""
-        known, transform = self.seen
+        declared_then, transform = self.seen
         declared = declared_transforms(self.model.config)
         shown = call.shows(logits, transform)
         compiling = torch.compiler.is_dynamo_compiling()
-        if compiling and declared != known:
+        if compiling and declared != declared_then:
             raise RuntimeError("the configuration has changed since the last call outside of torch.compile")
-        if declared == known and (compiling or shown.device.type != "cpu" or type(shown) is not Tensor):
+        if declared == declared_then and (compiling or shown.device.type != "cpu" or type(shown) is not Tensor):
             return transform, torch.where(shown, 1.0, math.nan)
         if not shown:
             transform = next((x for x in declared if call.shows(logits, x)), None)
             if transform is None:
-                raise ValueError(self._what_changed(call, known, declared))
+                raise ValueError(self._what_changed(call, declared != declared_then))
         self.seen = (declared, transform)
         return transform, None
 
-    def _what_changed(self, call: HeadCall, known: list, declared: list) -> str:
+    def _what_changed(self, call: HeadCall, configured: bool) -> str:
         now, hooks = self.forward_name(), ", ".join(origin(hook) for hook in other_hooks(call.head))
         suspects = {
-            "its configuration": declared != known,
+            "its configuration": configured,
             f"its forward, {now} instead of {self.forward_then}": now != self.forward_then,
             f"a hook of its lm_head, {hooks}": bool(hooks),
             "its training mode": self.model.training,

@@ -7,6 +7,7 @@ none of these, or has a forward or hooks of its own that this arithmetic would l
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,9 @@ from torch.nn.functional import pad
 from torch.nn.modules import module as every_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..head import HeadOptions, LogitTransform, LoRA
+from ..logps import token_stats
+from ..ops.problem import TokenStats
 from ..validation import FLOATS
 
 # Columns of hidden that dropout's side path takes are rounded up to this: TMA wants rows of 16 bytes
@@ -22,12 +26,49 @@ COLUMNS = 16
 
 
 class AppliedHead(NamedTuple):
-    """The arguments of one `linear_token_stats` call."""
+    """The tensors of one call of the door."""
 
     hidden: Tensor  # [..., H], or [..., H + r] where dropout gives LoRA's A another input than the head's
     weight: Tensor  # [V, H] or [V, H + r]
     bias: Tensor | None  # [V]
-    lora: tuple[Tensor, Tensor, float] | None  # A [r, H], B [V, r], s
+    lora: LoRA | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return *self[:3], *((None, None) if self.lora is None else self.lora[:2])
+
+    def map(self, function) -> AppliedHead:
+        """`function` of each tensor."""
+        hidden, weight, bias, a, b = (None if x is None else function(x) for x in self.tensors)
+        return AppliedHead(hidden, weight, bias, None if a is None else LoRA(a, b, self.lora.scale))
+
+    def token_stats(
+        self, labels: Tensor, transform: LogitTransform, options: HeadOptions, stats: tuple[str, ...]
+    ) -> TokenStats:
+        """Shaped like `labels`; `transform` in the place of what `options` say of it."""
+        scale, softcap, temperature = transform
+        options = replace(options, logit_scale=scale, softcap=softcap or None, temperature=temperature)
+        hidden, weight, bias, lora = self
+        # device_map may put inputs, hidden and head on three devices
+        hidden, labels = hidden.to(weight.device), labels.to(weight.device)
+        return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options, stats=stats)
+
+
+def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
+    scale, softcap, temperature = transform
+    z = z if scale == 1.0 else z * scale
+    z = softcap * torch.tanh(z / softcap) if softcap else z
+    return z if temperature == 1.0 else z / temperature
+
+
+def autocast_type(x: Tensor) -> torch.dtype | None:
+    """On the device of `x`; None without autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def autocast(x: Tensor, dtype: torch.dtype | None):
+    return torch.autocast(x.device.type, dtype, enabled=dtype is not None)
 
 
 def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
@@ -45,54 +86,56 @@ def applied_head(module: nn.Module, hidden: Tensor) -> AppliedHead:
     _refuse_backward_hooks(module)
     if "_orig_mod" in module._modules:  # torch.compile
         module = _inner(module._modules["_orig_mod"])
-    if "peft" in sys.modules:
-        from peft.tuners.lora import Linear as LoraLinear
-        from peft.tuners.trainable_tokens import TrainableTokensLayer
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            _refuse_mixed_batches(module)
-        if isinstance(module, ModulesToSaveWrapper):
-            _refuse_forward(module, AuxiliaryTrainingWrapper)
-            return AppliedHead(hidden, *_linear(_saved(module)), None)
-        if isinstance(module, TrainableTokensWrapper):
-            _refuse_forward(module, AuxiliaryTrainingWrapper)
-            module = _inner(module.token_adapter)
-        if isinstance(module, LoraLinear):
-            _refuse_forward(module, LoraLinear)
-            return _lora(module, hidden)
-        if isinstance(module, TrainableTokensLayer):
-            _refuse_forward(module, TrainableTokensLayer)
-            return _trainable_tokens(module, hidden)
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise NotImplementedError(
-                f"an lm_head of type {_name(module)}: fastdpo computes plain heads, heads in modules_to_save, "
-                "trainable tokens, LoRA and DoRA"
-            )
+    auxiliary = _of_peft("utils.other", "AuxiliaryTrainingWrapper")
+    saved = _of_peft("utils.other", "ModulesToSaveWrapper")
+    tokens = _of_peft("utils.other", "TrainableTokensWrapper")
+    if isinstance(module, auxiliary):
+        _refuse_mixed_batches(module)
+    if isinstance(module, saved):
+        refuse_forward(module, saved)
+        return AppliedHead(hidden, *_linear(_saved(module)), None)
+    if isinstance(module, tokens):
+        refuse_forward(module, tokens)
+        module = _inner(module.token_adapter)
+    lora, trainable = _of_peft("tuners.lora", "Linear"), _of_peft("tuners.trainable_tokens", "TrainableTokensLayer")
+    for layer, applied in ((lora, _lora), (trainable, _trainable_tokens)):
+        if isinstance(module, layer):
+            refuse_forward(module, layer)
+            return applied(module, hidden)
+    if isinstance(module, (_of_peft("tuners.tuners_utils", "BaseTunerLayer"), auxiliary)):
+        computed = "plain heads, heads in modules_to_save, trainable tokens, LoRA and DoRA"
+        raise _refusal(module, f": fastdpo computes {computed}")
     return AppliedHead(hidden, *_plain(module), None)
+
+
+class _NotLoaded:
+    """In the place of a class that no module can be of."""
+
+
+def _of_peft(where: str, name: str) -> type:
+    """Looked up where PEFT has loaded it, and never imported: PEFT may be missing, broken or another release."""
+    return getattr(sys.modules.get(f"peft.{where}"), name, _NotLoaded)
 
 
 def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
-        raise NotImplementedError(f"an lm_head of type {_name(module)}, which holds no weight")
+        raise _refusal(module, ", which holds no weight")
     if hasattr(weight, "ds_id") and weight.numel() == 0:
         raise NotImplementedError(
             "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
         )
     if weight.is_meta:
-        raise NotImplementedError(f"an lm_head of type {_name(module)} whose weight is offloaded (device meta)")
+        raise _refusal(module, " whose weight is offloaded (device meta)")
     if hasattr(weight, "full_tensor"):
         # FSDP2's shard; the gradient is scattered on the way back
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    kind = type(weight.data).__name__ if is_traceable_wrapper_subclass(weight) else str(weight.dtype)
-    if is_traceable_wrapper_subclass(weight) or weight.dtype not in FLOATS or weight.ndim != 2:
-        raise NotImplementedError(
-            f"an lm_head of type {_name(module)} with a weight of {kind}: fastdpo does not compute quantised "
-            "heads; leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
-        )
-    _refuse_forward(module, nn.Linear)
+    subclass = is_traceable_wrapper_subclass(weight)
+    if subclass or weight.dtype not in FLOATS or weight.ndim != 2:
+        kind = type(weight.data).__name__ if subclass else weight.dtype
+        instead = "leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
+        raise _refusal(module, f" with a weight of {kind}: fastdpo does not compute quantised heads; {instead}")
+    refuse_forward(module, nn.Linear)
     return weight, bias
 
 
@@ -109,19 +152,19 @@ def _saved(wrapper: nn.Module) -> nn.Module:
     return wrapper.modules_to_save[active[0]]
 
 
-def _refuse_forward(module: nn.Module, known: type) -> None:
+def refuse_forward(module: nn.Module, known: type) -> None:
     """Raises unless calling `module` runs the forward of `known`."""
     own = module.__dict__.get("forward")
     if type(module).forward is not known.forward or type(module).__call__ is not nn.Module.__call__:
-        raise NotImplementedError(f"an lm_head of type {_name(module)}, which has a forward of its own")
-    if own is None or type(own).__module__.split(".")[0] == "fastdpo":  # lazy logits: the same function of hidden
+        raise _refusal(module, ", which has a forward of its own")
+    bound = getattr(own, "__func__", None) is known.forward and own.__self__ is module
+    if own is None or bound or type(own).__module__.split(".")[0] == "fastdpo":  # lazy logits: the same of hidden
         return
     hook = module.__dict__.get("_hf_hook")  # accelerate's: the devices of a device_map
     hooks = getattr(hook, "hooks", (hook,))
     inner = getattr(module.__dict__.get("_old_forward"), "__func__", None)
     if inner is not known.forward or any(_name(x) != "accelerate.hooks.AlignDevicesHook" for x in hooks):
-        name = getattr(own, "__qualname__", None) or _name(own)
-        raise NotImplementedError(f"an lm_head of type {_name(module)} whose forward was replaced by {name}")
+        raise _refusal(module, f" whose forward was replaced by {getattr(own, '__qualname__', None) or _name(own)}")
 
 
 def _inner(module: nn.Module) -> nn.Module:
@@ -140,13 +183,10 @@ def _refuse_backward_hooks(module: nn.Module) -> None:
 
 def _refuse_hooks_of_every_module() -> None:
     """A global pre-hook runs before what is given is looked at; another hook's work on the logits would be lost."""
-    after = every_module._global_forward_hooks, every_module._global_backward_hooks
-    for hooks in (*after, every_module._global_backward_pre_hooks):
-        for hook in hooks.values():
+    for when in ("forward_hooks", "backward_hooks", "backward_pre_hooks"):
+        for hook in getattr(every_module, f"_global_{when}").values():
             if not _is_known(hook):
-                raise NotImplementedError(
-                    f"a hook of every module, {origin(hook)}: its work on the lm_head would be lost"
-                )
+                raise NotImplementedError(f"a hook of every module, {origin(hook)}: its work on the head would be lost")
 
 
 def _is_known(hook) -> bool:
@@ -172,8 +212,10 @@ def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
 
     for name in names:
         for factor in (layer.lora_A[name], layer.lora_B[name]):
-            _refuse_forward(_inner(factor), nn.Linear)
+            refuse_forward(_inner(factor), nn.Linear)
     factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight, float(layer.scaling[name])) for name in names]
+    if not hasattr(layer, "lora_variant"):
+        raise NotImplementedError("LoRA on the lm_head by a PEFT that does not say whether it is DoRA: before 0.16")
     dropped = [name for name in names if _drops(layer.lora_dropout[name])]
     variants = [name for name in names if name in layer.lora_variant]
     for name in variants:
@@ -191,14 +233,14 @@ def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
         vector = layer.lora_magnitude_vector[names[0]]
         norm = vector.get_weight_norm(weight, (b @ a).detach().to(weight.dtype), scale).detach()
         ratio = (vector.weight / norm)[:, None]
-        return AppliedHead(hidden, ratio * weight, bias, (a, ratio * b, scale))
+        return AppliedHead(hidden, ratio * weight, bias, LoRA(a, ratio * b, scale))
     if dropped:
         return _with_dropout(layer, names, hidden, weight, bias)
     if len(factors) == 1:
-        return AppliedHead(hidden, weight, bias, factors[0])
+        return AppliedHead(hidden, weight, bias, LoRA(*factors[0]))
     a = torch.cat([a for a, _, _ in factors])
     b = torch.cat([b * scale for _, b, scale in factors], dim=1)
-    return AppliedHead(hidden, weight, bias, (a, b, 1.0))
+    return AppliedHead(hidden, weight, bias, LoRA(a, b, 1.0))
 
 
 def _with_dropout(layer: nn.Module, names: list[str], hidden: Tensor, weight: Tensor, bias) -> AppliedHead:
@@ -208,13 +250,13 @@ def _with_dropout(layer: nn.Module, names: list[str], hidden: Tensor, weight: Te
         a = layer.lora_A[name].weight
         products.append(layer.lora_A[name](layer.lora_dropout[name](hidden.to(a.dtype))) * layer.scaling[name])
     product = torch.cat(products, dim=-1)
-    rank = product.shape[-1]
-    width = -(-rank // COLUMNS) * COLUMNS
-    wide = torch.cat((hidden, pad(product, (0, width - rank)).to(hidden.dtype)), dim=-1)
-    pick = torch.eye(rank, width, dtype=hidden.dtype, device=hidden.device)
-    a = torch.cat((pick.new_zeros(rank, hidden.shape[-1]), pick), dim=1)
+    lora_rank = product.shape[-1]
+    width = -(-lora_rank // COLUMNS) * COLUMNS
+    wide = torch.cat((hidden, pad(product, (0, width - lora_rank)).to(hidden.dtype)), dim=-1)
+    pick = torch.eye(lora_rank, width, dtype=hidden.dtype, device=hidden.device)
+    a = torch.cat((pick.new_zeros(lora_rank, hidden.shape[-1]), pick), dim=1)
     b = torch.cat([layer.lora_B[name].weight for name in names], dim=1)
-    return AppliedHead(wide, pad(weight, (0, width)), bias, (a, b, 1.0))
+    return AppliedHead(wide, pad(weight, (0, width)), bias, LoRA(a, b, 1.0))
 
 
 def _trainable_tokens(layer: nn.Module, hidden: Tensor) -> AppliedHead:
@@ -235,6 +277,10 @@ def _drops(dropout: nn.Module) -> bool:
 def _refuse_mixed_batches(module: nn.Module) -> None:
     if any("adapter_names" in getattr(hook, "keywords", {}) for hook in module._forward_pre_hooks.values()):
         raise NotImplementedError("several adapters in one batch (adapter_names) on the lm_head")
+
+
+def _refusal(module: nn.Module, what: str) -> NotImplementedError:
+    return NotImplementedError(f"an lm_head of type {_name(module)}{what}")
 
 
 def _name(module) -> str:

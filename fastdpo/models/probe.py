@@ -5,17 +5,14 @@ model's own logits of a few random tokens and by what it makes of known numbers.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..head import HeadOptions
-from .head_call import ANSWER, LogitsTransform
-
-if TYPE_CHECKING:
-    from .huggingface import _PatchedForward
+from ..head import HeadOptions, LogitTransform
+from .head_call import ANSWER
 
 # Under these names configurations hold the factor of the logits: Cohere, Muse and Falcon-H1 multiply by it,
 # Granite divides by logits_scaling, MiniCPM3 and Inkling divide hidden by theirs, and HyperCLOVA X
@@ -29,7 +26,7 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap
 PROBE_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
-def declared_transforms(config) -> list[LogitsTransform]:
+def declared_transforms(config) -> list[LogitTransform]:
     """What the configuration may mean, the likeliest first."""
     text = config.get_text_config()
 
@@ -39,16 +36,19 @@ def declared_transforms(config) -> list[LogitsTransform]:
 
     factors, divisors = declared(FACTORS), declared(DIVISORS)
     scales = [*factors, *(1 / x for x in divisors), *divisors, *(1 / x for x in factors), 1.0]
-    return [LogitsTransform(s, c) for c in (*declared(SOFTCAPS), None) for s in dict.fromkeys(scales)]
+    return [LogitTransform(s, c) for c in (*declared(SOFTCAPS), 0.0) for s in dict.fromkeys(scales)]
 
 
 def logits_of(output) -> Tensor:
     return output["logits"] if hasattr(output, "keys") else output[0]
 
 
-def probe(patched: _PatchedForward) -> None:
-    """Sets ``patched.seen``. Raises ValueError where no transform gives the model's own log-probs."""
-    causal = patched.model
+def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[LogitTransform], LogitTransform]:
+    """(what the configuration declares, which of it the model does), of a model with this `forward`.
+
+    ``run(transform, **arguments)`` gives the HeadCall that expects it, and the output. Raises ValueError where no
+    transform gives the model's own log-probs.
+    """
     name, head = type(causal).__name__, causal.get_output_embeddings()
     gain = 1.0
 
@@ -59,10 +59,10 @@ def probe(patched: _PatchedForward) -> None:
         generator = torch.Generator("cpu").manual_seed(0)
         hook = head.register_forward_pre_hook(amplify)
         try:
-            ids, logits = _first_logits(patched, generator)
+            ids, logits = _first_logits(causal, forward, generator)
             gain = max(1.0, ANSWER / max(float(logits.abs().max()), 1e-6))
-            logits = logits_of(patched.original(input_ids=ids))[:, :8]
-            call, output = patched.run(input_ids=ids)
+            logits = logits_of(forward(input_ids=ids))[:, :8]
+            call, _ = run(LogitTransform(), input_ids=ids)
         finally:
             hook.remove()
         call.hidden = call.hidden[:, :8]
@@ -85,11 +85,10 @@ def probe(patched: _PatchedForward) -> None:
             difference = (logps.to(expected) - expected).abs().max().nan_to_num(nan=math.inf).item()
             if difference <= allowed:
                 like = transform
-                patched.seen = (declared, transform)
                 with torch.enable_grad():  # which shows parameters behind the lm_head
-                    call_of_its_own, output = patched.run(input_ids=ids)
-                if call_of_its_own.shows(logits_of(output), transform):
-                    return
+                    shown, output = run(transform, input_ids=ids)
+                if shown.shows(logits_of(output), transform):
+                    return declared, transform
             smallest = min(smallest, difference)
     known = "with any scale and softcap that its configuration names"
     if like is None:
@@ -103,17 +102,17 @@ def probe(patched: _PatchedForward) -> None:
     )
 
 
-def _first_logits(patched: _PatchedForward, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _first_logits(causal: nn.Module, forward: Callable, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """(ids [1, T], the model's logits), for the first T that the model takes: some compute in chunks of 64."""
-    ordinary = _ordinary_tokens(patched.model)
+    ordinary = _ordinary_tokens(causal)
     failure = None
     for length in (8, 64):
         ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator, device="cpu")]
         try:
-            return ids, logits_of(patched.original(input_ids=ids))
+            return ids, logits_of(forward(input_ids=ids))
         except Exception as error:
             failure = failure or error
-    name = type(patched.model).__name__
+    name = type(causal).__name__
     raise ValueError(f"patch_model probes a model with input_ids alone, which {name} refuses: {failure}") from failure
 
 

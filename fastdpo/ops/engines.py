@@ -39,14 +39,14 @@ def _unavailable(engine: str, device: torch.device, interpret: str | None) -> st
     if engine == "cpu":
         if device.type != "cpu":
             return f"the cpu engine takes CPU tensors, not {device.type}"
-        return None if native.available() else f"the native extension is missing ({native.reason()})"
+        return None if native.available() else f"the native extension is missing ({native.REASON})"
     interpreted = device.type == "cpu" and interpret == "1"
     if device.type != "cuda" and not interpreted:
         hint = ", unless TRITON_INTERPRET=1" if device.type == "cpu" else ""
         return f"the triton engine takes CUDA tensors, not {device.type}{hint}"
     version = _triton_version()
     if version is None:
-        return "Triton is not installed"
+        return "Triton cannot be imported"
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
         return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
     if not interpreted and torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < OLDEST_GPU:
@@ -69,9 +69,10 @@ def _engine_reasons() -> dict[str, str | None]:
 def _triton_version() -> str | None:
     try:  # not at import: it takes a second, and the CPU does without
         import triton
-    except ImportError:
+
+        return triton.__version__
+    except Exception:  # built for another Python or driver, it raises anything
         return None
-    return triton.__version__
 
 
 def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interpret: str | None) -> tuple[str, str]:
@@ -130,10 +131,10 @@ def backends() -> dict:
     engine and why). Raises nothing, and starts no GPU context.
     """
     from .._version import __version__
-    from .cpu.gemm import USES_ONEDNN
+    from .cpu.operands import USES_ONEDNN
 
     info = native.build_info()
-    extension = native.extension()
+    extension = native.EXTENSION
     slower = "logits folds, routing and losses run in plain torch: correct, several times slower"
     operations = {}
     for operation in ("linear_logps", "linear_token_stats", "linear_dpo_loss", "selective_log_softmax"):
@@ -169,7 +170,7 @@ def backends() -> dict:
         },
         "native": {
             "available": native.available(),
-            "reason": None if native.available() else f"{native.reason()}; {slower}",
+            "reason": None if native.available() else f"{native.REASON}; {slower}",
             "isa": extension.isa() if extension else None,
             "threads": extension.parallel_backend() if extension else None,
             "compiler": info.get("compiler"),

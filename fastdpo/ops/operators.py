@@ -43,18 +43,13 @@ class LinearLogpsFunction(Function):
 
     @classmethod
     def apply(cls, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
-        refuse_transforms(cls.of, hidden, weight, bias, lora_a, lora_b)
         if not isinstance(options, HeadOptions):
             raise TypeError(f"options must be HeadOptions; got {options!r}")
         stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
         lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
-        return cls.checked(check_head(hidden, weight, labels, bias, lora, options), options, stats, differentiable)
-
-    @classmethod
-    def checked(cls, call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], differentiable: bool):
-        """`apply` of what the door has checked."""
+        call = check_head(hidden, weight, labels, bias, lora, options)
         arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
-        apply = super(Function, cls).apply
+        apply = super().apply
         return uncompiled(apply, *arguments) if torch.compiler.is_compiling() else apply(*arguments)
 
     @staticmethod

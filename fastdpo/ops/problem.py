@@ -23,6 +23,7 @@ class TokenStats(NamedTuple):
 
 
 STATS = TokenStats._fields[1:]
+STAT_DTYPES = {name: torch.bool if name == "is_top1" else torch.float32 for name in STATS}  # fp64 of fp64 inputs
 IDENTITY = LogitTransform()
 
 

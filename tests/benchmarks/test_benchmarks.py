@@ -13,12 +13,6 @@ import torch
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
-BENCHMARKS = ROOT / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
@@ -40,21 +34,21 @@ def is_a_reason(why: str) -> bool:
 
 
 def test_without_a_gpu_the_suite_says_so():
-    done = run(BENCHMARKS / "gpu.py", CUDA_VISIBLE_DEVICES="")
+    done = run("-m", "benchmarks.gpu.suite", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2 and "no CUDA GPU here" in done.stdout
 
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory) -> dict:
     output = tmp_path_factory.mktemp("gpu") / "dry.json"
-    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--output", output)
+    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--output", output)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return {**json.loads(output.read_text()), "printed": done.stdout}
 
 
 def test_a_dry_run_walks_every_stage(dry_run):
-    from gpu import GRID
-    from gpu_cases import GROUPS
+    from benchmarks.gpu.cases import GROUPS
+    from benchmarks.gpu.suite import GRID
 
     assert dry_run["device"]["name"] == "none" and "no GPU" in dry_run["title"]
     assert dry_run["compile"]["status"] == 0 and dry_run["compile"]["faults"] == []
@@ -66,7 +60,7 @@ def test_a_dry_run_walks_every_stage(dry_run):
 
 
 def test_a_dry_run_runs_every_contender(dry_run):
-    from peers import PEERS, TOKEN_LOGPS
+    from benchmarks.peers import PEERS, TOKEN_LOGPS
 
     shape = dry_run["shapes"][0]
     seen = {name: {row["name"] for row in group["rows"]} for name, group in shape["groups"].items()}
@@ -83,13 +77,13 @@ def test_a_dry_run_runs_every_contender(dry_run):
 def test_a_result_becomes_a_picture(dry_run, tmp_path):
     result = tmp_path / "result.json"
     result.write_text(json.dumps({name: value for name, value in dry_run.items() if name != "printed"}))
-    done = run(BENCHMARKS / "plot_gpu.py", result)
+    done = run("-m", "benchmarks.report.gpu", result)
     assert done.returncode == 0, done.stderr
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_targets_are_judged_by_ratios():
-    from gpu import targets
+    from benchmarks.gpu.suite import targets
 
     def row(name, median, over, extra=None):
         return {"name": name, "median": median, "over unit": over, "extra_mib": extra}
@@ -114,8 +108,8 @@ def test_targets_are_judged_by_ratios():
 
 
 def test_a_contender_that_fails_is_named_and_the_others_timed():
-    from gpu_timing import interleaved
-    from peers import Unavailable
+    from benchmarks.gpu.timing import interleaved
+    from benchmarks.peers import Unavailable
 
     def absent():
         raise Unavailable("not installed")
@@ -136,7 +130,7 @@ def test_a_contender_that_fails_is_named_and_the_others_timed():
 
 
 def test_tiles_are_timed_and_put_back():
-    done = run(BENCHMARKS / "gpu.py", "--dry-run", "--tune", "fold", "dweight")
+    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--tune", "fold", "dweight")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("(present)") == 2 and '"fold": {"fp32": {90: Tile(' in done.stdout
 
@@ -146,7 +140,7 @@ def test_tiles_are_timed_and_put_back():
 
 def _agree_with_fp64(peers: dict, run, exact) -> set[str]:
     """The names of those that run here; `run(peer)` and `exact` are tensors. The others give a reason."""
-    from peers import Unavailable
+    from benchmarks.peers import Unavailable
 
     ran = set()
     for name, peer in peers.items():
@@ -168,7 +162,7 @@ def _peer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_every_peers_token_logps_agree_with_fp64_or_say_why():
-    from peers import TOKEN_LOGPS, eager_logps
+    from benchmarks.peers import TOKEN_LOGPS, eager_logps
 
     hidden, weight, labels = _peer_inputs()
     coef = torch.linspace(-1, 1, labels.numel(), dtype=torch.float64)
@@ -186,7 +180,7 @@ def test_every_peers_token_logps_agree_with_fp64_or_say_why():
 
 
 def test_every_peers_selective_logps_agree_with_fp64_or_say_why():
-    from peers import SELECTIVE_LOGPS
+    from benchmarks.peers import SELECTIVE_LOGPS
 
     hidden, weight, labels = _peer_inputs()
     logits = (hidden @ weight.T).flatten(0, 1)
@@ -201,7 +195,7 @@ def test_every_peers_selective_logps_agree_with_fp64_or_say_why():
 
 
 def test_every_peers_step_agrees_with_fp64_or_says_why():
-    from peers import BETA, OURS, PEERS, Problem
+    from benchmarks.peers import BETA, OURS, PEERS, Problem
 
     hidden, weight, labels = _peer_inputs()
     labels[:, :5] = -100
@@ -223,7 +217,7 @@ def test_every_peers_step_agrees_with_fp64_or_says_why():
 
 @pytest.mark.parametrize("sort", [False, True])
 def test_the_simulated_filter_drops_tiles_below_its_threshold(sort):
-    from cce_filter import cce_filter_logps
+    from benchmarks.cpu.cce_filter import cce_filter_logps
 
     hidden, weight, labels = (x.flatten(0, -2) if x.ndim == 3 else x for x in _peer_inputs())
     hidden, labels = hidden.repeat(4, 1).requires_grad_(), labels.flatten().repeat(4)
@@ -251,7 +245,7 @@ def test_the_simulated_filter_drops_tiles_below_its_threshold(sort):
 
 
 def test_bias_and_noise_are_told_apart():
-    from bench_bias import moments
+    from benchmarks.cpu.bias import moments
 
     exact = [torch.full((4, 4), 2.0, dtype=torch.float64), torch.full((3,), 1.0, dtype=torch.float64)]
 
@@ -265,9 +259,8 @@ def test_bias_and_noise_are_told_apart():
 
 
 def test_the_share_of_pairs_is_that_of_the_routing_rule():
-    from bench_bias import TAUS, shares
-
-    from fastdpo.routing import BLOCK, Routing, num_blocks, route, unpack_bits
+    from benchmarks.cpu.bias import TAUS, shares
+    from fastdpo.routing import BLOCK, num_blocks, route, unpack_bits
 
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 32, generator=g) * 3, torch.randn(8 * BLOCK, 32, generator=g)
@@ -277,7 +270,7 @@ def test_the_share_of_pairs_is_that_of_the_routing_rule():
     found = shares(hidden, weight, labels)
     for tau in TAUS:
         kept = [
-            unpack_bits(route(share, labels, Routing(tau, tau, seed), torch.arange(64))[0], num_blocks(8 * BLOCK))
+            unpack_bits(route(share, labels, (tau,), seed, torch.arange(64))[0], num_blocks(8 * BLOCK))
             for seed in range(400)
         ]
         assert found[tau] == pytest.approx(torch.stack(kept).float().mean().item(), abs=5e-3)
@@ -288,8 +281,8 @@ def test_the_share_of_pairs_is_that_of_the_routing_rule():
 
 
 def test_published_times_are_reproduced_from_pass_counts():
-    from cost_model import GPUS
-    from peer_costs import ALGORITHMS, PUBLISHED
+    from tools.cost_model import GPUS
+    from tools.peer_costs import ALGORITHMS, PUBLISHED
 
     ratios = {}
     for one in PUBLISHED:
@@ -302,9 +295,8 @@ def test_published_times_are_reproduced_from_pass_counts():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_counted_costs_follow_the_live_pairs(frozen):
-    from cost_model import GPUS, Shape, step_cost
-
     from fastdpo.ops.triton.launch import Target
+    from tools.cost_model import GPUS, Shape, step_cost
 
     shape, options = Shape(4096, 32000, 2048), {"frozen": frozen, "tau": None, "target": Target(90, 132)}
     few, many = (
@@ -328,7 +320,7 @@ def test_counted_costs_follow_the_live_pairs(frozen):
 
 @pytest.fixture
 def sources(tmp_path) -> list[Path]:
-    from measured import KERNELS
+    from benchmarks.gpu.measured import KERNELS
 
     copies = [tmp_path / file.name for file in KERNELS]
     for file, copy in zip(KERNELS, copies):
@@ -336,14 +328,13 @@ def sources(tmp_path) -> list[Path]:
     return copies
 
 
-def edited(sources, name: str, old: str, new: str) -> set[str]:
+def edited(sources, old: str, new: str) -> set[str]:
     """The kernels whose digest an edit changes."""
-    from measured import digests
+    from benchmarks.gpu.measured import digests
 
     before = digests(sources)
-    (file,) = (file for file in sources if file.name == name)
+    file = next(file for file in sources if old in file.read_text())
     text = file.read_text()
-    assert old in text
     file.write_text(text.replace(old, new, 1))
     after = digests(sources)
     return {kernel for kernel in before if before[kernel] != after[kernel]}
@@ -351,25 +342,25 @@ def edited(sources, name: str, old: str, new: str) -> set[str]:
 
 def test_an_edit_changes_the_digests_of_what_it_reaches(sources):
     every = {"fold", "dz", "dhidden", "dweight", "routed_dz", "routed_dhidden", "routed_dweight", "finish", "spread"}
-    assert edited(sources, "triton_common.py", '"""', '""" ') == set()  # a docstring
-    assert edited(sources, "triton_backward.py", "@triton.jit", "# a comment\n@triton.jit") == set()
-    assert edited(sources, "triton_backward.py", 'float("nan")', "0.0") == {"spread"}
-    assert edited(sources, "triton_launch.py", '"fold": {', '"fold": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"fold"}
-    reached = edited(sources, "triton_common.py", "0xFFFFE000", "0xFFFFF000")  # what add_low_rank calls
+    assert edited(sources, '"""', '""" ') == set()  # a docstring
+    assert edited(sources, "@triton.jit", "# a comment\n@triton.jit") == set()
+    assert edited(sources, 'float("nan")', "0.0") == {"spread"}
+    assert edited(sources, '"fold": {', '"fold": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"fold"}
+    reached = edited(sources, "0xFFFFE000", "0xFFFFF000")  # what add_low_rank calls
     assert {"fold", "dz", "routed_dz"} <= reached and not reached & {"dweight", "spread", "finish"}
-    assert every - {"routed_dz"} - edited(sources, "triton_common.py", "+ 0x7FFF", "+ 0x7FFE") < every
+    assert every - {"routed_dz"} - edited(sources, "+ 0x7FFF", "+ 0x7FFE") < every
 
 
 def test_an_edit_of_a_header_changes_the_digest_of_the_cuda_files_with_it(tmp_path):
     import shutil
 
-    from measured import CUDA, digests
+    from benchmarks.gpu.measured import CUDA, digests
 
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    files = [tmp_path / "csrc" / file.name for file in CUDA]
+    files = [tmp_path / "csrc" / "cuda" / file.name for file in CUDA]
     before = digests([], files)
     assert "csrc/cuda/logits.cu" in before
-    header = tmp_path / "csrc" / "logits_row.h"
+    header = tmp_path / "csrc" / "shared" / "logits_row.h"
     text = header.read_text()
     header.write_text("// a comment\n" + text)
     assert digests([], files) == before
@@ -378,7 +369,7 @@ def test_an_edit_of_a_header_changes_the_digest_of_the_cuda_files_with_it(tmp_pa
 
 
 def test_what_changed_since_it_was_measured_is_listed():
-    from measured import changed, line
+    from benchmarks.gpu.measured import changed, line
 
     now = {"fold": "a", "dz": "b", "spread": "c"}
     old = {
@@ -393,5 +384,5 @@ def test_what_changed_since_it_was_measured_is_listed():
 
 
 def test_the_readme_says_when_a_gpu_was_last_used():
-    done = run(BENCHMARKS / "measured.py", "--check")
+    done = run("-m", "benchmarks.gpu.measured", "--check")
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""benchmarks/capture_head.py on a tiny model saved to disk, and that what it writes is what the benchmarks read."""
+"""capture_head.py on a tiny model saved to disk, and that what it writes is what the benchmarks read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 safetensors = pytest.importorskip("safetensors.torch")
 transformers = pytest.importorskip("transformers")
 
@@ -32,8 +31,7 @@ def model_and_text(tmp_path):
 
 
 def capture(monkeypatch, folder: Path, *options: str) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import capture_head
+    from benchmarks.models import capture_head
 
     arguments = ["--model", folder / "model", "--data", folder / "text.jsonl", "--output", folder / "head.safetensors"]
     monkeypatch.setattr(sys, "argv", ["capture_head.py", *map(str, arguments), "--length", "16", *options])
@@ -53,7 +51,7 @@ def test_captures_what_the_head_sees(model_and_text, sample, monkeypatch, capsys
     mean = -(entropy.exp() * entropy).sum(-1).mean().item()
     assert f"'entropy, mean': {mean:.3f}"[:-1] in capsys.readouterr().out
 
-    import inputs
+    from benchmarks import inputs
 
     assert inputs.load(str(folder / "head.safetensors")).labels.dtype == torch.int64
 
@@ -72,9 +70,8 @@ def test_mistakes_are_named(model_and_text, options, message, monkeypatch):
 
 @pytest.mark.parametrize("vocab_size,hidden_size", [(32768, 256), (65536, 300)])
 def test_the_synthetic_head_is_like_a_trained_one(vocab_size, hidden_size, monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import capture_head
-    import inputs
+    from benchmarks import inputs
+    from benchmarks.models import capture_head
 
     head = inputs.synthetic_head(384, vocab_size, hidden_size)
     assert head.hidden.shape == (384, hidden_size) and head.weight.shape == (vocab_size, hidden_size)

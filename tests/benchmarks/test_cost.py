@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fastdpo
 from fastdpo import routing
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(autouse=True)
 def cpu_engine(monkeypatch):
@@ -105,9 +107,17 @@ def test_a_shifted_slice_of_hidden_is_not_copied():
 )
 def test_memory_beyond_inputs_and_gradients(tokens, shape, backward):
     """At most 128 MiB + 256 bytes per token, whatever N, V and H."""
-    script = Path(__file__).parents[2] / "benchmarks" / "bench_memory.py"
-    command = [sys.executable, str(script), "--tokens", str(tokens), *shape.split(), "--path", f"fastdpo {backward}"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cpu.memory",
+        "--tokens",
+        str(tokens),
+        *shape.split(),
+        "--path",
+        f"fastdpo {backward}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 128 + tokens * 256 / 2**20
 
@@ -116,28 +126,27 @@ def test_memory_beyond_inputs_and_gradients(tokens, shape, backward):
 def test_memory_of_a_step_on_a_trained_head(tmp_path):
     """Lists of kept tokens of every length: what products of so many shapes leave behind counts too."""
     pytest.importorskip("safetensors")
-    benchmarks = Path(__file__).parents[2] / "benchmarks"
     make = (
-        f"import sys; sys.path.insert(0, {str(benchmarks)!r})\n"
-        "import inputs\n"
+        "from benchmarks import inputs\n"
         "from safetensors.torch import save_file\n"
         "head = inputs.synthetic_head(2048, 32768, 256)\n"
         "tensors = {'hidden': head.hidden, 'weight': head.weight, 'labels': head.labels}\n"
         f"save_file(tensors, {str(tmp_path / 'head.safetensors')!r})"
     )
-    subprocess.run([sys.executable, "-c", make], check=True)
-    command = [sys.executable, benchmarks / "bench_sweep.py", "--one", "fastdpo routed", '{"tokens": 16384}']
-    done = subprocess.run([*command, "--head", tmp_path / "head.safetensors"], capture_output=True, text=True)
+    subprocess.run([sys.executable, "-c", make], cwd=ROOT, check=True)
+    command = [sys.executable, "-m", "benchmarks.cpu.sweep", "--one", "fastdpo routed", '{"tokens": 16384}']
+    command += ["--head", tmp_path / "head.safetensors"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 128 + 16384 * 256 / 2**20
 
 
 def test_products_of_few_shapes():
-    from fastdpo.ops.cpu import gemm
+    from fastdpo.ops.cpu import operands
 
-    if not gemm.USES_ONEDNN:
-        assert gemm.padded_rows(77) == 77
+    if not operands.USES_ONEDNN:
+        assert operands.padded_rows(77) == 77
         return
-    padded = {count: gemm.padded_rows(count) for count in range(1, 1025)}
+    padded = {count: operands.padded_rows(count) for count in range(1, 1025)}
     assert len(set(padded.values())) <= 16
     assert all(count <= rows < count + max(32, count / 4 + 1) for count, rows in padded.items())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
 
 # In a process of its own: in this one Triton may be its interpreter.
 COMPILE = """
@@ -19,8 +19,8 @@ import json, sys
 from dataclasses import replace
 
 sys.path.insert(0, sys.argv[1])
-from kernel_code import compile_variant, faults
-from kernel_variants import variants
+from tools.kernel_code import compile_variant, faults
+from tools.kernel_variants import variants
 
 def with_constants(variant, **values):
     at = {(list(variant.signature).index(name),): value for name, value in values.items()}
@@ -46,7 +46,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, str(BENCHMARKS)]
+    command = [sys.executable, "-c", COMPILE, str(ROOT)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -89,9 +89,8 @@ LISTING = """
 """
 
 
-def test_hot_loops_are_the_innermost_with_a_product(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from kernel_code import hot_loops, instructions
+def test_hot_loops_are_the_innermost_with_a_product():
+    from tools.kernel_code import hot_loops, instructions
 
     code = instructions(LISTING)
     assert [mnemonic for _, mnemonic, _ in code][:3] == ["MOV", "LDL", "LDG.E.128"]
@@ -127,9 +126,8 @@ CUDA_LISTING = """
         ("STACK:0", "STACK:16", "local memory: 16 bytes"),
     ],
 )
-def test_faults_of_a_cuda_kernel(monkeypatch, old, new, fault):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from cuda_kernels import faults, kernels_in
+def test_faults_of_a_cuda_kernel(old, new, fault):
+    from tools.cuda_kernels import faults, kernels_in
 
     (kernel,) = kernels_in(CUDA_LISTING.replace(old, new), USAGE.replace(old, new))
     assert (kernel.name, kernel.type, kernel.registers) == ("logits_backward_kernel", "bf16", 40)
@@ -137,9 +135,8 @@ def test_faults_of_a_cuda_kernel(monkeypatch, old, new, fault):
     assert fault in found[0] if fault else found == []
 
 
-def test_names_of_cuda_kernels(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from cuda_kernels import faults, kernels_in
+def test_names_of_cuda_kernels():
+    from tools.cuda_kernels import faults, kernels_in
 
     def renamed(text, name):
         return text.replace("22logits_backward_kernelINS_8BFloat16ELb0EEE", name)

@@ -11,34 +11,30 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-
-
 def test_tables_are_those_of_the_results():
-    from tables import DOCUMENTS, filled
+    from benchmarks.report.tables import DOCUMENTS, filled
 
     for document in DOCUMENTS:
         text = document.read_text()
-        assert text == filled(text, beside=document.parent), "run python benchmarks/tables.py"
+        assert text == filled(text, beside=document.parent), "run python -m benchmarks.report.tables"
 
 
 def test_every_result_has_its_table_and_every_link_its_file():
-    from tables import COMMANDS, DOCUMENTS, SOURCES
+    from benchmarks.report.tables import COMMANDS, DOCUMENTS, SOURCES
 
     texts = [document.read_text() for document in DOCUMENTS]
     assert {name for text in texts for name in re.findall(r"<!-- table: ([\w-]+) -->", text)} == set(SOURCES)
-    for document, text in zip(DOCUMENTS, texts):
+    documents = [*DOCUMENTS, *(ROOT / "docs").glob("*.md")]
+    for document, text in zip(documents, (document.read_text() for document in documents)):
         for link in re.findall(r"\]\(([^)#:]+)\)", text):
             assert (document.parent / link).exists(), link
     for source in SOURCES.values():
         for file in source.files:
-            assert (ROOT / "benchmarks" / COMMANDS[file].split()[0]).exists(), file
+            assert (ROOT / f"{COMMANDS[file].split()[0].replace('.', '/')}.py").exists(), file
 
 
 def test_figures_in_the_text_are_those_of_the_results():
-    from tables import RESULTS
+    from benchmarks.report.tables import RESULTS
 
     def record(name: str) -> dict:
         return json.loads((RESULTS / f"2026-11-{name}.json").read_text())
@@ -56,9 +52,11 @@ def test_figures_in_the_text_are_those_of_the_results():
 
     verdicts = {"wrong": 0, **matrix["counts"]}
     figures = {
-        "README.md": [
+        "docs/trainers.md": [
             f"of {len(matrix['rows'])} classes {verdicts['exact']} are exact, {verdicts['refused']} is refused, "
             f"none wrong; {verdicts['not built']} could not be built tiny",
+        ],
+        "README.md": [
             f"{few['fastdpo routed']:.2f} s routed and {few['fastdpo exact']:.2f} s exact on the CPU",
             f"for about {moved['ordered'] / moved['atomics']:.1f} times the traffic",
         ],
@@ -76,7 +74,7 @@ def test_figures_in_the_text_are_those_of_the_results():
 
 
 def test_no_error_of_the_routed_default_is_above_that_of_bf16_logits():
-    from tables import RESULTS
+    from benchmarks.report.tables import RESULTS
 
     rows = json.loads((RESULTS / "2026-11-cpu-accuracy.json").read_text())["rows"]
     routed, eager = (
@@ -88,7 +86,7 @@ def test_no_error_of_the_routed_default_is_above_that_of_bf16_logits():
 
 
 def test_a_changed_result_changes_the_readme(tmp_path):
-    from tables import RESULTS, SOURCES, rendered
+    from benchmarks.report.tables import RESULTS, SOURCES, rendered
 
     (file,) = SOURCES["step"].files
     record = json.loads((RESULTS / file).read_text())
@@ -101,7 +99,7 @@ def test_a_changed_result_changes_the_readme(tmp_path):
 
 def test_the_best_peer_of_each_column_is_bold():
     """Also where it is not fastdpo."""
-    from tables import summary
+    from benchmarks.report.tables import summary
 
     def rows(key, **values):
         return [{key: name, **dict(zip(("median s", "MiB"), pair))} for name, pair in values.items()]
@@ -123,10 +121,10 @@ def test_the_best_peer_of_each_column_is_bold():
 
 
 def test_a_missing_result_is_said_to_be_missing(tmp_path):
-    from tables import SOURCES, filled
+    from benchmarks.report.tables import SOURCES, filled
 
     text = "<!-- table: training -->\nstale 1.0\n<!-- end -->\n"
-    assert "Not measured yet: `benchmarks/bench_training.py`" in filled(text, tmp_path)
+    assert "Not measured yet: `python -m benchmarks.models.training`" in filled(text, tmp_path)
     assert "stale" not in filled(text, tmp_path)
     with pytest.raises(ValueError, match="nothing"):
         filled(text.replace("training", "nothing"), tmp_path)
@@ -135,7 +133,8 @@ def test_a_missing_result_is_said_to_be_missing(tmp_path):
 
 def test_the_routing_picture_shows_the_kernels_rule(tmp_path):
     import torch
-    from plot_routing import draw, kinds_of
+
+    from benchmarks.report.routing import draw, kinds_of
 
     share = torch.tensor([[0.6, 0.3, 2e-4, 0.0], [2e-4, 0.9, 0.0, 0.0998]])
     labels = torch.tensor([2 * 128, 0])  # in blocks 2 and 0, both light
@@ -155,7 +154,7 @@ def test_pictures_are_light():
 
 
 def _training(folder: Path) -> Path:
-    from inputs import environment
+    from benchmarks.inputs import environment
 
     values = {"loss": [0.7, 0.5], "margin": [0.0, 1.0], "accuracy": [0.5, 1.0], "entropy": [2.0, 2.0]}
     runs = [
@@ -165,3 +164,7 @@ def _training(folder: Path) -> Path:
     record = {"notes": {}, "environment": environment(), "runs": runs}
     (folder / "2026-11-training.json").write_text(json.dumps(record))
     return folder
+
+
+def test_the_readme_is_read_in_one_sitting():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200

@@ -10,16 +10,11 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("safetensors")
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks_on_path(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_point_has_the_tokens_it_says():
-    from bench_sweep import SWEEPS, Point
+    from benchmarks.cpu.sweep import SWEEPS, Point
 
     head = replace(Point(512, 1024, 256), prompt_share=0.0).inputs()
     for point in {p for points in SWEEPS.values() for p in points if p.tokens <= 4096}:
@@ -31,8 +26,8 @@ def test_a_point_has_the_tokens_it_says():
 
 
 def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
-    import bench_sweep
-    from bench_sweep import Point
+    from benchmarks.cpu import sweep as bench_sweep
+    from benchmarks.cpu.sweep import Point
 
     small = Point(tokens=64, vocab=1024, hidden=256)
     monkeypatch.setattr(bench_sweep, "SWEEPS", {"tokens": [small, replace(small, tokens=128)], "vocab": [small]})
@@ -55,7 +50,7 @@ def test_a_sweep_from_end_to_end(tmp_path, monkeypatch, capsys):
 def test_what_would_take_too_long_or_too_much_is_not_run():
     from types import SimpleNamespace
 
-    from bench_sweep import Point, Sweep
+    from benchmarks.cpu.sweep import Point, Sweep
 
     sweep = Sweep(SimpleNamespace(longest=10.0, limit=1.0))
     small, large = Point(tokens=1024), Point(tokens=16384)
@@ -71,7 +66,7 @@ def test_the_search_for_the_largest_context(monkeypatch, per_token, fixed):
     """MiB of `tokens` are fixed + per_token * tokens."""
     from types import SimpleNamespace
 
-    import bench_memory
+    from benchmarks.cpu import memory as bench_memory
 
     tried = []
 
@@ -95,12 +90,12 @@ def test_the_search_for_the_largest_context(monkeypatch, per_token, fixed):
 
 def test_growth_sees_what_is_freed_again(tmp_path):
     """In a process of its own, as the benchmarks measure: a long-lived one has freed memory to reuse."""
-    from resident import in_child
+    from benchmarks.cpu.resident import in_child
 
     script = tmp_path / "freed.py"
     script.write_text(
-        f"import sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from resident import growth\n"
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from benchmarks.cpu.resident import growth\n"
         "def call():\n    x = b'1' * (int(sys.argv[1]) << 20); time.sleep(0.1)\n"
         "print(growth(call))\n"
     )
@@ -110,12 +105,12 @@ def test_growth_sees_what_is_freed_again(tmp_path):
 
 
 def test_what_does_not_fit_ends_the_process(tmp_path):
-    from resident import in_child
+    from benchmarks.cpu.resident import in_child
 
     script = tmp_path / "big.py"
     script.write_text(
-        f"import sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from resident import growth\n"
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from benchmarks.cpu.resident import growth\n"
         "def call():\n    x = bytearray(200 << 20); time.sleep(5)\n"
         "print(growth(call, float(sys.argv[1])))\n"
     )
@@ -123,7 +118,7 @@ def test_what_does_not_fit_ends_the_process(tmp_path):
 
 
 def test_the_context_model_is_what_its_bytes_say():
-    from context_model import GIB, KEPT, most, needed
+    from tools.context import GIB, KEPT, most, needed
 
     for name in KEPT:
         for gib in (4, 16):

@@ -25,7 +25,7 @@ class Environment:
 
 
 def _trl(release: str, *older: str, **variables: str) -> Environment:
-    tests = (f"{HERE}/test_trl_releases.py", "tests/models/test_lazy.py")
+    tests = (f"{HERE}/test_trl_releases.py", "tests/models/lazy/test_logits.py")
     return Environment((f"trl=={release}", *older), tests, variables=variables)
 
 

@@ -50,7 +50,7 @@ def module(monkeypatch):
 def adapter():
     name = "trainer_of_a_package"
     functions = {"selective_log_softmax": FUNCTIONS["selective_log_softmax"]}
-    return Adapter("package", {name: {"Trainer": ("concatenated_forward",)}}, {name: functions})
+    return Adapter("package", {name: ("Trainer.concatenated_forward",)}, {name: functions})
 
 
 @pytest.mark.filterwarnings("error")

@@ -1,4 +1,4 @@
-"""Lazy logits in torchtune's DPO recipe: the line that the README adds to it, in the recipe itself where torchtune is
+"""Lazy logits in torchtune's DPO recipe: the line that docs/trainers.md adds to it, in the recipe itself where it is
 installed, and otherwise in its contract.
 
 Last run with torchtune 0.6.1, torchao 0.10.0, torch 2.13.0 on the CPU: its `LoRADPORecipeSingleDevice.train`, with a
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fastdpo.integrations import lazy_logits
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "trainers.md"
 TORCHTUNE = importlib.util.find_spec("torchtune")
 V = 512
 
@@ -118,8 +118,8 @@ def test_other_heads_are_refused():
 
 
 def documented(source):
-    """The recipe with the README's line in the place of its own."""
-    (ours,) = re.findall(r"^with (lazy_logits\(model\), self.activations_handling_ctx:)$", README.read_text(), re.M)
+    """The recipe with the documented line in the place of its own."""
+    (ours,) = re.findall(r"^with (lazy_logits\(model\), self.activations_handling_ctx:)$", DOCUMENT.read_text(), re.M)
     changed = source.replace("with self.activations_handling_ctx:", f"with {ours}")
     assert changed.count("lazy_logits") == 1
     return "from fastdpo.integrations import lazy_logits\n" + changed

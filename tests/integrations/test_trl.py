@@ -97,6 +97,28 @@ def test_values_and_gradients_are_trl_s(outputs):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"targets": torch.arange(96)}, ValueError, r"labels must be shaped like hidden .*\(64,\); got \(96,\)"),
+        ({"weight": torch.ones(300, 16, dtype=torch.int8)}, TypeError, "weight must be fp32.*int8"),
+        ({"weight": torch.ones(300, 12)}, ValueError, "hidden has H = 16 but weight has H = 12"),
+        ({"bias": torch.ones(299)}, ValueError, r"bias must have shape \(300,\)"),
+        ({"targets": torch.ones(64)}, TypeError, "labels must be int64 or int32"),
+        ({"hidden": torch.ones(64, 16).to_sparse()}, TypeError, "hidden must be a plain strided tensor"),
+        ({"temperature": 0.0}, ValueError, "temperature"),
+    ],
+)
+def test_arguments_are_checked_as_everywhere(change, error, message):
+    """Native code takes addresses and trusts sizes: 96 targets of 64 rows would be read out of bounds."""
+    given = {"hidden": torch.ones(64, 16), "weight": torch.ones(300, 16), "bias": None, "targets": torch.arange(64)}
+    given |= {"temperature": 1.0} | change
+    patch_trl()
+    for mode in (torch.enable_grad, torch.no_grad):
+        with mode(), pytest.raises(error, match=message):
+            trl_utils._ChunkedLogProbFunction.apply(*given.values(), 32768, None, 1.0, ("log_probs",))
+
+
 def test_no_grad_and_no_rows():
     patch_trl()
     hidden, weight, bias, targets = direct_inputs()
@@ -203,10 +225,10 @@ def test_twice_updates_the_options_and_unpatching_restores():
     assert patch_trl() is True
     first = trl_utils._ChunkedLogProbFunction
     assert patch_trl(backward="exact") is True
-    assert trl_utils._ChunkedLogProbFunction is first and first.options == {"backward": "exact"}
+    assert trl_utils._ChunkedLogProbFunction is first and integration._placed.options == {"backward": "exact"}
     with pytest.raises(ValueError):
         patch_trl(tau=-1.0)
-    assert first.options == {"backward": "exact"}
+    assert integration._placed.options == {"backward": "exact"}
     unpatch_trl()
     assert (trl_utils._ChunkedLogProbFunction, trl_utils._use_triton) == ORIGINALS
     unpatch_trl()
@@ -226,6 +248,29 @@ def test_modules_that_imported_the_symbol_by_name(monkeypatch):
     assert trl.kernels.ChunkedLogProbFunction is ORIGINALS[0]
     unpatch_trl()
     assert early.Function is late.Function is ORIGINALS[0]
+
+
+def test_members_of_trl_s_modules_are_not_asked(monkeypatch):
+    """As transformers' in the place of classes whose packages are missing, and objects that import when looked at."""
+
+    class Placeholder(type):
+        def __getattribute__(cls, name):
+            raise ImportError(f"{name} needs Pillow")
+
+    class Proxy:
+        @property
+        def __class__(self):
+            raise RuntimeError("imported")
+
+    module = types.ModuleType("trl.trainer.pictures")
+    module.ImageProcessor, module.proxy = Placeholder("ImageProcessor", (), {}), Proxy()
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name, member in vars(module).copy().items():
+        monkeypatch.setattr(trl_utils, name, member, raising=False)
+    patch_trl()
+    module.function = trl_utils._ChunkedLogProbFunction
+    unpatch_trl()
+    assert module.function is ORIGINALS[0]
 
 
 def fake(monkeypatch, forward):
@@ -360,9 +405,8 @@ def test_use_triton_is_replaced_only_where_it_selects_rows(monkeypatch):
     assert trl.kernels.chunked_logprob._use_triton is ORIGINALS[1]
     unpatch_trl()
 
-    namespace = {"__name__": trl_utils.__name__}
-    exec("def selective_log_softmax(x):\n    return (lambda: _use_triton(x.device))()", namespace)
-    monkeypatch.setattr(trl_utils, "selective_log_softmax", namespace["selective_log_softmax"])
+    newer = inspect.getsource(trl_utils) + "def selective_log_softmax(x):\n    return (lambda: _use_triton(x.device))()"
+    monkeypatch.setattr(inspect, "getsource", lambda module: newer)
     assert not integration._only_selects_rows(trl_utils)
     patch_trl()
     assert trl_utils._use_triton is ORIGINALS[1]

@@ -48,7 +48,7 @@ if _release() == (1, 8):  # which looks for its cache where a data set in memory
 
 def replaced() -> dict:
     """Every object that patch_trl may replace."""
-    owners = [owner for name in trl_methods.METHODS for owner, _ in trl_methods._methods(name)]
+    owners = [owner for name in trl_methods.METHODS for owner, _ in trl_methods.methods_of(name)]
     objects = {(owner, name): value for owner in owners for name, value in vars(owner).items()}
     return objects | {
         (module, name): value for module in trl_methods.trl_modules() for name, value in vars(module).items()

@@ -10,8 +10,8 @@ pytest.importorskip("transformers")
 import transformers
 from causal_models import SHAPE, V, assert_same, batch, build, definition, gradients
 
+from fastdpo.head import LogitTransform
 from fastdpo.integrations import patch_model
-from fastdpo.models.head_call import LogitsTransform
 
 
 @pytest.fixture(autouse=True)
@@ -271,12 +271,12 @@ def test_another_scale_and_softcap_at_once():
         model = Both(config).eval()
         model.cap = None
         patch_model(model, backward="exact")
-        assert model.forward.transform == LogitsTransform()
+        assert model.forward.transform == LogitTransform()
         model.cap, model.factor = cap, factor
         with torch.no_grad():
             model.lm_head.weight.normal_(std=40.0)
         assert_same(model)
-        assert model.forward.transform == LogitsTransform(factor, cap)
+        assert model.forward.transform == LogitTransform(factor, cap or 0.0)
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

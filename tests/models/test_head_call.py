@@ -13,8 +13,9 @@ pytest.importorskip("transformers")
 import transformers
 from causal_models import V, assert_same, batch, build, definition
 
+from fastdpo.head import LogitTransform
 from fastdpo.integrations import patch_model, unpatch_model
-from fastdpo.models.head_call import PLAIN, HeadCall, LogitsTransform
+from fastdpo.models.head_call import PLAIN, HeadCall
 
 
 @pytest.fixture
@@ -178,14 +179,14 @@ def test_a_graph_that_breaks():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("transform", [LogitsTransform(), LogitsTransform(0.0625), LogitsTransform(1.0, 30.0)])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.0625), LogitTransform(1.0, 30.0)])
 def test_the_known_numbers_tell_functions_apart(dtype, transform):
     """From two percent in bf16, whose numbers have 8 bits, and half a percent otherwise; rounding is no difference."""
     call = HeadCall(nn.Linear(4, 1000), transform)
     call.take(torch.zeros(2, 5, 4, dtype=dtype))
     z = call.give(torch.zeros(2, 1, 1000, dtype=dtype))
     assert z.is_contiguous() and z.unique(dim=0).shape[0] == 1 and len(z.unique()) > 200
-    rounded = z * transform.logit_scale
+    rounded = z * transform.scale
     if transform.softcap:
         rounded = torch.tanh(rounded / transform.softcap) * transform.softcap
     least = 2e-2 if dtype == torch.bfloat16 else 5e-3
@@ -200,7 +201,7 @@ def test_the_known_numbers_tell_functions_apart(dtype, transform):
         rounded * torch.tensor([1.0, 1 + least], dtype=dtype)[:, None, None],
     ):
         assert not call.shows(other, transform)
-    for other in (LogitsTransform(), LogitsTransform(0.0625), LogitsTransform(1.0, 30.0), LogitsTransform(1.0, 20.0)):
+    for other in (LogitTransform(), LogitTransform(0.0625), LogitTransform(1.0, 30.0), LogitTransform(1.0, 20.0)):
         assert call.shows(rounded, other) == (other == transform)
 
 

@@ -50,7 +50,7 @@ def test_patching_twice_is_patching_once():
     patch_model(model, temperature=2.0)
     first = model.forward
     patch_model(model, backward="exact")
-    assert model.forward is first and first.settings.head.temperature == 1.0
+    assert model.forward is first and first.settings.options.temperature == 1.0
     assert_same(model)
     unpatch_model(model)
     assert "forward" not in model.__dict__

@@ -418,3 +418,26 @@ def test_bf16_base_with_fp32_adapters(options):
     torch.testing.assert_close(found, expected, rtol=0.0, atol=0.15)
     grads = gradients(model, found.sum())
     assert any("lora_B" in name and grad.abs().max() > 0 for name, grad in grads.items())
+
+
+@pytest.mark.parametrize("kind", ["plain", "head"])
+def test_an_older_peft(kind, monkeypatch):
+    """Without the wrappers that came later; and one that is not there, while a part of it is."""
+    import sys
+
+    from peft.tuners.lora import Linear
+
+    model = build("llama") if kind == "plain" else wrapped(build("llama"), lora(**ON_HEAD))
+    for name in ("TrainableTokensWrapper", "AuxiliaryTrainingWrapper"):
+        monkeypatch.delattr(sys.modules["peft.utils.other"], name)
+    monkeypatch.delitem(sys.modules, "peft.tuners.trainable_tokens")
+    assert_same(patch_model(model, backward="exact"))
+    if kind == "head":
+        layer = model.get_output_embeddings()
+        assert isinstance(layer, Linear)
+        monkeypatch.delattr(layer, "lora_variant")
+        with pytest.raises(NotImplementedError, match=r"before 0\.16"):
+            applied_head(layer, torch.zeros(1, 32))
+    else:
+        monkeypatch.setitem(sys.modules, "peft", None)
+        assert_same(model)

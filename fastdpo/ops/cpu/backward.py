@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ...head import Routing
-from ...routing import BLOCK, num_blocks, set_bytes
-from ..native import address
+from ...routing import BLOCK
+from ..native import EXTENSION
 from ..problem import Forward, Gradients, Head, Needs, Tokens, Upstream
-from .gemm import matmul, padded_rows
-from .operands import TILE_BYTES, Operands
+from .operands import TILE_BYTES, Operands, matmul, padded_rows
 from .workers import in_order
 
 BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
@@ -32,35 +31,39 @@ CROSSOVER = 0.7
 def backward(
     head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
 ) -> Gradients:
-    ops, device = Operands(head, tokens), head.hidden.device
-    fp32 = {"dtype": torch.float32, "device": device}
-    grads = Gradients(
-        hidden=torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
-        if needs.hidden
-        else None,
-        weight=torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device) if needs.weight else None,
-        bias=torch.zeros(head.bias.shape, **fp32) if needs.bias else None,
-        lora_a=torch.zeros(head.lora.a.shape, **fp32) if needs.lora_a else None,
-        lora_b=torch.zeros(head.lora.b.shape, **fp32) if needs.lora_b else None,
-    )
+    ops, device, fp32 = Operands(head, tokens), head.hidden.device, torch.float32
+    like_a, like_b = (None, None) if head.lora is None else head.lora[:2]
+    grads = Gradients()
+    if needs.hidden:
+        grads.hidden = torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
+    if needs.weight:
+        grads.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device)
+    if needs.bias:
+        grads.bias = torch.zeros(head.bias.shape, dtype=fp32, device=device)
+    if needs.lora_a:
+        grads.lora_a = torch.zeros(like_a.shape, dtype=fp32, device=device)
+    if needs.lora_b:
+        grads.lora_b = torch.zeros(like_b.shape, dtype=fp32, device=device)
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
-        routed = _Routed(ops, saved, upstream, routing)
-        if routed.most_live <= CROSSOVER:
-            add_tiles = routed
+        # The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean.
+        most = saved.most_pairs.masked_fill(upstream.coef == 0, 0).sum().item()
+        if most <= CROSSOVER * max(1, ops.count * ops.num_blocks):
+            add_tiles = _Routed(ops, saved, upstream, routing)
 
-    count = len(tokens)
-    size = max(1, BUFFER_BYTES // (4 * ops.hidden_size)) if needs.of_hidden else max(count, 1)
+    of_hidden, of_weight = needs.hidden or needs.lora_a, needs.weight or needs.bias or needs.lora_b
+    count = ops.count
+    size = max(1, BUFFER_BYTES // (4 * ops.hidden_size)) if of_hidden else max(count, 1)
     # Adding token ranges up in a half-precision dweight would round at every range: then dweight has its own sweep.
-    joint = needs.of_weight and (count <= size or not needs.weight or head.weight.dtype == torch.float32)
+    joint = of_weight and (count <= size or not needs.weight or head.weight.dtype == torch.float32)
     for start in range(0, count, size):
-        sums = _TokenSums(ops, grads, start, min(start + size, count)) if needs.of_hidden else None
+        sums = _TokenSums(ops, grads, start, min(start + size, count)) if of_hidden else None
         add_tiles(start, min(start + size, count), sums, grads if joint else None)
         if sums is not None:
             sums.finish()
-    if needs.of_weight and not joint:
+    if of_weight and not joint:
         add_tiles(0, count, None, grads)
-    for name, like in zip(("bias", "lora_a", "lora_b"), head.inputs[2:]):
+    for name, like in (("bias", head.bias), ("lora_a", like_a), ("lora_b", like_b)):
         if getattr(grads, name) is not None:
             setattr(grads, name, getattr(grads, name).to(like.dtype))
     return grads
@@ -73,44 +76,36 @@ class _TokenSums:
         self.ops, self.grads, self.start, self.stop = ops, grads, start, stop
         fp32 = {"dtype": torch.float32, "device": ops.head.hidden.device}
         self.dhidden = torch.zeros(stop - start, ops.hidden_size, **fp32)
-        self.drank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0], **fp32)
+        self.dlow_rank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0], **fp32)
 
     def products(self, dz: Tensor, weight: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
         lora_b = self.ops.lora_b
         dhidden = None if self.grads.hidden is None else matmul(dz, weight.T)
-        drank = None if lora_b is None else dz @ lora_b[first : first + weight.shape[0]]
-        return dhidden, drank
+        dlow_rank = None if lora_b is None else dz @ lora_b[first : first + weight.shape[0]]
+        return dhidden, dlow_rank
 
     def add(self, products: tuple[Tensor | None, Tensor | None], token_list: Tensor | None, start: int = 0) -> None:
         """Adds the rows of `products` to the listed int32 tokens, or to consecutive ones from `start`."""
-        for target, product in zip((self.dhidden, self.drank), products):
+        for target, product in zip((self.dhidden, self.dlow_rank), products):
             if product is None:
                 continue
             if token_list is None:
                 target[start - self.start : start - self.start + product.shape[0]] += product
                 continue
-            self.ops.native.scatter_add_rows(
-                address(target, torch.float32) - 4 * self.start * target.stride(0),
-                target.stride(0),
-                address(product, torch.float32, rows=True),
-                product.stride(0),
-                address(token_list, torch.int32),
-                0,
-                token_list.shape[0],
-                target.shape[1],
-                1,
-            )
+            source = product[: token_list.shape[0]]
+            EXTENSION.scatter_add_rows(out=target, source=source, tokens=token_list, first_token=self.start)
 
     def finish(self) -> None:
         ops, grads, start, stop = self.ops, self.grads, self.start, self.stop
-        if self.drank is not None:
+        if self.dlow_rank is not None:
             if grads.lora_a is not None:
                 size = ops.chunk_rows()
                 for first in range(start, stop, size):
                     last = min(first + size, stop)
-                    part = self.drank[first - start : last - start]
-                    grads.lora_a.addmm_(part.T, ops.hidden(first, last), alpha=ops.head.lora.scale)
-            self.dhidden.addmm_(self.drank, ops.lora_a)
+                    part = self.dlow_rank[first - start : last - start]
+                    hidden, _ = ops.hidden(first, last)
+                    grads.lora_a.addmm_(part.T, hidden, alpha=ops.head.lora.scale)
+            self.dhidden.addmm_(self.dlow_rank, ops.lora_a)
         if grads.hidden is not None:
             rows = slice(start, stop) if ops.tokens.rows is None else ops.tokens.rows[start:stop]
             grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
@@ -125,12 +120,12 @@ class _WeightProducts(NamedTuple):
     dlora_b: Tensor | None
 
     @staticmethod
-    def of(grads: Gradients, first: int, dz: Tensor, hidden: Tensor, rank: Tensor | None) -> _WeightProducts:
+    def of(grads: Gradients, first: int, dz: Tensor, hidden: Tensor, low_rank: Tensor | None) -> _WeightProducts:
         return _WeightProducts(
             first,
             None if grads.weight is None else matmul(dz.T, hidden.T),
             None if grads.bias is None else dz.sum(0),
-            None if grads.lora_b is None else dz.T @ rank,
+            None if grads.lora_b is None else dz.T @ low_rank,
         )
 
     def plus(self, other: _WeightProducts | None) -> _WeightProducts:
@@ -155,37 +150,35 @@ class _Exact:
         ops, size = self.ops, self.ops.chunk_rows()
         chunks = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
         cols = ops.slab_cols(min(size, stop - start))
-        hidden = rank = None
+        hidden = low_rank = None
         for first in range(0, ops.vocab_size, cols):
             weight = ops.weight(first, min(first + cols, ops.vocab_size))
             slab = None  # summed over the chunks in fp32, rounded once
             for chunk in chunks:
                 if hidden is None or len(chunks) > 1:
-                    hidden = ops.hidden(chunk.start, chunk.stop)
-                    rank = ops.rank(hidden)
-                dz = ops.products(hidden, rank, weight, first)
+                    hidden, low_rank = ops.hidden(chunk.start, chunk.stop)
+                dz = ops.products(hidden, low_rank, weight, first)
                 self._to_dz(dz, chunk, first)
                 if sums is not None:
                     sums.add(sums.products(dz, weight, first), None, chunk.start)
                 if grads is not None:
-                    slab = _WeightProducts.of(grads, first, dz, hidden, rank).plus(slab)
+                    slab = _WeightProducts.of(grads, first, dz, hidden, low_rank).plus(slab)
             if slab is not None:
                 slab.add_to(grads)
 
     def _to_dz(self, products: Tensor, chunk: slice, first: int) -> None:
         ops, saved, upstream = self.ops, self.saved, self.upstream
-        entropy = coef_entropy = 0
-        if upstream.coef_entropy is not None:
-            entropy, coef_entropy = address(saved.entropy[chunk]), address(upstream.coef_entropy[chunk])
-        ops.native.grad(
-            ops.tile(products, products.shape[0], first),
-            address(ops.tokens.labels[chunk]),
-            address(saved.lse[chunk]),
-            address(saved.logps[chunk]),
-            address(upstream.coef[chunk]),
-            entropy,
-            coef_entropy,
-            ops.threads,
+        given = upstream.coef_entropy is not None
+        EXTENSION.grad(
+            **ops.tile(products, first),
+            tokens=None,
+            labels=ops.tokens.labels[chunk],
+            lse=saved.lse[chunk],
+            logps=saved.logps[chunk],
+            coef=upstream.coef[chunk],
+            entropy=saved.entropy[chunk] if given else None,
+            coef_entropy=upstream.coef_entropy[chunk] if given else None,
+            num_threads=ops.threads,
         )
 
 
@@ -198,16 +191,9 @@ class _Routed:
 
     def __init__(self, ops: Operands, saved: Forward, upstream: Upstream, routing: Routing):
         self.ops, self.saved, self.upstream, self.routing = ops, saved, upstream, routing
-        self.num_blocks = num_blocks(ops.vocab_size)
-        # [N, bytes] of the larger set, kept at `tau`, and of the smaller one inside it, if there is one
-        self.sets = saved.bitmap.split(set_bytes(self.num_blocks), 1)
+        # [N, bytes] of the larger set, kept at the smaller tau, and of the smaller one inside it, if there is one
+        self.sets = saved.bitmap.split(-(-ops.num_blocks // 8), 1)
         self.counts: dict[int, Tensor] = {}  # of each set that was listed: pairs per block
-
-    @property
-    def most_live(self) -> float:
-        """The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean."""
-        most = self.saved.most_pairs.masked_fill(self.upstream.coef == 0, 0).sum().item()
-        return most / max(1, len(self.ops.tokens) * self.num_blocks)
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops = self.ops.serial()
@@ -245,31 +231,30 @@ class _Routed:
         two_sets = min(hidden_set, weight_set) >= 0 and hidden_set != weight_set
         count = token_list.shape[0]
         padded = padded_rows(count)
-        hidden = ops.hidden_of(token_list, padded)
-        rank = ops.rank(hidden)
-        dz = ops.products(hidden, rank, weight, first)
+        hidden, low_rank = ops.hidden_of(token_list, padded)
+        dz = ops.products(hidden, low_rank, weight, first)
         weights = torch.empty(2, count, dtype=torch.float32, device=dz.device)
         dz_hidden, hidden_tokens = dz, token_list
         if two_sets:
             dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
         second = self.sets[1] if max(hidden_set, weight_set) == 1 else None
-        kept = ops.native.routed_grad(
-            ops.tile(dz, count, first),
-            tokens=address(token_list, torch.int32),
-            labels=address(ops.tokens.labels, torch.int64),
-            lse=address(saved.lse, torch.float32),
-            logps=address(saved.logps, torch.float32),
-            coef=address(self.upstream.coef, torch.float32),
-            tau=routing.tau,
-            second_tau=-1.0 if second is None else routing.second_tau,
-            second_bits=0 if second is None else address(second, torch.uint8, rows=True) + block // 8,
-            bitmap_stride=saved.bitmap.stride(0),
-            second_bit=block % 8,
+        kept = EXTENSION.routed_grad(
+            **ops.tile(dz[:count], first),
+            tokens=token_list,
+            labels=ops.tokens.labels,
+            lse=saved.lse,
+            logps=saved.logps,
+            coef=self.upstream.coef,
+            entropy=None,
+            coef_entropy=None,
+            tau=routing.taus[0],
+            second_tau=-1.0 if second is None else routing.taus[1],
+            second_bits=second,
             hidden_set=hidden_set,
             weight_set=weight_set,
-            row_weight=address(weights),
-            dz_hidden=address(dz_hidden if two_sets else None),
-            hidden_tokens=address(hidden_tokens if two_sets else None),
+            row_weight=weights,
+            dz_hidden=dz_hidden if two_sets else None,
+            hidden_tokens=hidden_tokens if two_sets else None,
             num_threads=ops.threads,
         )
         dz[count:] = 0
@@ -279,7 +264,7 @@ class _Routed:
             hidden_tokens = hidden_tokens[:kept]
         weight_products = None
         if grads is not None:
-            weight_products = _WeightProducts.of(grads, first, dz, hidden, rank)
+            weight_products = _WeightProducts.of(grads, first, dz, hidden, low_rank)
             if whole_block:
                 weight_products.add_to(grads)
                 weight_products = None
@@ -289,27 +274,32 @@ class _Routed:
 
     def _lists(self, start: int, stop: int, which: int) -> Iterator[tuple[int, Tensor]]:
         """(block, int32 tokens) for every block with pairs of a set among tokens [start, stop), in bounded pieces."""
-        ops, coef, num_tokens = self.ops, self.upstream.coef, len(self.ops.tokens)
-        bits = self.sets[which]
-        kept = (address(bits, torch.uint8, rows=True), bits.stride(0), address(coef, torch.float32))
+        ops, num_blocks, num_tokens = self.ops, self.ops.num_blocks, self.ops.count
+        kept = {"bitmap": self.sets[which], "coef": self.upstream.coef, "num_threads": ops.threads}
         if which not in self.counts:
-            self.counts[which] = torch.empty(self.num_blocks, dtype=torch.int64, device=coef.device)
-            ops.native.count_pairs(*kept, num_tokens, self.num_blocks, address(self.counts[which]), ops.threads)
+            self.counts[which] = torch.empty(num_blocks, dtype=torch.int64, device=self.upstream.coef.device)
+            EXTENSION.count_pairs(**kept, num_tokens=num_tokens, num_blocks=num_blocks, counts=self.counts[which])
         counted = self.counts[which]
         counts = counted.tolist()
         limit = TILE_BYTES // 4
         first = 0
-        while first < self.num_blocks:
+        while first < num_blocks:
             last, total = first, 0
-            while last < self.num_blocks and (last == first or total + counts[last] <= limit):
+            while last < num_blocks and (last == first or total + counts[last] <= limit):
                 total += counts[last]
                 last += 1
             # Room for all tokens' pairs: those of [start, stop) are a part of each block's list.
             offsets = counted.new_zeros(last - first + 1)
             torch.cumsum(counted[first:last], 0, out=offsets[1:])
             pairs = torch.empty(total, dtype=torch.int32, device=counted.device)
-            ops.native.fill_pairs(
-                *kept, 0, num_tokens, first, last - first, address(offsets), address(pairs), ops.threads
+            EXTENSION.fill_pairs(
+                **kept,
+                first_token=0,
+                num_tokens=num_tokens,
+                first_block=first,
+                num_blocks=last - first,
+                offsets=offsets,
+                tokens=pairs,
             )
             ends = offsets.tolist()
             for block in range(first, last):

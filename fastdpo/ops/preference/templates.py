@@ -18,13 +18,12 @@ from ...tensors import contiguous, in_rows, refuse_transforms, traced
 from .. import native
 from .reference import BatchInputs, batch_losses_ref
 
-# Read once: torch.compile cannot look into the extension. One built from an older csrc may lack the losses.
-_extension = native.extension()
-AVAILABLE = hasattr(_extension, "PreferenceBatch")
-LOSS_IDS: dict[str, int] = _extension.PREFERENCE_LOSSES if AVAILABLE else {}
-DIVERGENCE_IDS: dict[str, int] = _extension.DIVERGENCES if AVAILABLE else {}
-OPTION_ORDER: list[str] = _extension.PREFERENCE_OPTIONS if AVAILABLE else []
-SUMS_BYTES: int = _extension.PAIR_SUMS_BYTES if AVAILABLE else 0
+# Read once: torch.compile cannot look into the extension.
+AVAILABLE = native.available()
+LOSS_IDS: dict[str, int] = native.EXTENSION.PREFERENCE_LOSSES if AVAILABLE else {}
+DIVERGENCE_IDS: dict[str, int] = native.EXTENSION.DIVERGENCES if AVAILABLE else {}
+OPTION_ORDER: list[str] = native.EXTENSION.PREFERENCE_OPTIONS if AVAILABLE else []
+SUMS_BYTES: int = native.EXTENSION.PAIR_SUMS_BYTES if AVAILABLE else 0
 
 
 def problem(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -32,7 +31,7 @@ def problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if os.environ.get("FASTDPO_ENGINE") == "reference":
         return "FASTDPO_ENGINE"
     if not AVAILABLE:
-        return f"the native extension is missing ({native.reason()})"
+        return f"the native extension is missing ({native.REASON})"
     if device.type == "cpu":
         return None
     if device.type != "cuda":
@@ -163,51 +162,38 @@ def _num_pairs(logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None
 
 
 class _Layout:
-    """The addresses of both sides of what comes as one tensor or as two."""
+    """Where both sides of what comes as one tensor, or as two, lie in it."""
 
-    def __init__(self, logps: Tensor, rejected: Tensor | None, cu_seqlens: Tensor | None):
+    def __init__(self, logps: Tensor, rejected: Tensor | None, ref: Tensor | None, cu_seqlens: Tensor | None):
         self.num_pairs = _num_pairs(logps, rejected, cu_seqlens)
         self.by_sequence, self.packed = rejected is not None, cu_seqlens is not None
+        self.ref_per_token = ref is not None and not self.by_sequence and ref.shape == logps.shape
         self.num_tokens = 1 if self.by_sequence else logps.shape[0] if self.packed else logps.shape[1]
-        self.dtype, self.device = logps.dtype, logps.device.type
 
-    def at(self, x: Tensor | None, dtype: torch.dtype | None = None, rows: bool = False) -> int:
-        """The address of `x`, of the log-probs' type unless another is named."""
-        return native.address(x, dtype or self.dtype, device=self.device, rows=rows)
+    def sides(self, x: Tensor | None, other: Tensor | None = None, per_token: bool = True):
+        if x is None or self.by_sequence:
+            return None if x is None and other is None else (x, other)
+        return (x, x) if self.packed and per_token else (x[: self.num_pairs], x[self.num_pairs :])
 
-    def sides(self, x: Tensor | None, other: Tensor | None = None, per_token: bool = True) -> tuple[int, int]:
-        if self.by_sequence:
-            return self.at(x), self.at(other)
-        return self._halves(x, self.at(x), per_token)
-
-    def labels(self, x: Tensor | None) -> tuple[int, int]:
-        return self._halves(x, self.at(x, torch.int64, rows=not self.packed))
-
-    def _halves(self, x: Tensor | None, address: int, per_token: bool = True) -> tuple[int, int]:
-        if x is None or (self.packed and per_token):
-            return address, address
-        return address, address + self.num_pairs * x.stride(0) * x.element_size()
-
-
-def _run(name: str, device: torch.device, *arguments) -> None:
-    if device.type == "cpu":
-        getattr(_extension, f"host_{name}")(*arguments)
-    else:
-        native.launch(f"cuda_{name}", device, *arguments)
-
-
-def _batch(
-    layout: _Layout, is_double, logps, ref, log_sum_sq_probs, labels, lengths, cu_seqlens, kto_kl, ref_per_token,
-    loss_ids, loss_weights, divergence, options, ignore_index, average, reward_per_token, ld_alpha, sft_weight,
-):  # fmt: skip
-    return _extension.PreferenceBatch(
-        is_double, logps, ref, log_sum_sq_probs, layout.labels(labels), lengths,
-        layout.at(cu_seqlens, None if cu_seqlens is None else cu_seqlens.dtype),
-        cu_seqlens is not None and cu_seqlens.dtype == torch.int32, layout.at(kto_kl, torch.float64),
-        0 if labels is None or layout.packed else labels.stride(0), ignore_index, layout.num_pairs, layout.num_tokens,
-        ref_per_token, average, reward_per_token, ld_alpha, sft_weight, list(loss_ids), list(loss_weights), divergence,
-        list(options),
-    )  # fmt: skip
+    def run(
+        self, name: str, like: Tensor, labels, cu_seqlens, ignore_index, average, ld_alpha, sft_weight, **fields
+    ) -> None:
+        """Of the layout_fields of csrc/structs.h, and `fields`."""
+        fields.update(
+            num_pairs=self.num_pairs,
+            num_tokens=self.num_tokens,
+            labels=self.sides(labels),
+            offsets=cu_seqlens,
+            ignore_index=ignore_index,
+            ref_per_token=self.ref_per_token,
+            average=average,
+            ld_alpha=ld_alpha,
+            sft_weight=sft_weight,
+        )
+        if like.is_cpu:
+            getattr(native.EXTENSION, f"host_{name}")(is_double=like.dtype == torch.float64, **fields)
+        else:
+            native.launch(f"cuda_{name}", like.device, **fields)
 
 
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -225,26 +211,36 @@ def _forward(
     logps, rejected, ref, ref_rejected, log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens = _contiguous(
         logps, rejected, ref, ref_rejected, log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens
     )
-    labels = None if labels is None else in_rows(labels.long())
-    layout = _Layout(logps, rejected, cu_seqlens)
-    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
-    lengths = layout.at(chosen_lengths, torch.int64), layout.at(rejected_lengths, torch.int64)
-    batch = _batch(
-        layout, logps.dtype == torch.float64, layout.sides(logps, rejected),
-        layout.sides(ref, ref_rejected, ref_per_token), layout.sides(log_sum_sq_probs), labels, lengths, cu_seqlens,
-        kto_kl, ref_per_token, *spec,
-    )  # fmt: skip
-    out = _results(logps, layout.num_pairs)
-    loss, losses, *sides, partials, sums = out
+    labels, spec = None if labels is None else in_rows(labels.long()), Spec(*spec)
+    layout = _Layout(logps, rejected, ref, cu_seqlens)
+    out = loss, losses, *sides, partials, sums = _results(logps, layout.num_pairs)
     if not layout.num_pairs:
         loss.zero_()
         return out
-    finished = torch.empty(1, dtype=torch.int32, device=logps.device)
-    addresses = [layout.at(x) for x in sides]
-    _run(
-        "preference_forward", logps.device, batch, layout.at(sums, torch.uint8), layout.at(finished, torch.int32),
-        layout.at(loss), layout.at(losses), addresses[:2], addresses[2:], layout.at(partials, torch.float64),
-    )  # fmt: skip
+    lengths = (chosen_lengths, rejected_lengths)
+    reading = (spec.ignore_index, spec.average, spec.ld_alpha, spec.sft_weight)
+    layout.run(
+        "preference_forward",
+        logps,
+        labels,
+        cu_seqlens,
+        *reading,
+        logps=layout.sides(logps, rejected),
+        ref=layout.sides(ref, ref_rejected, layout.ref_per_token),
+        log_sum_sq_probs=layout.sides(log_sum_sq_probs),
+        lengths=lengths,
+        kto_kl=kto_kl,
+        reward_per_token=spec.reward_per_token,
+        terms=list(zip(spec.loss_ids, spec.loss_weights)),
+        options=dict(zip(OPTION_ORDER, spec.options), divergence=spec.divergence),
+        sums=sums,
+        finished=torch.empty(1, dtype=torch.int32, device=logps.device),
+        loss=loss,
+        losses=losses,
+        rewards=(sides[0], sides[1]),
+        out_logps=(sides[2], sides[3]),
+        partials=partials,
+    )
     return out
 
 
@@ -263,12 +259,7 @@ def _backward(
         partials, sums, dloss, dlosses, dchosen, drejected, cu_seqlens
     )
     labels = None if labels is None else in_rows(labels.long())
-    layout = _Layout(logps, rejected, cu_seqlens)
-    ref_per_token = ref is not None and not layout.by_sequence and ref.shape == logps.shape
-    batch = _batch(
-        layout, logps.dtype == torch.float64, (0, 0), (0, 0), (0, 0), labels, (0, 0), cu_seqlens, None,
-        ref_per_token, [], [], 0, [0.0] * len(OPTION_ORDER), ignore_index, average, False, ld_alpha, sft_weight,
-    )  # fmt: skip
+    layout = _Layout(logps, rejected, ref, cu_seqlens)
     make = torch.empty if layout.num_pairs else torch.zeros
     out = [
         None if not want else make(x.shape, dtype=x.dtype, device=x.device)
@@ -276,12 +267,23 @@ def _backward(
     ]
     if layout.num_pairs:
         of_logps, of_rejected, of_ref, of_ref_rejected = out
-        address = [layout.at(x) for x in (dloss, dlosses, dchosen, drejected)]
-        _run(
-            "preference_backward", logps.device, batch, layout.at(partials, torch.float64),
-            layout.at(sums, torch.uint8), *address[:2], address[2:],
-            layout.sides(of_logps, of_rejected), layout.sides(of_ref, of_ref_rejected, ref_per_token),
-        )  # fmt: skip
+        layout.run(
+            "preference_backward",
+            logps,
+            labels,
+            cu_seqlens,
+            ignore_index,
+            average,
+            ld_alpha,
+            sft_weight,
+            partials=partials,
+            sums=sums,
+            dloss=dloss,
+            dlosses=dlosses,
+            dlogps=(dchosen, drejected),
+            dtokens=layout.sides(of_logps, of_rejected),
+            dref=layout.sides(of_ref, of_ref_rejected, layout.ref_per_token),
+        )
     return [x for x in out if x is not None]
 
 

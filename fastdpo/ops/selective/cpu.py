@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...routing import num_blocks
 from ...tensors import in_rows
-from ..native import address, extension
+from ..native import EXTENSION
+from ..problem import STATS
 
 CHUNK_BYTES = 16 << 20
 
@@ -21,37 +22,49 @@ def _chunks(logits: Tensor):
         yield slice(start, min(start + size, logits.shape[0]))
 
 
-def _tile(data: Tensor, temperature: float):
-    return extension().Tile(
-        address(data, torch.float32, rows=True), data.stride(0), *data.shape, 0, 0, 1.0, 0.0, 1.0 / temperature
-    )
+def _tile(data: Tensor, temperature: float) -> dict:
+    """The fields of csrc's Tile."""
+    return {"data": data, "col_start": 0, "bias": None, "transform": (1.0, 0.0, temperature)}
 
 
 def forward(
     logits: Tensor, labels: Tensor, temperature: float, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """[N, V] logits with unit column stride, [N] labels (< 0: none) -> (logps, lse, entropy or None), fp32 [N]."""
-    native, threads = extension(), torch.get_num_threads()
+    threads = torch.get_num_threads()
     count, vocab_size = logits.shape
-    blocks = num_blocks(vocab_size)
     fp32 = {"dtype": torch.float32, "device": logits.device}
     logps, lse = torch.empty(count, **fp32), torch.empty(count, **fp32)
     entropy = torch.empty(count, **fp32) if with_entropy else None
     for rows in _chunks(logits):
         data = in_rows(logits[rows].float())  # the conversion of overlapping rows may permute
         n = data.shape[0]
-        block_lse = torch.empty(n, blocks, dtype=torch.float64, device=logits.device)
+        block_lse = torch.empty(n, num_blocks(vocab_size), dtype=torch.float64, device=logits.device)
         rest_lse, label_logit = block_lse.new_empty(n), torch.full((n,), -torch.inf, **fp32)
         stats = None
         if with_entropy:
-            stats = torch.empty(n, native.ROW_STATS_BYTES // 8, dtype=torch.float64, device=logits.device)
-            native.init_stats(address(stats), n)
-        label = labels[rows].contiguous()
-        tile = _tile(data, temperature)
-        native.fold(tile, *map(address, (label, block_lse)), blocks, address(label_logit), address(stats), threads)
-        native.sum_blocks(address(block_lse), n, blocks, address(rest_lse), threads)
-        outputs = map(address, (logps[rows], lse[rows], entropy if entropy is None else entropy[rows]))
-        native.finish(n, vocab_size, *map(address, (rest_lse, label_logit, stats)), *outputs, 0, 0, 0, threads)
+            stats = torch.tensor(EXTENSION.NO_ROW_STATS, dtype=torch.float64, device=logits.device).repeat(n, 1)
+        EXTENSION.fold(
+            **_tile(data, temperature),
+            labels=labels[rows].contiguous(),
+            block_lse=block_lse,
+            label_logit=label_logit,
+            stats=stats,
+            num_threads=threads,
+        )
+        EXTENSION.sum_blocks(block_lse=block_lse, rest_lse=rest_lse, num_threads=threads)
+        wanted = {**dict.fromkeys(STATS), "entropy": None if entropy is None else entropy[rows]}
+        EXTENSION.finish(
+            num_rows=n,
+            vocab_size=vocab_size,
+            rest_lse=rest_lse,
+            label_logit=label_logit,
+            stats=stats,
+            logps=logps[rows],
+            lse=lse[rows],
+            **wanted,
+            num_threads=threads,
+        )
     return logps, lse, entropy
 
 
@@ -67,7 +80,6 @@ def backward(
     coef_entropy: Tensor | None = None,
 ) -> None:
     """dlogits into `out`, which may be `logits`; zeros where the coefs are 0. Formula: csrc/shared/row_formulas.h."""
-    native, threads = extension(), torch.get_num_threads()
     labels, coef = labels.contiguous(), coef.contiguous()
     no_gradient = coef == 0
     if coef_entropy is not None:
@@ -78,8 +90,17 @@ def backward(
         data = out[rows] if in_place else torch.empty(out[rows].shape, dtype=torch.float32, device=out.device)
         if data.data_ptr() != logits[rows].data_ptr():
             data.copy_(logits[rows])
-        of_rows = [None if x is None else x[rows] for x in (labels, lse, logps, coef, entropy, coef_entropy)]
-        native.grad(_tile(data, temperature), *map(address, of_rows), threads)
+        EXTENSION.grad(
+            **_tile(data, temperature),
+            tokens=None,
+            labels=labels[rows],
+            lse=lse[rows],
+            logps=logps[rows],
+            coef=coef[rows],
+            entropy=None if coef_entropy is None else entropy[rows],
+            coef_entropy=None if coef_entropy is None else coef_entropy[rows],
+            num_threads=torch.get_num_threads(),
+        )
         data[no_gradient[rows]] = 0  # whatever the logits: 0 * NaN would let a masked row's NaN out
         if not in_place:
             out[rows] = data.to(out.dtype)

@@ -1,22 +1,104 @@
-"""What the Triton kernels share: arithmetic of one logit, loads of operands, the order of tiles."""
+"""What the kernels share: tuples of arguments, arithmetic of a logit and of its gradient, loads, the order of tiles."""
 
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 BLOCK = tl.constexpr(128)  # routing.BLOCK
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
+# Triton knows them by name, so none is in a tuple. A tuple that is not there is one of Nones, and none is in another:
+# Triton 3.6 cannot compare a tuple with None, and loses the constants of an inner one.
 VARYING = (
-    "all_blocks", "capacity", "first_block", "first_column", "first_token", "group_tiles", "ignore_index",
-    "last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns",
-    "tiles_per_round", "token_tiles", "vocab_size", "vocab_start",
-)  # fmt: skip
+    *("all_blocks", "capacity", "first_block", "first_column", "first_token", "group_tiles", "ignore_index"),
+    *("last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns"),
+    *("tiles_per_round", "token_tiles", "vocab_size", "vocab_start"),
+)
+
+
+class Form(NamedTuple):
+    """What a kernel with a matrix product is compiled for."""
+
+    COMPUTE: tl.constexpr  # the type to multiply in
+    TMA: tl.constexpr  # operands are descriptors
+    BM: tl.constexpr
+    BN: tl.constexpr
+    BK: tl.constexpr
+    GROUP: tl.constexpr
+    PROGRAMS: tl.constexpr  # of the grid of a persistent kernel
+
+    @property
+    def grid(self) -> tuple[int]:
+        return (self.PROGRAMS.value,)
+
+
+class HiddenRows(NamedTuple):
+    """hidden [outer, inner, H] with the caller's strides."""
+
+    source: Tensor
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+class TokenList(NamedTuple):
+    """The completion tokens of a call, in the order of their rows; how many there are stays on the device."""
+
+    rows: Tensor | None = None  # [M] int32, row of token i
+    labels: Tensor | None = None  # [M] int32, label of token i as a column of this shard; outside [0, V): on another
+    token_of_row: Tensor | None = None  # [M] int32; -1: ignored, -2: label out of range
+    count: Tensor | None = None  # [1] int32
+
+
+class TokenRange(NamedTuple):
+    """Tokens [first_token, first_token + capacity), as kernels take them: how many of them exist is not known."""
+
+    tokens: TokenList
+    first_token: int
+    capacity: int
+
+
+class Transform(NamedTuple):
+    """Of a product of hidden and weight to its logit."""
+
+    scale: float
+    softcap: float | None
+    inv_temperature: float
+
+
+class LowRank(NamedTuple):
+    """What a low-rank head adds to the products of a chunk of tokens."""
+
+    product: Tensor | None = None  # [capacity, pitch] fp32: lora_scale * hidden @ lora_a.T, zero from lora_rank on
+    lora_b: Tensor | None = None  # [V, lora_rank]
+    lora_rank: int = 0
+    pitch: tl.constexpr = tl.constexpr(0)
+
+
+class Columns(NamedTuple):
+    """What a tile of logits takes from its columns of the head, beside the tiles of weight."""
+
+    bias: Tensor | None  # [V]
+    V: int
+    H: int
+    weight_stride: int
+
+
+class RowTerms(NamedTuple):
+    """What dz takes from its row: the forward's results and the upstream gradients, [M] fp32 each."""
+
+    logps: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    coef: Tensor
+    coef_entropy: Tensor | None
 
 
 @triton.jit
@@ -30,24 +112,17 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
-def operand(x, compute: tl.constexpr):
-    """An operand of tl.dot: rounded to the type to multiply in (whose bf16 products the interpreter gets wrong)."""
-    x = rounded(x, compute)
-    return x.to(tl.float32) if INTERPRET and compute == tl.bfloat16 else x
+def dot(a, b, acc, compute: tl.constexpr):
+    """acc + a @ b, both rounded to `compute`; fp32 in three TF32 products, which keep its accuracy."""
+    a, b = rounded(a, compute), rounded(b, compute)
+    if INTERPRET and compute == tl.bfloat16:  # the interpreter gets products of bf16 wrong
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="tf32x3" if compute == tl.float32 else "tf32")
 
 
 @triton.jit
 def exp(x):
     return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) for x >= 0 to fp32's relative precision: 2 atanh(x / (2 + x)) by its series where x is small."""
-    s = x / (2.0 + x)
-    q = s * s
-    series = 2.0 * s * (1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q / 11)))))
-    return tl.where(x < 0.5, series, tl.log(1.0 + x))
 
 
 @triton.jit
@@ -58,38 +133,63 @@ def expm1(x):
 
 
 @triton.jit
-def logit(product, logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
+def logit(product, transform):
     """The logit z of hidden . weight + bias."""
-    y = product * logit_scale
-    if SOFTCAP:
-        t = tl.exp2(tl.abs(y) * (-2.0 * LOG2E / softcap))
+    y = product * transform.scale
+    if transform.softcap is not None:
+        t = tl.exp2(tl.abs(y) * (-2.0 * LOG2E / transform.softcap))
         t = (1.0 - t) / (1.0 + t)
-        y = softcap * tl.where(y < 0, -t, t)
-    return y * inv_temperature
+        y = transform.softcap * tl.where(y < 0, -t, t)
+    return y * transform.inv_temperature
 
 
 @triton.jit
-def logit_slope(z, logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr):
+def logit_slope(z, transform):
     """dz/dproduct, from z."""
-    slope = logit_scale * inv_temperature
-    if SOFTCAP:
-        t = z * (1.0 / (softcap * inv_temperature))
+    slope = transform.scale * transform.inv_temperature
+    if transform.softcap is not None:
+        t = z * (1.0 / (transform.softcap * transform.inv_temperature))
         slope *= 1.0 - t * t
     return slope
 
 
 @triton.jit
-def label_logp(rest_lse, label_logit):
-    """log p(label) = -log(1 + exp(rest - label)), which keeps its relative precision near 0."""
-    d = rest_lse - label_logit
-    return tl.where(d > 20.0, -d - tl.exp(-d), -log1p(tl.exp(tl.where(d > 20.0, 0.0, d))))
+def row_terms(row, exists, terms):
+    """What dz takes from its rows: (row has a gradient, lse, coef, dz of the label's logit, two for the entropy's)."""
+    c = tl.load(terms.coef + row, mask=exists, other=0.0)
+    row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
+    # 1 - p[label] from log p, before any rounding
+    own = c * -expm1(tl.load(terms.logps + row, mask=exists, other=0.0))
+    active = c != 0
+    ce, shift = c, c
+    if terms.coef_entropy is not None:
+        ce = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
+        shift = ce * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
+        active = active | (ce != 0)
+    return active, row_lse, c, own, ce, shift
 
 
 @triton.jit
-def row_offset(row, inner, outer_stride, inner_stride):
-    """Element offset of row `row` of hidden [outer, inner, H] with the caller's strides."""
+def dz_of(product, transform, terms, label, column, V, ENTROPY: tl.constexpr):
+    """(dz, p without the label's) of a tile of products, fp32; `terms` of row_terms."""
+    z = logit(product, transform)
+    slope = logit_slope(z, transform)
+    active, row_lse, c, own, ce, shift = terms
+    is_label = column[None, :] == label[:, None]
+    p = exp(z - row_lse[:, None])
+    dz = tl.where(is_label, own[:, None], -c[:, None] * p)
+    if ENTROPY:
+        dz -= tl.where(p > 0, p * (ce[:, None] * z + shift[:, None]), p)
+    inside = (column < V)[None, :]
+    dz = tl.where(active[:, None] & inside, dz * slope, 0.0)
+    return dz, tl.where(inside & ~is_label, p, 0.0)
+
+
+@triton.jit
+def row_offset(hidden, row):
+    """Element offset of a row of HiddenRows."""
     row = row.to(tl.int64)
-    return (row // inner) * outer_stride + (row % inner) * inner_stride
+    return (row // hidden.inner) * hidden.outer_stride + (row % hidden.inner) * hidden.inner_stride
 
 
 @triton.jit
@@ -117,9 +217,8 @@ def within(row, column, num_rows, num_columns, ROWS: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def load_tile(
-    source, row, column, num_rows, num_columns, stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+    source, row, column, num_rows, num_columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr
+):
     """source[row : row + ROWS, column : column + COLUMNS], 0 outside: through a TMA descriptor or by pointers."""
     if TMA:
         return source.load([row, column])
@@ -136,45 +235,53 @@ def load_rows(source, offsets, listed, column, num_columns, COLUMNS: tl.constexp
 
 
 @triton.jit
-def start_products(bias, column, num_columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """What a tile's products start from: its columns' bias."""
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    if bias is not None:
-        c = column + tl.arange(0, COLUMNS)
-        acc += tl.load(bias + c, mask=c < num_columns, other=0.0).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
 def tf32(x):
     """What of `x` TF32 holds."""
     return (x.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def add_low_rank(
-    acc, rank, lora_b, rank_rows, listed, column, num_columns, rank_size, compute: tl.constexpr,
-    R: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """acc + rank @ lora_b.T: rank [*, R] fp32 rows, lora_b [V, rank_size] rounded as every operand; fp32 products.
-
-    Before the sums over H begin `acc` takes no registers yet.
-    """
-    DEPTH: tl.constexpr = 16
-    # TF32 holds 11 bits: two of its numbers hold all but the last two of an fp32's 24, one all of a bf16's or fp16's.
-    # One dot for all parts: in tensor memory each has an accumulator of its own.
-    PARTS: tl.constexpr = 3 if compute == tl.float32 else 2
+def start_products(
+    head, low_rank, token, exists, column, compute: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """What the products of tokens and Columns start from, while they take no registers yet: the bias, and the low-rank
+    head's part, whose lora_b is rounded as every operand and multiplied in fp32."""
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
     c = column + tl.arange(0, COLUMNS)
-    for step in tl.range(0, R // DEPTH * PARTS, num_stages=1):
-        k = step // PARTS * DEPTH + tl.arange(0, DEPTH)
-        a = tl.load(rank + rank_rows.to(tl.int64)[:, None] * R + k[None, :], mask=listed[:, None], other=0.0)
-        inside = (c < num_columns)[:, None] & (k < rank_size)[None, :]
-        b = tl.load(lora_b + c.to(tl.int64)[:, None] * rank_size + k[None, :], mask=inside, other=0.0)
-        b = rounded(b, compute).to(tl.float32).T
-        a = tl.where(step % PARTS == 1, a - tf32(a), tf32(a))
-        if PARTS == 3:
-            b = tl.where(step % PARTS == 2, b - tf32(b), tf32(b))
-        acc = tl.dot(a, b, acc, input_precision="tf32")
+    if head.bias is not None:
+        acc += tl.load(head.bias + c, mask=c < head.V, other=0.0).to(tl.float32)[None, :]
+    if low_rank.product is not None:
+        DEPTH: tl.constexpr = 16
+        # TF32 holds 11 bits: two of its numbers hold all but the last two of an fp32's 24, one all of a bf16's or
+        # fp16's. One dot for all parts: in tensor memory each has an accumulator of its own.
+        PARTS: tl.constexpr = 3 if compute == tl.float32 else 2
+        for step in tl.range(0, low_rank.pitch // DEPTH * PARTS, num_stages=1):
+            k = step // PARTS * DEPTH + tl.arange(0, DEPTH)
+            a = tl.load(
+                low_rank.product + token.to(tl.int64)[:, None] * low_rank.pitch + k[None, :],
+                mask=exists[:, None],
+                other=0.0,
+            )
+            inside = (c < head.V)[:, None] & (k < low_rank.lora_rank)[None, :]
+            b = tl.load(
+                low_rank.lora_b + c.to(tl.int64)[:, None] * low_rank.lora_rank + k[None, :], mask=inside, other=0.0
+            )
+            b = rounded(b, compute).to(tl.float32).T
+            a = tl.where(step % PARTS == 1, a - tf32(a), tf32(a))
+            if PARTS == 3:
+                b = tl.where(step % PARTS == 2, b - tf32(b), tf32(b))
+            acc = tl.dot(a, b, acc, input_precision="tf32")
+    return acc
+
+
+@triton.jit
+def logit_products(hidden, weight, head, low_rank, row, exists, column, depth, capacity, pitch, form):
+    """[BM, BN] fp32: gathered hidden [capacity, pitch] from `row` on, times columns of the head from `column` on."""
+    acc = start_products(head, low_rank, row + tl.arange(0, form.BM), exists, column, form.COMPUTE, form.BM, form.BN)
+    for k in range(0, depth, form.BK):
+        a = load_tile(hidden, row, k, capacity, pitch, pitch, form.BM, form.BK, form.TMA)
+        b = load_tile(weight, column, k, head.V, head.H, head.weight_stride, form.BN, form.BK, form.TMA)
+        acc = dot(a, b.T, acc, form.COMPUTE)
     return acc
 
 
@@ -199,6 +306,6 @@ def store_tile(target, x, row, column, num_rows, num_columns, stride):
 
 
 @triton.jit
-def num_tokens(count, first_token, capacity):
-    """Tokens of [first_token, first_token + capacity) that exist: `count` is known on the device only."""
-    return tl.minimum(tl.maximum(tl.load(count) - first_token, 0), capacity)
+def num_tokens(tokens, first_token, capacity):
+    """Tokens of [first_token, first_token + capacity) that exist: their count is known on the device only."""
+    return tl.minimum(tl.maximum(tl.load(tokens.count) - first_token, 0), capacity)

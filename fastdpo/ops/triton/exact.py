@@ -1,220 +1,261 @@
-"""The backward's exact kernels: dz of a slab of blocks by a range of tokens [tokens, columns], then two plain products.
+"""The backward's exact kernels: dz of a slab of blocks by a chunk of tokens [tokens, columns], then two plain products.
 
-`flag` is where a routed call decides between these and triton_routed.py's, on the device: a kernel whose flag is not
-`wanted` does nothing.
+In a routed call these do nothing where its `flag` says that the routed kernels do it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from .common import (
     BLOCK,
     VARYING,
-    add_low_rank,
-    exp,
-    expm1,
+    LowRank,
+    TokenRange,
+    dot,
+    dz_of,
     halves,
     load_tile,
-    logit,
-    logit_slope,
+    logit_products,
     num_tokens,
-    operand,
     rounded,
-    start_products,
+    row_terms,
     store_tile,
     tile_of,
     tile_offsets,
     within,
 )
+from .launch import launch
+from .sweep import Sweep, gathered
+from .tokens import gather
 
 
-@triton.jit
-def is_off(flag, wanted: tl.constexpr):
-    off = False
-    if flag is not None:
-        off = tl.load(flag) != wanted
-    return off
+class Slab(NamedTuple):
+    """Columns [first_column, last_column) of the vocabulary."""
 
-
-@triton.jit
-def row_terms(row, exists, logps, lse, entropy, coef, coef_entropy):
-    """What dz takes from its rows: (row has a gradient, lse, coef, dz of the label's logit, two for the entropy's)."""
-    c = tl.load(coef + row, mask=exists, other=0.0)
-    row_lse = tl.load(lse + row, mask=exists, other=0.0)
-    # 1 - p[label] from log p, before any rounding
-    own = c * -expm1(tl.load(logps + row, mask=exists, other=0.0))
-    active = c != 0
-    ce, shift = c, c
-    if coef_entropy is not None:
-        ce = tl.load(coef_entropy + row, mask=exists, other=0.0)
-        shift = ce * (tl.load(entropy + row, mask=exists, other=0.0) - row_lse)
-        active = active | (ce != 0)
-    return active, row_lse, c, own, ce, shift
-
-
-@triton.jit
-def dz_of(z, slope, terms, label, column, V, ENTROPY: tl.constexpr):
-    """(dz, p without the label's) of a tile of logits, fp32."""
-    active, row_lse, c, own, ce, shift = terms
-    is_label = column[None, :] == label[:, None]
-    p = exp(z - row_lse[:, None])
-    dz = tl.where(is_label, own[:, None], -c[:, None] * p)
-    if ENTROPY:
-        dz -= tl.where(p > 0, p * (ce[:, None] * z + shift[:, None]), p)
-    inside = (column < V)[None, :]
-    dz = tl.where(active[:, None] & inside, dz * slope, 0.0)
-    return dz, tl.where(inside & ~is_label, p, 0.0)
+    first_column: int
+    last_column: int
 
 
 @triton.jit(do_not_specialize=VARYING)
 def dz_kernel(
     hidden,  # [capacity, pitch] gathered: TMA descriptor or pointer
-    weight, bias, rank, lora_b, rows, token_labels, count, logps, lse, entropy, coef, coef_entropy, dz_scale, flag,
+    weight,  # TMA descriptor or pointer
+    head,  # Columns
+    low_rank,  # LowRank
+    transform,
+    tokens,
+    terms,  # RowTerms
+    dz_scale,
+    flag,
     dz,  # [capacity, dz_stride]: columns from first_column on
     column_sums,  # [tiles of BM tokens, dz_stride] fp32 or None: dz summed over a tile's tokens before it is rounded
-    first_token, capacity, first_column, last_column, dz_stride, V, H, pitch, weight_stride, rank_size,
-    logit_scale, softcap, inv_temperature,
-    wanted: tl.constexpr, COMPUTE: tl.constexpr, SOFTCAP: tl.constexpr, R: tl.constexpr, TMA: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """Rows without a token and columns from V on get zeros, so that the products need no masks along their sums."""
-    if is_off(flag, wanted):
-        return
-    n = num_tokens(count, first_token, capacity)
-    tiles_m, tiles_n = tl.cdiv(capacity, BM), tl.cdiv(last_column - first_column, BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
-        m, v = tile_of(index, tiles_m, tiles_n, GROUP)
-        i = m * BM + tl.arange(0, BM)
+    first_token,
+    capacity,
+    first_column,
+    last_column,
+    dz_stride,
+    pitch,
+    form,
+):
+    """Persistent over tiles [BM tokens, BN columns] of dz and of column_sums, each a program's own. Rows without a
+    token and columns from V on get zeros, so that the products need no masks along their sums."""
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    n = num_tokens(tokens, first_token, capacity)
+    tiles_m, tiles_n = tl.cdiv(capacity, form.BM), tl.cdiv(last_column - first_column, form.BN)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
+        m, v = tile_of(index, tiles_m, tiles_n, form.GROUP)
+        i = m * form.BM + tl.arange(0, form.BM)
         exists = i < n
-        acc = start_products(bias, first_column + v * BN, V, BM, BN)
-        if R > 0:
-            acc = add_low_rank(acc, rank, lora_b, i, exists, first_column + v * BN, V, rank_size, COMPUTE, R, BN)
-        depth = H if m * BM < n else 0
-        for k in range(0, depth, BK):
-            a = load_tile(hidden, m * BM, k, capacity, pitch, pitch, BM, BK, TMA)
-            b = load_tile(weight, first_column + v * BN, k, V, H, weight_stride, BN, BK, TMA)
-            acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE).T, acc, input_precision=PRECISION)
-        row = tl.load(rows + first_token + i, mask=exists, other=0).to(tl.int64)
-        label = tl.load(token_labels + first_token + i, mask=exists, other=-1)
-        terms = row_terms(row, exists, logps, lse, entropy, coef, coef_entropy)
-        target = dz + (m * BM).to(tl.int64) * dz_stride
+        depth = head.H if m * form.BM < n else 0
+        column = first_column + v * form.BN
+        acc = logit_products(hidden, weight, head, low_rank, m * form.BM, exists, column, depth, capacity, pitch, form)
+        row = tl.load(tokens.rows + first_token + i, mask=exists, other=0).to(tl.int64)
+        label = tl.load(tokens.labels + first_token + i, mask=exists, other=-1)
+        of_row = row_terms(row, exists, terms)
+        target = dz + (m * form.BM).to(tl.int64) * dz_stride
         sums = column_sums
         if column_sums is not None:
             sums += m * dz_stride
         scale = 1.0
         if dz_scale is not None:
             scale = tl.load(dz_scale)
-        dz_columns(
-            acc, v * BN, first_column, i < capacity, label, terms, scale, target, sums, dz_stride, V,
-            logit_scale, softcap, inv_temperature, SOFTCAP, coef_entropy is not None,
-        )  # fmt: skip
+        entropy: tl.constexpr = terms.coef_entropy is not None
+        begin, inside = v * form.BN, i < capacity
+        _dz_columns(
+            acc, transform, begin, first_column, inside, label, of_row, scale, target, sums, dz_stride, head.V, entropy
+        )
 
 
 @triton.jit
-def dz_columns(
-    acc, begin, first_column, inside, label, terms, scale, target, sums, dz_stride, V,
-    logit_scale, softcap, inv_temperature, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr,
-):  # fmt: skip
-    """Products [tokens, columns from first_column + begin on] -> dz, a block of columns at a time to save registers."""
+def _dz_columns(
+    acc, transform, begin, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY: tl.constexpr
+):
+    """Products [tokens, columns from first + begin on] -> dz, a block of columns at a time to save registers."""
     if acc.shape[1] > BLOCK:
         left, right = halves(acc)
-        dz_columns(
-            left, begin, first_column, inside, label, terms, scale, target, sums, dz_stride, V,
-            logit_scale, softcap, inv_temperature, SOFTCAP, ENTROPY,
-        )  # fmt: skip
-        dz_columns(
-            right, begin + acc.shape[1] // 2, first_column, inside, label, terms, scale, target, sums,
-            dz_stride, V, logit_scale, softcap, inv_temperature, SOFTCAP, ENTROPY,
-        )  # fmt: skip
+        middle = begin + acc.shape[1] // 2
+        _dz_columns(left, transform, begin, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
+        _dz_columns(right, transform, middle, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
     else:
         at = begin + tl.arange(0, BLOCK)
-        column = first_column + at
-        z = logit(acc, logit_scale, softcap, inv_temperature, SOFTCAP)
-        slope = logit_slope(z, logit_scale, softcap, inv_temperature, SOFTCAP)
-        tile_dz, _ = dz_of(z, slope, terms, label, column, V, ENTROPY)
-        tile_dz *= scale
+        dz, _ = dz_of(acc, transform, terms, label, first + at, V, ENTROPY)
+        dz *= scale
         where = tl.arange(0, acc.shape[0])[:, None] * dz_stride + at[None, :]
-        tl.store(
-            target + where, rounded(tile_dz, target.dtype.element_ty), mask=inside[:, None] & (at < dz_stride)[None, :]
-        )
+        mask = inside[:, None] & (at < dz_stride)[None, :]
+        tl.store(target + where, rounded(dz, target.dtype.element_ty), mask=mask)
         if sums is not None:
-            tl.store(sums + at, tl.sum(tile_dz, 0), mask=at < dz_stride)
+            tl.store(sums + at, tl.sum(dz, 0), mask=at < dz_stride)
+
+
+def _dz(sweep: Sweep, tokens: TokenRange, hidden, low_rank: LowRank, slab: Slab, tile, dz, column_sums, flag):
+    call = sweep.call
+    form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k))
+    launch(
+        dz_kernel,
+        form.grid,
+        tile,
+        hidden=a,
+        weight=b,
+        head=call.columns,
+        low_rank=low_rank,
+        transform=call.transform,
+        terms=sweep.terms,
+        dz_scale=sweep.dz_scale,
+        flag=flag,
+        dz=dz,
+        column_sums=column_sums,
+        dz_stride=dz.shape[1],
+        pitch=call.pitch,
+        form=form,
+        **tokens._asdict(),
+        **slab._asdict(),
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
 def dhidden_kernel(
     dz,  # [capacity, dz_stride]: TMA descriptor or pointer
     weight,  # [V, H], or lora_b: TMA descriptor or pointer
-    count, flag,
+    tokens,
+    flag,
     out,  # [capacity, H] fp32, added to
-    first_token, capacity, first_column, last_column, dz_stride, V, H, weight_stride, out_stride,
-    wanted: tl.constexpr, COMPUTE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    if is_off(flag, wanted):
-        return
-    n = num_tokens(count, first_token, capacity)
-    tiles_m, tiles_n = tl.cdiv(n, BM), tl.cdiv(H, BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
-        m, h = tile_of(index, tiles_m, tiles_n, GROUP)
+    first_token,
+    capacity,
+    first_column,
+    last_column,
+    dz_stride,
+    V,
+    H,
+    weight_stride,
+    out_stride,
+    form,
+):
+    """Persistent over tiles [BM tokens, BN of H] of `out`, each a program's own: adds dz @ weight of a slab."""
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    n = num_tokens(tokens, first_token, capacity)
+    tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(H, form.BN)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
+        m, h = tile_of(index, tiles_m, tiles_n, form.GROUP)
         # added to before the products, while `acc` takes no registers yet
-        inside = within(m * BM, h * BN, n, H, BM, BN)
-        acc = tl.load(out + tile_offsets(m * BM, h * BN, out_stride, BM, BN), mask=inside, other=0.0)
-        for k in range(0, last_column - first_column, BK):
-            a = load_tile(dz, m * BM, k, capacity, dz_stride, dz_stride, BM, BK, TMA)
-            b = load_tile(weight, first_column + k, h * BN, V, H, weight_stride, BK, BN, TMA)
-            acc = tl.dot(operand(a, COMPUTE), operand(b, COMPUTE), acc, input_precision=PRECISION)
-        store_tile(out, acc, m * BM, h * BN, n, H, out_stride)
+        inside = within(m * form.BM, h * form.BN, n, H, form.BM, form.BN)
+        offsets = tile_offsets(m * form.BM, h * form.BN, out_stride, form.BM, form.BN)
+        acc = tl.load(out + offsets, mask=inside, other=0.0)
+        for k in range(0, last_column - first_column, form.BK):
+            a = load_tile(dz, m * form.BM, k, capacity, dz_stride, dz_stride, form.BM, form.BK, form.TMA)
+            b = load_tile(weight, first_column + k, h * form.BN, V, H, weight_stride, form.BK, form.BN, form.TMA)
+            acc = dot(a, b, acc, form.COMPUTE)
+        store_tile(out, acc, m * form.BM, h * form.BN, n, H, out_stride)
+
+
+def _dhidden(sweep: Sweep, tokens: TokenRange, dz: Tensor, weight: Tensor, slab: Slab, out: Tensor, flag) -> None:
+    call, low_rank = sweep.call, weight is sweep.call.lora_b
+    tile = call.tile("dhidden", weight.shape[1], "low_rank" if low_rank else None)
+    compute = tl.float32 if low_rank else None
+    form, a, b = call.form(tile, (dz, tile.m, tile.k), (weight, tile.k, tile.n), compute=compute)
+    launch(
+        dhidden_kernel,
+        form.grid,
+        tile,
+        dz=a,
+        weight=b,
+        flag=flag,
+        out=out,
+        dz_stride=dz.shape[1],
+        V=call.vocab_size,
+        H=weight.shape[1],
+        weight_stride=weight.stride(0),
+        out_stride=out.stride(0),
+        form=form,
+        **tokens._asdict(),
+        **slab._asdict(),
+    )
 
 
 @triton.jit(do_not_specialize=VARYING)
 def dweight_kernel(
     dz,  # [capacity, dz_stride]: TMA descriptor or pointer
     column_sums,  # of dz_kernel
-    hidden,  # [capacity, pitch], gathered, or rank: TMA descriptor or pointer
-    count, flag, unscale,
+    hidden,  # [capacity, pitch], gathered, or LowRank.product: TMA descriptor or pointer
+    tokens,
+    flag,
+    unscale,
     partial,  # [columns, H] fp32, or None: sums over the tokens before `first_token`
     partial_bias,  # [columns] fp32, or None
     out,  # [V, H], or None
     out_bias,  # [V], or None
-    first_token, capacity, first_column, last_column, dz_stride, H, pitch, out_stride,
+    first_token,
+    capacity,
+    first_column,
+    last_column,
+    dz_stride,
+    H,
+    pitch,
+    out_stride,
     sum_tile,  # tokens of one row of column_sums
     summed_columns,  # of `partial` that hold a sum already
     LAST: tl.constexpr,  # write `out`, else `partial`
-    wanted: tl.constexpr, COMPUTE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """dz.T @ hidden of a slab of columns; capacity is a multiple of BK and rows without a token are zero."""
-    if is_off(flag, wanted):
-        return
-    n = num_tokens(count, first_token, capacity)
-    tiles_m, tiles_n = tl.cdiv(last_column - first_column, BM), tl.cdiv(H, BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, PROGRAMS):
-        m, h = tile_of(index, tiles_m, tiles_n, GROUP)
-        acc = tl.zeros((BM, BN), tl.float32)
+    form,
+):
+    """dz.T @ hidden of a slab, persistent over tiles [BM columns, BN of H], each a program's own; those of the first BN
+    of H write the bias. The capacity is a multiple of BK, and rows without a token are zero."""
+    if flag is not None:
+        if tl.load(flag) != 0:
+            return
+    n = num_tokens(tokens, first_token, capacity)
+    tiles_m, tiles_n = tl.cdiv(last_column - first_column, form.BM), tl.cdiv(H, form.BN)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
+        m, h = tile_of(index, tiles_m, tiles_n, form.GROUP)
+        acc = tl.zeros((form.BM, form.BN), tl.float32)
         if partial is not None:
-            inside = within(m * BM, h * BN, summed_columns, H, BM, BN)
-            acc = tl.load(partial + tile_offsets(m * BM, h * BN, H, BM, BN), mask=inside, other=0.0)
-        for k in range(0, n, BK):
-            a = load_tile(dz, k, m * BM, capacity, dz_stride, dz_stride, BK, BM, TMA)
-            b = load_tile(hidden, k, h * BN, capacity, pitch, pitch, BK, BN, TMA)
-            acc = tl.dot(operand(a, COMPUTE).T, operand(b, COMPUTE), acc, input_precision=PRECISION)
+            inside = within(m * form.BM, h * form.BN, summed_columns, H, form.BM, form.BN)
+            acc = tl.load(partial + tile_offsets(m * form.BM, h * form.BN, H, form.BM, form.BN), mask=inside, other=0.0)
+        for k in range(0, n, form.BK):
+            a = load_tile(dz, k, m * form.BM, capacity, dz_stride, dz_stride, form.BK, form.BM, form.TMA)
+            b = load_tile(hidden, k, h * form.BN, capacity, pitch, pitch, form.BK, form.BN, form.TMA)
+            acc = dot(a.T, b, acc, form.COMPUTE)
         if out is not None:
             if LAST:
                 if unscale is not None:
                     acc *= tl.load(unscale)
-                store_tile(out, acc, first_column + m * BM, h * BN, last_column, H, out_stride)
+                store_tile(out, acc, first_column + m * form.BM, h * form.BN, last_column, H, out_stride)
             else:
-                store_tile(partial, acc, m * BM, h * BN, last_column - first_column, H, H)
+                store_tile(partial, acc, m * form.BM, h * form.BN, last_column - first_column, H, H)
         if out_bias is not None:
             if h == 0:
-                v = m * BM + tl.arange(0, BM)
+                v = m * form.BM + tl.arange(0, form.BM)
                 column = first_column + v
                 mine = column < last_column
-                total = tl.zeros((BM,), tl.float32)
+                total = tl.zeros((form.BM,), tl.float32)
                 for index in range(0, tl.cdiv(n, sum_tile)):
                     total += tl.load(column_sums + index * dz_stride + v, mask=mine, other=0.0)
                 if partial_bias is not None:
@@ -227,24 +268,119 @@ def dweight_kernel(
                     tl.store(partial_bias + v, total, mask=mine)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def spread_kernel(
-    sums,  # [capacity, H] fp32, of tokens from first_token
-    position, unscale,
-    out,  # [M, H]
-    num_rows, first_token, capacity, H,
-    BM: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """dhidden of the rows of these tokens; with the first of them, of the rows that are no token: 0, or NaN."""
-    r = tl.program_id(0) * BM + tl.arange(0, BM)
-    k = tl.program_id(1) * BK + tl.arange(0, BK)
-    token = tl.load(position + r, mask=r < num_rows, other=-3)
-    here = (token >= first_token) & (token < first_token + capacity)
-    at = (token - first_token).to(tl.int64)[:, None] * H + k[None, :]
-    x = tl.load(sums + at, mask=here[:, None] & (k < H)[None, :], other=0.0)
-    if unscale is not None:
-        x *= tl.load(unscale)
-    x = tl.where((token == -2)[:, None], float("nan"), x)
-    write = here | ((token < 0) & (token > -3) & (token * 0 + first_token == 0))
-    target = out + r.to(tl.int64)[:, None] * H + k[None, :]
-    tl.store(target, rounded(x, out.dtype.element_ty), mask=write[:, None] & (k < H)[None, :])
+def _dweight(
+    sweep: Sweep,
+    tokens: TokenRange,
+    dz: Tensor,
+    hidden: Tensor,
+    slab: Slab,
+    out: Tensor | None,
+    partial: Tensor | None,
+    *,
+    ends: tuple[bool, bool],
+    flag=None,
+    kind="dweight",
+    column_sums=None,
+    sum_tile=0,
+    out_bias=None,
+    partial_bias=None,
+) -> None:
+    """dz.T @ hidden of a chunk of tokens, the first or the last by `ends` of those that `partial` sums up."""
+    call = sweep.call
+    columns = call.hidden_size if out is None else out.shape[1]
+    low_rank = kind == "dlora_a" or hidden.dtype != call.dtype
+    tile = call.tile(kind, columns, "low_rank" if low_rank else None)
+    compute = tl.float32 if low_rank else None
+    form, a, b = call.form(tile, (dz, tile.k, tile.m), (hidden, tile.k, tile.n), compute=compute)
+    launch(
+        dweight_kernel,
+        form.grid,
+        tile,
+        dz=a,
+        column_sums=column_sums,
+        hidden=b,
+        flag=flag,
+        unscale=sweep.unscale,
+        partial=partial,
+        partial_bias=partial_bias,
+        out=out,
+        out_bias=out_bias,
+        dz_stride=dz.stride(0),
+        H=columns,
+        pitch=hidden.stride(0),
+        out_stride=0 if out is None else out.stride(0),
+        sum_tile=sum_tile,
+        summed_columns=0 if ends[0] else slab.last_column - slab.first_column,
+        LAST=ends[1],
+        form=form,
+        **tokens._asdict(),
+        **slab._asdict(),
+    )
+
+
+def exact(sweep: Sweep, blocks: range, flag: Tensor | None) -> None:
+    """Chunks of tokens by slabs of blocks; a slab's gradients are summed over several chunks in fp32."""
+    call, everything, (size, step) = sweep.call, sweep.tokens, sweep.slab
+    tile = call.tile("dz", kind="narrow" if sweep.terms.coef_entropy is not None and call.kind == "half" else None)
+    chunks = range(0, everything.capacity, size)
+    several = sweep.of_head and len(chunks) > 1
+    step = min(step, len(blocks))
+    slabs = range(blocks.start, blocks.stop, step)
+
+    def sums(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=call.device) if wanted else None
+
+    width = step * BLOCK.value
+    dz = torch.empty(size, width, dtype=call.dtype, device=call.device)
+    column_sums = sums(sweep.dbias is not None, triton.cdiv(size, tile.m), width)
+    partial = sums(several and sweep.dweight is not None, width, call.hidden_size)
+    partial_bias = sums(several and sweep.dbias is not None, width)
+    partial_lora = sums(several and sweep.dlora_b is not None, width, call.lora_rank)
+    order = (
+        [(at, slab) for slab in slabs for at in chunks] if several else [(at, slab) for at in chunks for slab in slabs]
+    )
+    held = None
+    for at, slab in order:
+        rows = min(size, everything.capacity - at)  # a range need not be whole chunks
+        tokens = TokenRange(everything.tokens, everything.first_token + at, rows)
+        slab = Slab(slab * BLOCK.value, min(min(slab + step, blocks.stop) * BLOCK.value, call.vocab_size))
+        if held != at:
+            held, hidden, chunk = at, gather(call, tokens, flag), dz[:rows]
+            low_rank = sweep.low_rank
+            if low_rank.product is not None:
+                low_rank = low_rank._replace(product=low_rank.product[at : at + rows])
+        _dz(sweep, tokens, hidden, low_rank, slab, tile, chunk, column_sums, flag)
+        for out, operand in sweep.by_token:
+            _dhidden(sweep, tokens, chunk, operand, slab, out[at : at + rows], flag)
+        ends = (at == chunks[0], at == chunks[-1])
+        if sweep.dweight is not None or sweep.dbias is not None:
+            _dweight(
+                sweep,
+                tokens,
+                chunk,
+                hidden,
+                slab,
+                sweep.dweight,
+                partial,
+                ends=ends,
+                flag=flag,
+                column_sums=column_sums,
+                sum_tile=tile.m,
+                out_bias=sweep.dbias,
+                partial_bias=partial_bias,
+            )
+        if sweep.dlora_b is not None:
+            _dweight(sweep, tokens, chunk, low_rank.product, slab, sweep.dlora_b, partial_lora, ends=ends, flag=flag)
+
+
+def dlora_a(sweep: Sweep, out: Tensor) -> None:
+    """dlow_rank.T @ hidden, chunk by chunk in fp32; padding rows of both are zero."""
+    call, first = sweep.call, sweep.tokens.first_token
+    slab = Slab(0, call.lora_rank)
+    for part, rows in gathered(call, sweep.tokens):
+        at = part.first_token - first
+        ends = (part.first_token == 0, part.first_token + part.capacity >= call.num_rows)
+        chunk = sweep.dlow_rank[at : at + part.capacity]
+        _dweight(sweep, part, chunk, rows, slab, out, sweep.lora_a_sums, ends=ends, kind="dlora_a")
+        if ends[1]:
+            break

@@ -8,11 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
-
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 @dataclass(frozen=True)
@@ -22,11 +18,11 @@ class Target:
     capability: int  # 80, 90, 100, 120; 0: Triton's interpreter
     programs: int  # of a persistent kernel: one per multiprocessor
 
-    @property
+    @functools.cached_property
     def has_tma(self) -> bool:
         return self.capability >= 90 or self.capability == 0
 
-    @property
+    @functools.cached_property
     def tiles(self) -> int:
         """Whose tiles fit: sm_86 and sm_89 have the shared memory of sm_120, not of sm_80."""
         if self.capability in (0, 80):
@@ -86,32 +82,26 @@ def target_of(device: torch.device) -> Target:
     return Recorder.active.target if Recorder.active is not None else _target(device)
 
 
-def launch(kernel, grid: tuple[int, ...], *arguments, warps: int = 4, stages: int = 2, **constants) -> None:
-    """kernel[grid](*arguments, **constants); an empty grid launches nothing."""
+def launch(kernel, grid: tuple[int, ...], tile: Tile | None = None, *, warps: int = 4, **arguments) -> None:
+    """kernel[grid](**arguments), with the tile's warps and stages; an empty grid launches nothing."""
     if 0 in grid:
         return
+    warps, stages = (warps, 2) if tile is None else (tile.warps, tile.stages)
     if Recorder.active is not None:
-        Recorder.active.launches.append((kernel, grid, arguments, constants, warps, stages))
+        Recorder.active.launches.append((kernel, grid, arguments, warps, stages))
         return
-    kernel[grid](*arguments, **constants, num_warps=warps, num_stages=stages)
-
-
-def descriptor(x: Tensor, rows: int, columns: int):
-    """A TMA descriptor of the 2-d tensor `x` in boxes of [rows, columns]."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns])
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
 
 
 def are_aligned(*tensors: Tensor) -> bool:
     """Rows that TMA and copies of 16 bytes can address."""
-    return all(
-        x.data_ptr() % 16 == 0 and x.stride(-1) == 1 and all(n * x.element_size() % 16 == 0 for n in x.stride()[:-1])
-        for x in tensors
-    )
-
-
-def precision(compute_dtype: torch.dtype) -> str:
-    """fp32 products on tensor cores in three TF32 products, which keep fp32's accuracy."""
-    return "tf32x3" if compute_dtype == torch.float32 else "tf32"
+    for x in tensors:
+        if x.data_ptr() % 16 or x.stride(-1) != 1:
+            return False
+        for stride in x.stride()[:-1]:
+            if stride * x.element_size() % 16:
+                return False
+    return True
 
 
 def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None) -> Tile:
@@ -183,9 +173,9 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
     "dlora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
-    "rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
+    "low_rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
-    "finish": {"half": {80: Tile(1, 2048, 0, 4, 1)}},
+    "finish": {"half": {80: Tile(1, 2048, 0, 4, 2)}},
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
         "half": {80: Tile(64, 128, 64, 4, 4, per_sm=2), 120: Tile(64, 128, 64, 4, 3, per_sm=2)},
@@ -221,13 +211,13 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 _INTERPRETED = {
-    "fold": Tile(64, 1024, 64, 4, 1, group=2),
-    "dz": Tile(64, 1024, 64, 4, 1, group=2),
+    "fold": Tile(128, 256, 64, 4, 1, group=2),
+    "dz": Tile(128, 256, 64, 4, 1, group=2),
     "dhidden": Tile(64, 64, 128, 4, 1, group=2),
     "dweight": Tile(512, 64, 64, 4, 1, group=2),
     "dlora_a": Tile(16, 64, 64, 4, 1),
-    "rank": Tile(64, 16, 64, 4, 1),
-    "finish": Tile(64, 1024, 0, 4, 1),
+    "low_rank": Tile(64, 16, 64, 4, 1),
+    "finish": Tile(64, 1024, 0, 4, 2),
     "routed_dz": Tile(128, 128, 64, 4, 1),
     "routed_dhidden": Tile(64, 64, 128, 4, 1),
     "ordered_dhidden": Tile(32, 64, 128, 4, 1),

@@ -9,7 +9,8 @@ would not be the exact gradient any more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -18,183 +19,190 @@ from torch import Tensor
 
 from .common import VARYING, num_tokens
 from .launch import launch
+from .sweep import Sweep
 
-TOKENS = 128  # of one program, and of one row of `running`
-BLOCKS = 32  # of one program
+TOKENS = tl.constexpr(128)  # of one program, and of one row of `running`
+BLOCKS = tl.constexpr(32)  # of one program
+
+
+class Kept(NamedTuple):
+    """The forward's choice of pairs, and which tokens have a gradient."""
+
+    bitmap: Tensor  # [M, bytes] uint8 of one set, a row `stride` bytes after the other
+    stride: int
+    most_pairs: Tensor  # [M] int32
+    coef: Tensor  # [M] fp32
+
+
+class Lists(NamedTuple):
+    """The pairs of a range of tokens by a range of blocks. Sizes are bounds: the true ones are on the device."""
+
+    running: Tensor  # [ceil(capacity / TOKENS), num_blocks] int32, pairs of a block up to this many tokens, inclusive
+    lengths: Tensor  # [num_blocks] int32
+    first_tile: Tensor  # [num_blocks + 1] int32
+    round_block: Tensor  # [rounds + 1] int32, first block of each round
+    is_routed: Tensor  # [1] int32: few enough pairs live for the routed kernels to pay
+    tile_block: Tensor  # [tiles in memory] int32, block of each tile of the round that was filled last
+    tokens: (
+        Tensor  # [tiles in memory * TILE] int32, token of each of its pairs, from first_token; padding is not written
+    )
+
+    @property
+    def rounds(self) -> int:
+        return len(self.round_block) - 1
 
 
 @triton.jit
-def _kept(bitmap, coef, rows, count, first_token, capacity, first_block, num_blocks, stride,
-          T: tl.constexpr, B: tl.constexpr):  # fmt: skip
-    """[T, B] int32: which pairs of this program's tokens and blocks are kept and have an upstream gradient."""
-    t = tl.program_id(0) * T + tl.arange(0, T)
-    b = tl.program_id(1) * B + tl.arange(0, B)
-    exists = t < num_tokens(count, first_token, capacity)
-    row = tl.load(rows + first_token + t, mask=exists, other=0).to(tl.int64)
-    exists = exists & (tl.load(coef + row, mask=exists, other=0.0) != 0)
+def _rows(kept, tokens, t, first_token, capacity):
+    """(rows of tokens `t` of the range, which of them exist and have an upstream gradient)."""
+    exists = t < num_tokens(tokens, first_token, capacity)
+    row = tl.load(tokens.rows + first_token + t, mask=exists, other=0).to(tl.int64)
+    return row, exists & (tl.load(kept.coef + row, mask=exists, other=0.0) != 0)
+
+
+@triton.jit
+def _kept(kept, row, exists, b, first_block, num_blocks):
+    """[TOKENS, BLOCKS] int32: which pairs are kept."""
     inside = exists[:, None] & (b < num_blocks)[None, :]
     bit = first_block + b
-    byte = tl.load(bitmap + row[:, None] * stride + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
-    return t, b, (byte >> (bit % 8)[None, :]) & 1
+    byte = tl.load(kept.bitmap + row[:, None] * kept.stride + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
+    return (byte >> (bit % 8)[None, :]) & 1
 
 
 @triton.jit(do_not_specialize=VARYING)
 def count_kernel(
-    bitmap, coef, rows, count,
-    most_pairs,  # [M] int32
-    counts,  # [tiles of T tokens, num_blocks] int32
-    most,  # [tiles of T tokens] int64: pairs of all blocks, whatever the draw
-    first_token, capacity, first_block, num_blocks, stride,
-    T: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    _, b, kept = _kept(bitmap, coef, rows, count, first_token, capacity, first_block, num_blocks, stride, T, B)
-    tl.store(counts + tl.program_id(0) * num_blocks + b, tl.sum(kept, 0), mask=b < num_blocks)
+    kept,  # Kept
+    tokens,
+    counts,  # [tiles of TOKENS tokens, num_blocks] int32
+    most,  # [tiles of TOKENS tokens] int64: pairs of all blocks, whatever the draw
+    first_token,
+    capacity,
+    first_block,
+    num_blocks,
+):
+    """A program counts the pairs of TOKENS tokens and BLOCKS blocks; those of the first blocks add `most` up."""
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    row, exists = _rows(kept, tokens, t, first_token, capacity)
+    pairs = tl.sum(_kept(kept, row, exists, b, first_block, num_blocks), 0)
+    tl.store(counts + tl.program_id(0) * num_blocks + b, pairs, mask=b < num_blocks)
     if tl.program_id(1) == 0:
-        t = tl.program_id(0) * T + tl.arange(0, T)
-        exists = t < num_tokens(count, first_token, capacity)
-        row = tl.load(rows + first_token + t, mask=exists, other=0).to(tl.int64)
-        exists = exists & (tl.load(coef + row, mask=exists, other=0.0) != 0)
-        tl.store(most + tl.program_id(0), tl.sum(tl.load(most_pairs + row, mask=exists, other=0).to(tl.int64), 0))
+        tl.store(most + tl.program_id(0), tl.sum(tl.load(kept.most_pairs + row, mask=exists, other=0).to(tl.int64), 0))
 
 
 @triton.jit(do_not_specialize=VARYING)
 def plan_kernel(
-    running,  # [token tiles, num_blocks] int32, inclusive sums over token tiles
+    lists,
     most,  # [token tiles] int64
-    count,
-    lengths,  # [num_blocks] int32
-    first_tile,  # [num_blocks + 1] int32, of each block
-    round_block,  # [rounds + 1] int32, first block of each round
-    is_routed,  # [1] int32: few enough pairs live for the routed kernels to pay
-    first_token, capacity, num_blocks, all_blocks, token_tiles, rounds, tiles_per_round, crossover,
-    TILE: tl.constexpr, B: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """One program: every block's tiles, and which blocks make a round."""
+    tokens,
+    first_token,
+    capacity,
+    num_blocks,
+    all_blocks,
+    token_tiles,
+    rounds,
+    tiles_per_round,
+    crossover,
+    TILE: tl.constexpr,
+    B: tl.constexpr,
+    T: tl.constexpr,
+):
+    """One program: every block's tiles, which blocks make a round, and whether the lists are used."""
     b = tl.arange(0, B)
-    length = tl.load(running + (token_tiles - 1) * num_blocks + b, mask=b < num_blocks, other=0)
-    tl.store(lengths + b, length, mask=b < num_blocks)
+    length = tl.load(lists.running + (token_tiles - 1) * num_blocks + b, mask=b < num_blocks, other=0)
+    tl.store(lists.lengths + b, length, mask=b < num_blocks)
     tiles = tl.cdiv(length, TILE)
     end = tl.cumsum(tiles, 0)
     begin = end - tiles
-    tl.store(first_tile + b, begin, mask=b < num_blocks)
-    tl.store(first_tile + num_blocks, tl.sum(tiles, 0))
-    n = num_tokens(count, first_token, capacity)
+    tl.store(lists.first_tile + b, begin, mask=b < num_blocks)
+    tl.store(lists.first_tile + num_blocks, tl.sum(tiles, 0))
+    n = num_tokens(tokens, first_token, capacity)
     t = tl.arange(0, T)
     live = tl.sum(tl.load(most + t, mask=t < token_tiles, other=0), 0)
-    tl.store(is_routed, (live.to(tl.float32) <= crossover * n.to(tl.float32) * all_blocks).to(tl.int32))
+    tl.store(lists.is_routed, (live.to(tl.float32) <= crossover * n.to(tl.float32) * all_blocks).to(tl.int32))
     for r in range(0, rounds):
-        tl.store(round_block + r, tl.sum(((begin < r * tiles_per_round) & (b < num_blocks)).to(tl.int32), 0))
-    tl.store(round_block + rounds, num_blocks)
+        tl.store(lists.round_block + r, tl.sum(((begin < r * tiles_per_round) & (b < num_blocks)).to(tl.int32), 0))
+    tl.store(lists.round_block + rounds, num_blocks)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def fill_kernel(
-    bitmap, coef, rows, count, running, first_tile, round_block, is_routed,
-    tile_block,  # [tiles in memory] int32, block of each of the round's tiles
-    tokens,  # [tiles in memory * TILE] int32, token of each pair, from first_token; padding is not written
-    round, first_token, capacity, first_block, num_blocks, stride,
-    TILE: tl.constexpr, T: tl.constexpr, B: tl.constexpr,
-):  # fmt: skip
-    if tl.load(is_routed) == 0:
+def fill_kernel(kept, tokens, lists, round, first_token, capacity, first_block, num_blocks, TILE: tl.constexpr):
+    """A program writes the pairs of TOKENS tokens and BLOCKS blocks, if the round has any of these, to where the pairs
+    of earlier tokens end. The first pair of a tile names the tile's block."""
+    if tl.load(lists.is_routed) == 0:
         return
-    low, high = tl.load(round_block + round), tl.load(round_block + round + 1)
-    if (tl.program_id(1) * B >= high) | (tl.program_id(1) * B + B <= low):
+    low, high = tl.load(lists.round_block + round), tl.load(lists.round_block + round + 1)
+    if (tl.program_id(1) * BLOCKS >= high) | (tl.program_id(1) * BLOCKS + BLOCKS <= low):
         return
-    t, b, kept = _kept(bitmap, coef, rows, count, first_token, capacity, first_block, num_blocks, stride, T, B)
-    kept = tl.where(((b >= low) & (b < high))[None, :], kept, 0)
-    tile = tl.load(first_tile + b, mask=b < num_blocks, other=0) - tl.load(first_tile + low)
-    mine = tl.sum(kept, 0)
-    before = tl.load(running + tl.program_id(0) * num_blocks + b, mask=b < num_blocks, other=0) - mine
-    rank = before[None, :] + tl.cumsum(kept, 0) - kept
-    at = tile[None, :] * TILE + rank
-    tl.store(tokens + at, (t[:, None] + b[None, :] * 0), mask=kept != 0)
-    starts = (kept != 0) & (rank % TILE == 0)  # the first pair of a tile names the tile's block
-    tl.store(tile_block + tile[None, :] + rank // TILE, (b[None, :] + t[:, None] * 0), mask=starts)
+    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    row, exists = _rows(kept, tokens, t, first_token, capacity)
+    pairs = _kept(kept, row, exists, b, first_block, num_blocks)
+    pairs = tl.where(((b >= low) & (b < high))[None, :], pairs, 0)
+    tile = tl.load(lists.first_tile + b, mask=b < num_blocks, other=0) - tl.load(lists.first_tile + low)
+    mine = tl.sum(pairs, 0)
+    before = tl.load(lists.running + tl.program_id(0) * num_blocks + b, mask=b < num_blocks, other=0) - mine
+    position = before[None, :] + tl.cumsum(pairs, 0) - pairs
+    slot = tile[None, :] * TILE + position
+    tl.store(lists.tokens + slot, (t[:, None] + b[None, :] * 0), mask=pairs != 0)
+    starts = (pairs != 0) & (position % TILE == 0)
+    tl.store(lists.tile_block + tile[None, :] + position // TILE, (b[None, :] + t[:, None] * 0), mask=starts)
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Kept pairs of a range of tokens, and what says which tokens those are."""
-
-    bitmap: Tensor  # [M, bytes] uint8 of one set
-    most_pairs: Tensor  # [M] int32
-    coef: Tensor  # [M]
-    rows: Tensor  # [M] int32, of token i
-    count: Tensor  # [1] int32
-    first_token: int
-    capacity: int
-    all_blocks: int
-
-
-@dataclass(frozen=True)
-class Lists:
-    """The pairs of a range of tokens by a range of blocks. Sizes are bounds: the true ones are on the device."""
-
-    pairs: Pairs
-    first_block: int
-    num_blocks: int
-    tile: int
-    running: Tensor  # [ceil(capacity / TOKENS), num_blocks] int32, pairs of a block up to this many tokens, inclusive
-    lengths: Tensor  # [num_blocks] int32
-    first_tile: Tensor  # [num_blocks + 1] int32
-    round_block: Tensor  # [rounds + 1] int32
-    is_routed: Tensor  # [1] int32
-    rounds: int
-    tile_block: Tensor  # [tiles in memory] int32: of the round that was filled last, as `tokens`
-    tokens: Tensor  # [tiles in memory * tile] int32
-
-    @property
-    def tiles_in_memory(self) -> int:
-        """At most, in one round."""
-        return self.tile_block.shape[0]
-
-    def fill(self, round: int) -> None:
-        """Lists the round's pairs, in place of another's."""
-        p = self.pairs
-        launch(
-            fill_kernel, (self.running.shape[0], triton.cdiv(self.num_blocks, BLOCKS)),
-            p.bitmap, p.coef, p.rows, p.count, self.running, self.first_tile, self.round_block, self.is_routed,
-            self.tile_block, self.tokens, round, p.first_token, p.capacity, self.first_block, self.num_blocks,
-            p.bitmap.stride(0), TILE=self.tile, T=TOKENS, B=BLOCKS,
-        )  # fmt: skip
-
-
-def build(
-    pairs: Pairs, first_block: int, num_blocks: int, *, tile: int, max_pairs_in_memory: int, crossover: float
-) -> Lists:
-    """Three launches, and one more for every round."""
-    p, device = pairs, pairs.bitmap.device
-
-    def ints(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    max_pairs = min(p.capacity * num_blocks, int(crossover * p.capacity * p.all_blocks))
-    tiles_per_round = max(1, max_pairs_in_memory // tile)
+def build(sweep: Sweep, kept: Kept, blocks: range, crossover: float) -> Lists:
+    """Lists of no round yet: three launches, and one more to fill every round."""
+    capacity, num_blocks, all_blocks = sweep.tokens.capacity, len(blocks), sweep.call.num_blocks
+    tile = sweep.call.pair_tile
+    max_pairs = min(capacity * num_blocks, int(crossover * capacity * all_blocks))
+    tiles_per_round = max(1, sweep.routed_pairs // tile)
     rounds = (max_pairs // tile + num_blocks) // tiles_per_round + 1
-    tiles_in_memory = tiles_per_round + triton.cdiv(p.capacity, tile)
-    token_tiles = triton.cdiv(p.capacity, TOKENS)
-    lists = Lists(
-        pairs, first_block, num_blocks, tile,
-        running=ints(token_tiles, num_blocks),
-        lengths=ints(num_blocks),
-        first_tile=ints(num_blocks + 1),
-        round_block=ints(rounds + 1),
-        is_routed=ints(1),
-        rounds=rounds,
-        tile_block=ints(tiles_in_memory),
-        tokens=ints(tiles_in_memory * tile),
-    )  # fmt: skip
-    most = ints(token_tiles, dtype=torch.int64)
+    tiles = tiles_per_round + triton.cdiv(capacity, tile)  # in memory
+    token_tiles = triton.cdiv(capacity, TOKENS.value)
+    shapes = ((token_tiles, num_blocks), num_blocks, num_blocks + 1, rounds + 1, 1, tiles, tiles * tile)
+    device = kept.coef.device
+    lists = Lists(*map(partial(torch.empty, dtype=torch.int32, device=device), shapes))
+    most = torch.empty(token_tiles, dtype=torch.int64, device=device)
     launch(
-        count_kernel, (token_tiles, triton.cdiv(num_blocks, BLOCKS)),
-        p.bitmap, p.coef, p.rows, p.count, p.most_pairs, lists.running, most,
-        p.first_token, p.capacity, first_block, num_blocks, p.bitmap.stride(0), T=TOKENS, B=BLOCKS,
-    )  # fmt: skip
+        count_kernel,
+        (token_tiles, triton.cdiv(num_blocks, BLOCKS.value)),
+        kept=kept,
+        counts=lists.running,
+        most=most,
+        first_block=blocks.start,
+        num_blocks=num_blocks,
+        **sweep.tokens._asdict(),
+    )
     lists.running.cumsum_(0, dtype=torch.int32)
     launch(
-        plan_kernel, (1,),
-        lists.running, most, p.count, lists.lengths, lists.first_tile, lists.round_block, lists.is_routed,
-        p.first_token, p.capacity, num_blocks, p.all_blocks, token_tiles, rounds, tiles_per_round, crossover,
-        TILE=tile, B=max(16, triton.next_power_of_2(num_blocks)), T=max(16, triton.next_power_of_2(token_tiles)),
-    )  # fmt: skip
+        plan_kernel,
+        (1,),
+        lists=lists,
+        most=most,
+        num_blocks=num_blocks,
+        all_blocks=all_blocks,
+        token_tiles=token_tiles,
+        rounds=rounds,
+        tiles_per_round=tiles_per_round,
+        crossover=crossover,
+        TILE=tile,
+        B=max(16, triton.next_power_of_2(num_blocks)),
+        T=max(16, triton.next_power_of_2(token_tiles)),
+        **sweep.tokens._asdict(),
+    )
     return lists
+
+
+def fill(sweep: Sweep, kept: Kept, lists: Lists, blocks: range, round: int) -> None:
+    """Lists the round's pairs, in place of another's."""
+    token_tiles, num_blocks = lists.running.shape
+    launch(
+        fill_kernel,
+        (token_tiles, triton.cdiv(num_blocks, BLOCKS.value)),
+        kept=kept,
+        lists=lists,
+        round=round,
+        first_block=blocks.start,
+        num_blocks=num_blocks,
+        TILE=sweep.call.pair_tile,
+        **sweep.tokens._asdict(),
+    )

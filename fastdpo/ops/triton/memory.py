@@ -65,6 +65,6 @@ def routed_pairs(held: int, item: int) -> int:
     return (WORKSPACE - held) // (item * BLOCK)
 
 
-def list_blocks(token_tiles: int) -> int:
-    """Blocks whose pairs are counted together, one number for each tile of tokens."""
-    return max(1, LISTS // (4 * token_tiles))
+def list_blocks(capacity: int) -> int:
+    """Blocks whose pairs are counted together, one number for each tile of lists.TOKENS tokens."""
+    return max(1, LISTS // (4 * -(-capacity // 128)))

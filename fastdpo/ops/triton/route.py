@@ -5,11 +5,16 @@ q is an integer, a fraction of 2^32, so that its running sum does not see tiles,
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.random import philox
 
-from .common import BLOCK, VARYING, num_tokens
+from ...routing import set_bytes
+from ..problem import Forward
+from .common import BLOCK, VARYING, TokenRange, num_tokens
+from .launch import launch
 
 ONE = tl.constexpr(1 << 32)  # routing.ONE
 MASK = tl.constexpr((1 << 32) - 1)
@@ -45,39 +50,44 @@ def _take(odds, start):
 
 
 @triton.jit
-def _store_bits(place, kept, exists, num_bytes, T: tl.constexpr, K: tl.constexpr):
-    """[T, K] bool to bytes at `place` [T, 1], bit k in bit k % 8 of byte k // 8."""
+def _store_bits(target, kept, exists, num_bytes, T: tl.constexpr, K: tl.constexpr):
+    """[T, K] bool to bytes at `target` [T, 1], bit k in bit k % 8 of byte k // 8."""
     bits = tl.reshape(kept.to(tl.int32), (T, K // 8, 8))
     byte = tl.sum(bits << tl.arange(0, 8)[None, None, :], 2)
     at = tl.arange(0, K // 8)
-    tl.store(place + at[None, :], byte.to(tl.uint8), mask=exists[:, None] & (at < num_bytes)[None, :])
+    tl.store(target + at[None, :], byte.to(tl.uint8), mask=exists[:, None] & (at < num_bytes)[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def route_kernel(
     block_lse,  # [capacity, num_blocks]
     rest_lse,  # [capacity]
-    token_labels, rows, count,
+    tokens,
     seed,  # 0-d int64
     before,  # [2, capacity] int64 or None: odds of both sets on lower shards
     sums,  # [2, capacity] int64 or None: what this shard adds to them
     bitmap,  # [M, bitmap_stride]: set_bytes of pairs kept at tau, then as many of those in the smaller set
     most_pairs,  # [M] int32
-    first_token, capacity, num_blocks, bitmap_stride, set_bytes, tau, second_tau,
-    TWO_SETS: tl.constexpr,
+    first_token,
+    capacity,
+    num_blocks,
+    bitmap_stride,
+    set_bytes,
+    tau,
+    second_tau,  # None: one set
     T: tl.constexpr,  # tokens of a program
     K: tl.constexpr,  # blocks at a time
-):  # fmt: skip
-    """A program has its tokens' rows of the results to itself."""
+):
+    """A program goes along all blocks of T tokens, whose rows of the results it has to itself."""
     i = tl.program_id(0) * T + tl.arange(0, T)
     token = first_token + i
-    n = num_tokens(count, first_token, capacity)
+    n = num_tokens(tokens, first_token, capacity)
     if tl.program_id(0) * T >= n:
         return
     exists = i < n
-    label = tl.load(token_labels + token, mask=exists, other=-1)
+    label = tl.load(tokens.labels + token, mask=exists, other=-1)
     own_block = tl.where(label < 0, -1, label // BLOCK)
-    row = tl.load(rows + token, mask=exists, other=0).to(tl.int64)
+    row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
     rest = tl.load(rest_lse + i, mask=exists, other=0.0)
     counter = token.to(tl.uint32)
     zero = counter * 0
@@ -97,13 +107,46 @@ def route_kernel(
         odds = tl.where(inside, _odds(share, own, tau), 0)
         total += tl.sum(odds, 1)
         kept, sum = _take(odds, sum)
-        place = bitmap + row[:, None] * bitmap_stride + first // 8
-        _store_bits(place, kept, exists, set_bytes - first // 8, T, K)
-        if TWO_SETS:
+        target = bitmap + row[:, None] * bitmap_stride + first // 8
+        _store_bits(target, kept, exists, set_bytes - first // 8, T, K)
+        if second_tau is not None:
             second = tl.where(kept, _odds(tl.maximum(share, tau), own, second_tau), 0)
             taken, second_sum = _take(second, second_sum)
-            _store_bits(place + set_bytes, taken, exists, set_bytes - first // 8, T, K)
+            _store_bits(target + set_bytes, taken, exists, set_bytes - first // 8, T, K)
     tl.store(most_pairs + row, ((total + MASK) >> 32).to(tl.int32), mask=exists)
     if sums is not None:
         tl.store(sums + i, (sum - start) & MASK, mask=exists)
         tl.store(sums + capacity + i, (second_sum - second_start) & MASK, mask=exists)
+
+
+def route(call, tokens: TokenRange, block_lse: Tensor, rest_lse: Tensor, result: Forward, routing, shards) -> None:
+    """The bits and most_pairs of these tokens. A shard goes through its blocks once more for each set of pairs, after
+    the ranks have exchanged the odds that come before theirs."""
+    second = routing.second_tau
+    tile, grid = call.token_rows(tokens)
+    before = sums = None
+    if shards is not None:
+        before, sums = (torch.zeros(2, tokens.capacity, dtype=torch.int64, device=call.device) for _ in range(2))
+    for known in range(1 if shards is None else 2 if second is None else 3):
+        if known:
+            before[known - 1] = shards.sum_before(sums[known - 1])
+        launch(
+            route_kernel,
+            grid,
+            tile,
+            block_lse=block_lse,
+            rest_lse=rest_lse,
+            seed=routing.seed,
+            before=before,
+            sums=sums,
+            bitmap=result.bitmap,
+            most_pairs=result.most_pairs,
+            num_blocks=call.num_blocks,
+            bitmap_stride=result.bitmap.stride(0),
+            set_bytes=set_bytes(call.num_blocks),
+            tau=routing.tau,
+            second_tau=second,
+            T=tile.m,
+            K=tile.n,
+            **tokens._asdict(),
+        )

@@ -9,7 +9,7 @@ from heads import relative_error, small_head
 import fastdpo
 from fastdpo.ops import native
 
-ISAS = native.extension().supported_isas() if native.available() else []
+ISAS = native.EXTENSION.supported_isas() if native.available() else []
 
 
 @pytest.fixture(params=["avx512", "avx2", "baseline"])
@@ -17,17 +17,17 @@ def isa(request, monkeypatch):
     if request.param not in ISAS:
         pytest.skip(f"{request.param} cannot run here")
     monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
-    before = native.extension().isa()
-    assert native.extension().use_isa(request.param)
+    before = native.EXTENSION.isa()
+    assert native.EXTENSION.use_isa(request.param)
     yield request.param
-    native.extension().use_isa(before)
+    native.EXTENSION.use_isa(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("options", [{"backward": "exact"}, {"tau": 0.0, "seed": 1}], ids=["exact", "routed"])
 def test_values_and_gradients(isa, options, softcap, dtype):
-    assert native.extension().isa() == isa
+    assert native.EXTENSION.isa() == isa
     head = small_head(N=19, V=1000, H=23, bias=True, lora=True, masked=True)
     leaves, expected = head.leaves(dtype), head.rounded(dtype)
     stats = fastdpo.linear_token_stats(

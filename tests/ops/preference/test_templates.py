@@ -19,7 +19,7 @@ from fastdpo.ops.preference.templates import batch_losses
 from fastdpo.preference import preference_loss
 
 if not native.available():
-    pytest.skip(f"no native extension here: {native.reason()}", allow_module_level=True)
+    pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
 
 LENGTHS = [0, 1, 31, 32, 33, 400, 7, 700]  # completion tokens: chosen, then rejected
 WEIGHTINGS = {

@@ -20,9 +20,10 @@ if fastdpo.backends()["engines"]["triton"]["reason"]:
     pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
 
 from fastdpo.ops.triton import backward as triton_gradients
+from fastdpo.ops.triton import call as triton_call
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton import memory as triton_memory
-from fastdpo.ops.triton import operands as triton_operands
+from fastdpo.ops.triton import routed_products
 from fastdpo.ops.triton.launch import Recorder, Target
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -77,7 +78,7 @@ class Case:
         coef_entropy = None if coef_entropy is None else coef_entropy.to(DEVICE)
         mine = self.routing(True, needs) if coef_entropy is None else None
         saved = triton_engine.forward(self.head, self.rows, stats=frozenset(stats), routing=mine, shards=None)
-        ours = triton_engine.backward(self.head, self.rows, saved, Upstream(coef, coef_entropy), mine, needs)
+        ours = triton_gradients.backward(self.head, self.rows, saved, Upstream(coef, coef_entropy), mine, needs)
         plain = self.routing(False, needs) if coef_entropy is None else None
         expected = reference.forward(self.oracle, self.tokens, stats=frozenset(stats), routing=plain)
         upstream = Upstream(*(None if c is None else c[self.keep].double() for c in (coef, coef_entropy)))
@@ -123,7 +124,7 @@ def test_many_ranges_rounds_and_slabs(small_workspaces, monkeypatch, how, crosso
         mine = case.routing(True, needs)
         coef = torch.randn(300).to(DEVICE)
         saved = triton_engine.forward(case.head, case.rows, stats=frozenset(), routing=mine, shards=None)
-        ours = triton_engine.backward(case.head, case.rows, saved, Upstream(coef), mine, needs)
+        ours = triton_gradients.backward(case.head, case.rows, saved, Upstream(coef), mine, needs)
         expected = reference.forward(case.oracle, case.tokens)
         grads = reference.backward(
             case.oracle, case.tokens, expected, Upstream(coef[case.keep].double()), None, needs
@@ -151,7 +152,7 @@ def test_ranges_that_chunks_do_not_divide(monkeypatch, crossover, trained):
         routing = case.routing(True, needs)
     saved = triton_engine.forward(case.head, case.rows, stats=frozenset(), routing=routing, shards=None)
     coef = torch.randn(600).to(DEVICE)
-    ours = triton_engine.backward(case.head, case.rows, saved, Upstream(coef), routing, needs)
+    ours = triton_gradients.backward(case.head, case.rows, saved, Upstream(coef), routing, needs)
     expected = reference.forward(case.oracle, case.tokens)
     upstream = Upstream(coef[case.keep].double())
     grads = reference.backward(case.oracle, case.tokens, expected, upstream, None, needs)
@@ -234,18 +235,18 @@ def test_deterministic_algorithms_add_dhidden_in_order(monkeypatch, deterministi
     in a product of the interpreter's, so there only equal groups give equal bits.)"""
     monkeypatch.setattr(triton_gradients, "CROSSOVER", 1.0)
     launches = []
-    launch = triton_gradients.launch
+    launch = routed_products.launch
 
-    def spy(kernel, grid, *arguments, **constants):
+    def spy(kernel, grid, *tile, **arguments):
         launches.append((kernel.__name__, grid))
-        launch(kernel, grid, *arguments, **constants)
+        launch(kernel, grid, *tile, **arguments)
 
-    monkeypatch.setattr(triton_gradients, "launch", spy)
+    monkeypatch.setattr(routed_products, "launch", spy)
     head, coef = peaked_head(N=400, V=1500), torch.randn(400)
     results, groups = [], set()
     for programs in (1, 2, 100, 100):
         launches.clear()
-        monkeypatch.setattr(triton_operands, "target_of", lambda device, programs=programs: Target(0, programs))
+        monkeypatch.setattr(triton_call, "target_of", lambda device, programs=programs: Target(0, programs))
         *_, ours, expected = Case(head, routed=(0.1, 0.05)).run(coef)
         assert relative_error(ours.hidden, expected.hidden) < 5e-6
         results.append(ours.hidden)
@@ -292,7 +293,7 @@ def test_nothing_waits_for_the_device(options):
         saved = triton_engine.forward(head, rows, stats=options.get("stats", frozenset()), routing=key, shards=None)
         coef = meta(N, dtype=torch.float32)
         upstream = Upstream(coef, coef if options.get("entropy") else None)
-        grads = triton_engine.backward(head, rows, saved, upstream, key, needs)
+        grads = triton_gradients.backward(head, rows, saved, upstream, key, needs)
     assert isinstance(saved, Forward) and grads.weight.shape == (V, H)
     names = {kernel.__name__ for kernel, *_ in launches}
     assert {"compact_kernel", "fold_kernel", "finish_kernel", "dz_kernel", "dweight_kernel", "dhidden_kernel"} <= names

@@ -1,0 +1,1 @@
+"""Logits that are computed only if somebody reads them: head.py makes them, logits.py knows what goes without."""

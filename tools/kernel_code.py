@@ -1,0 +1,180 @@
+"""A kernel's machine code: compiled ahead of time for an architecture, counted, and held against what it must be."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tools.kernel_variants import Variant
+
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What programs share (CUDA C++ programming guide, table of technical specifications)."""
+
+    block_memory: int  # bytes of shared memory that one program can have
+    memory: int  # of all programs; each takes RESERVED_MEMORY more than it asks for
+    threads: int
+    programs: int
+
+
+RESERVED_MEMORY = KIB
+REGISTERS = 65536  # given to warps 256 at a time
+TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
+MULTIPROCESSORS = {
+    80: Multiprocessor(163 * KIB, 164 * KIB, 2048, 32),
+    90: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32),
+    100: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32),
+    120: Multiprocessor(99 * KIB, 100 * KIB, 1536, 24),
+}
+
+# SASS mnemonics, by their first part
+TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "UTCOMMA", "UTCMXQMMA"}
+WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
+TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
+SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
+FEW = 8  # spills that may stand outside of the hot loops, once in a tile
+LARGE = {"fold", "dz", "dhidden", "dweight"}  # whose time is all product
+
+
+@dataclass(frozen=True)
+class Code:
+    registers: int
+    shared: int  # bytes
+    threads: int
+    tensor_columns: int  # of tensor memory
+    has_dot: bool
+    instructions: dict[str, int] = field(default_factory=dict)  # SASS mnemonics with all their parts
+    hot_spills: int = 0  # loads from local memory in an innermost loop
+
+    def count(self, mnemonics: set[str], *parts: str) -> int:
+        """Instructions of these, with all of `parts` among their modifiers."""
+        return sum(
+            n
+            for name, n in self.instructions.items()
+            if name.split(".")[0] in mnemonics and set(parts) <= set(name.split("."))
+        )
+
+    def tensor_core(self) -> dict[str, int]:
+        counts = {name: self.count({name}) for name in sorted(TENSOR_CORE)}
+        return {name: n for name, n in counts.items() if n}
+
+    @property
+    def spills(self) -> int:
+        """Loads from local memory, wherever they stand."""
+        return self.count(SPILL)
+
+    def per_multiprocessor(self, capability: int) -> int:
+        """Programs that fit on one multiprocessor."""
+        m = MULTIPROCESSORS[capability]
+        warp_registers = -(-self.registers * 32 // 256) * 256
+        limits = [
+            m.programs,
+            m.threads // self.threads,
+            REGISTERS // (warp_registers * self.threads // 32),
+            m.memory // (self.shared + RESERVED_MEMORY),
+        ]
+        if self.tensor_columns:
+            limits.append(TENSOR_COLUMNS // self.tensor_columns)
+        return min(limits)
+
+
+def compile_variant(variant: Variant) -> Code:
+    function = getattr(importlib.import_module(variant.module), variant.kernel)
+    source = ASTSource(function, variant.signature, variant.constants, variant.attributes)
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", variant.capability, 32),
+        options={"num_warps": variant.warps, "num_stages": variant.stages},
+    )
+    registers, code = disassemble(compiled.asm["cubin"])
+    threads = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    return Code(
+        registers=registers,
+        shared=compiled.metadata.shared,
+        threads=int(threads.group(1)) if threads else 32 * variant.warps,
+        tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
+        has_dot="tt.dot" in compiled.asm["ttir"],
+        instructions=dict(Counter(mnemonic for _, mnemonic, _ in code)),
+        hot_spills=sum(is_spill(mnemonic) for loop in hot_loops(code) for _, mnemonic, _ in loop),
+    )
+
+
+Instruction = tuple[int, str, str]  # address, mnemonic with all its parts, operands
+
+
+def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
+    """(registers of a thread, the code)."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage, listing = run_tool("cuobjdump", "-res-usage", path), run_tool("cuobjdump", "-sass", path)
+    return max(int(n) for n in re.findall(r"REG:(\d+)", usage)), instructions(listing)
+
+
+def instructions(listing: str) -> list[Instruction]:
+    line = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;/]*)", re.MULTILINE)
+    return [(int(address, 16), mnemonic, rest.strip()) for address, mnemonic, rest in line.findall(listing)]
+
+
+def is_spill(mnemonic: str) -> bool:
+    return mnemonic.split(".")[0] in SPILL
+
+
+def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
+    """The innermost loops of those with a product, or of all where there is none.
+
+    A loop reaches from a branch back to its target. Of two that overlap the shorter is the inner one: a rotated outer
+    loop may begin within it.
+    """
+    spans = set()
+    for address, mnemonic, rest in code:
+        target = re.search(r"0x([0-9a-f]+)", rest) if mnemonic.split(".")[0] == "BRA" else None
+        if target and int(target.group(1), 16) < address:
+            spans.add((int(target.group(1), 16), address))
+    bodies = {(first, last): [one for one in code if first <= one[0] <= last] for first, last in spans}
+    with_product = {span for span in spans if any(m.split(".")[0] in TENSOR_CORE for _, m, _ in bodies[span])}
+    innermost: list[tuple[int, int]] = []
+    for first, last in sorted(with_product or spans, key=lambda span: span[1] - span[0]):
+        if all(last < other_first or other_last < first for other_first, other_last in innermost):
+            innermost.append((first, last))
+    return [bodies[span] for span in innermost]
+
+
+def run_tool(tool: str, *arguments) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def faults(variant: Variant, code: Code) -> list[str]:
+    """What must not be, in words."""
+    found = []
+    capability, limit = variant.capability, MULTIPROCESSORS[variant.capability].block_memory
+    half = variant.compute in ("bf16", "fp16")
+    if code.shared > limit:
+        found.append(f"{code.shared / KIB:.0f} KiB of shared memory; a program has {limit // KIB}")
+    if code.tensor_columns > TENSOR_COLUMNS:
+        found.append(f"{code.tensor_columns} columns of tensor memory; there are {TENSOR_COLUMNS}")
+    if code.hot_spills:
+        found.append(f"registers are spilled in a hot loop: {code.hot_spills} loads from local memory")
+    if code.spills > FEW:
+        found.append(f"registers are spilled: {code.spills} loads from local memory")
+    if code.has_dot and not code.tensor_core():
+        found.append("tl.dot without a tensor-core instruction")
+    if variant.constant("TMA") and capability >= 90 and not code.count(TMA):
+        found.append("no TMA instruction in a kernel launched with descriptors")
+    full_rate = WARP_GROUP.get(capability)
+    if full_rate and half and variant.name in LARGE and not code.count({full_rate}):
+        found.append(f"no {full_rate}: products run at a fraction of the tensor cores' rate")
+    return found

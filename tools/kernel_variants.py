@@ -1,0 +1,220 @@
+"""Every form in which the Triton engine launches its kernels: a list of problems, and what is launched for them.
+
+The engine runs on tensors without storage, and its launches are recorded. Triton itself then says what each launch
+would be compiled for, so the forms are those of a real run: types, alignment, constants, warps and stages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from fastdpo.head import LogitTransform, LoRA, Routing
+from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
+from fastdpo.ops.triton import backward as triton_backward
+from fastdpo.ops.triton import forward as triton_engine
+from fastdpo.ops.triton.launch import Recorder, Target
+
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}
+
+TYPES = {  # (hidden, weight, multiplied in)
+    "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16, torch.float16),
+    "fp32": (torch.float32, torch.float32, torch.float32),
+    "mixed": (torch.float32, torch.float32, torch.bfloat16),  # autocast over fp32 parameters
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    name: str
+    tokens: int = 8192
+    vocab_size: int = 128256
+    hidden_size: int = 4096
+    bias: bool = False
+    rank: int = 0  # of a low-rank head
+    softcap: float = 0.0
+    stats: tuple[str, ...] = ()
+    tau: tuple[float, float] | None = None  # routed
+    entropy: bool = False  # has an upstream gradient
+    frozen: bool = False  # no gradient of the head
+    frozen_hidden: bool = False
+    deterministic: bool = False
+    shard: bool = False  # of the vocabulary
+    forward_only: bool = False
+
+
+_OPTIONS = {"bias": True, "softcap": 30.0}
+ONE_TAU, TWO_TAUS = (2.0**-10, 2.0**-10), (2.0**-9, 2.0**-11)  # one set of pairs, and two
+PROBLEMS = [
+    Problem("exact"),
+    Problem("exact, few tokens", tokens=2048),
+    Problem("exact, options", rank=16, **_OPTIONS),
+    Problem("exact, options, few tokens", tokens=2048, rank=64, **_OPTIONS),
+    Problem("entropy", stats=("entropy",), entropy=True, frozen=True),
+    Problem("entropy, options", stats=STATS, entropy=True, rank=16, **_OPTIONS),
+    Problem("routed", tau=TWO_TAUS),
+    Problem("routed, few tokens", tokens=2048, tau=TWO_TAUS),
+    Problem("routed, one tau", tokens=2048, tau=ONE_TAU),
+    Problem("routed, frozen", tau=TWO_TAUS, frozen=True),
+    Problem("routed, frozen hidden", tau=TWO_TAUS, frozen_hidden=True),
+    Problem("routed, options", tokens=2048, tau=TWO_TAUS, rank=64, **_OPTIONS),
+    Problem("routed, options, one tau", tokens=2048, tau=ONE_TAU, rank=16, **_OPTIONS),
+    Problem("routed, larger tau for dweight", tokens=2048, tau=(1e-3, 1e-2), **_OPTIONS),
+    Problem("routed, repeatable", tokens=2048, tau=TWO_TAUS, deterministic=True),
+    Problem("statistics", stats=STATS, forward_only=True),
+    Problem("rows not aligned", hidden_size=4097, tau=TWO_TAUS),
+    Problem("rows not aligned, options", hidden_size=4097, stats=STATS, entropy=True, rank=16, **_OPTIONS),
+    Problem("shard of the vocabulary", vocab_size=32064, stats=STATS, tau=TWO_TAUS, shard=True),
+]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel for one set of types and constants, as triton.compiler.ASTSource and compile() take them."""
+
+    module: str
+    kernel: str
+    capability: int
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], object]
+    attributes: dict[tuple[int, ...], list]
+    warps: int
+    stages: int
+    problems: list[str] = field(default_factory=list, compare=False)  # that launch it
+
+    @property
+    def key(self) -> str:
+        return repr(
+            (self.module, self.kernel, self.signature, self.constants, self.attributes, self.warps, self.stages)
+        )
+
+    @property
+    def name(self) -> str:
+        return self.kernel.removesuffix("_kernel")
+
+    def constant(self, name: str, otherwise=None):
+        """Of an argument, or of a tuple's member."""
+        for index, (argument, kind) in enumerate(self.signature.items()):
+            members = getattr(kind, "_fields", ())
+            if argument == name or name in members:
+                path = (index,) if argument == name else (index, members.index(name))
+                value = self.constants.get(path, otherwise)
+                return getattr(value, "value", value)
+        return otherwise
+
+    @property
+    def compute(self) -> str:
+        """The type that a matrix product multiplies in."""
+        return str(self.constant("COMPUTE", ""))
+
+    @property
+    def shape(self) -> str:
+        """Tile, warps and stages."""
+        sizes = [self.constant(name) for name in ("BM", "TILE", "BN", "BK")]
+        return "x".join(str(size) for size in sizes if size) + f" w{self.warps} s{self.stages}"
+
+
+class _NoDevice:
+    """Triton's driver, as far as naming the form of a launch needs one. A device's number is its capability here."""
+
+    def __init__(self, capability: int):
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+class _OneShard:
+    """Collectives of a group of one."""
+
+    vocab_size = 128256
+
+    def label_logit(self, x: Tensor) -> Tensor:
+        return x
+
+    sum = max = logsumexp = sum_before = label_logit
+
+
+def variant_of(capability: int, kernel, arguments: dict, warps: int, stages: int) -> Variant:
+    """What Triton compiles for kernel[grid](**arguments)."""
+    triton.runtime.driver.set_active(_NoDevice(capability))
+    *_, backend, binder = kernel.device_caches[capability]
+    keywords = {**arguments, "num_warps": warps, "num_stages": stages, "debug": False}
+    bound, specialization, options = binder(**keywords)
+    _, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
+    return Variant(kernel.__module__, kernel.__name__, capability, signature, constexprs, attributes, warps, stages)
+
+
+def record(problem: Problem, types: str, capability: int) -> list[tuple]:
+    """The launches of a forward and a backward."""
+    hidden_type, weight_type, compute = TYPES[types]
+    n, v, h, r = problem.tokens, problem.vocab_size, problem.hidden_size, problem.rank
+
+    def meta(*size: int, dtype: torch.dtype = weight_type) -> Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    head = Head(
+        hidden=meta(n, h, dtype=hidden_type),
+        weight=meta(v, h),
+        bias=meta(v) if problem.bias else None,
+        lora=LoRA(meta(r, h), meta(v, r), 2.0) if r else None,
+        transform=LogitTransform(softcap=problem.softcap),
+        compute_dtype=compute,
+    )
+    rows = Rows(meta(n, dtype=torch.int64), -100, 251 * 128 if problem.shard else 0, 128256)
+    routing = None if problem.tau is None else Routing.of(*problem.tau, meta(dtype=torch.int64))
+    shards = _OneShard() if problem.shard else None
+    trained = not problem.frozen
+    needs = Needs(not problem.frozen_hidden, trained, trained and problem.bias, trained and r > 0, trained and r > 0)
+    with Recorder(Target(capability, MULTIPROCESSORS[capability])) as launches, _deterministic(problem.deterministic):
+        saved = triton_engine.forward(head, rows, stats=frozenset(problem.stats), routing=routing, shards=shards)
+        if not problem.forward_only:
+            column = meta(n, dtype=torch.float32)
+            upstream = Upstream(column, column if problem.entropy else None)
+            exact = problem.entropy
+            triton_backward.backward(head, rows, saved, upstream, None if exact else routing, needs)
+    return launches
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+# The types that are compiled much as bf16 is need not go through every problem each time.
+ESSENTIAL = {"exact", "exact, options", "routed", "routed, options", "statistics"}
+
+
+def variants(
+    capability: int, types: list[str], kernel: str | None = None, *, everything: bool = False
+) -> list[Variant]:
+    """Each once, in the order in which they are first launched; `kernel` is part of a name."""
+    found: dict[str, Variant] = {}
+    for name in types:
+        for problem in PROBLEMS:
+            if not (everything or name == "bf16" or problem.name in ESSENTIAL):
+                continue
+            launched = set()
+            for function, _, arguments, warps, stages in record(problem, name, capability):
+                if kernel is not None and kernel not in function.__name__:
+                    continue
+                variant = variant_of(capability, function, arguments, warps, stages)
+                launched.add(variant.key)
+                found.setdefault(variant.key, variant)
+            for key in launched:
+                found[key] = replace(found[key], problems=[*found[key].problems, f"{name}: {problem.name}"])
+    return list(found.values())

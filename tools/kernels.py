@@ -1,0 +1,105 @@
+"""What the compiler makes of every Triton kernel, in every form the engine launches it, for four GPU architectures.
+
+python -m tools.kernels [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE]
+
+No GPU is needed. Fails on registers spilled in a hot loop (or more than a few elsewhere), on a product without tensor
+cores (or, in the large kernels, without the architecture's full-rate ones), on descriptors without TMA, and on too much
+shared memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tools.kernel_code import KIB, TMA, Code, compile_variant, faults
+from tools.kernel_variants import MULTIPROCESSORS, TYPES, Variant, variants
+
+
+def examine(variant: Variant) -> tuple[Variant, Code | None, list[str]]:
+    try:
+        code = compile_variant(variant)
+    except (
+        Exception
+    ) as error:  # the compiler's own, of many types: a kernel that does not compile is a fault like others
+        return variant, None, [f"does not compile: {str(error).strip().splitlines()[-1]}"]
+    return variant, code, faults(variant, code)
+
+
+def table_of(capability: int, results: list[tuple[Variant, Code | None, list[str]]]) -> Table:
+    """A line per kernel, type and tile: the worst of its forms."""
+    table = Table(title=f"sm_{capability}", title_justify="left")
+    for column in ("kernel", "type", "tile", "forms", "registers", "KiB shared", "programs / SM", "local",
+                   "tensor core",
+                   "TMA",
+                   "LDGSTS 128", "RED"):  # fmt: skip
+        table.add_column(column, justify="left" if column in ("kernel", "type", "tile", "tensor core") else "right")
+    groups: dict[tuple, list[tuple[Variant, Code]]] = {}
+    for variant, code, _ in results:
+        if code is not None:
+            groups.setdefault((variant.name, variant.compute, variant.shape), []).append((variant, code))
+    for (name, compute, shape), members in groups.items():
+        codes = [code for _, code in members]
+        tensor = {kind: n for code in codes for kind, n in code.tensor_core().items()}
+        table.add_row(
+            name, compute, shape, str(len(codes)),
+            str(max(code.registers for code in codes)),
+            f"{max(code.shared for code in codes) / KIB:.0f}",
+            str(min(code.per_multiprocessor(capability) for code in codes)),
+            str(max(code.spills for code in codes)),
+            " ".join(f"{n} {kind}" for kind, n in tensor.items()),
+            str(max(code.count(TMA) for code in codes)),
+            str(max(code.count({"LDGSTS"}, "128") for code in codes)),
+            str(max(code.count({"RED", "REDG", "ATOMG"}) for code in codes)),
+        )  # fmt: skip
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", choices=MULTIPROCESSORS, help="all by default")
+    parser.add_argument("--kernel", help="part of a kernel's name")
+    parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
+    parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
+    parser.add_argument("--json", type=Path, help="write every form's figures to this file")
+    args = parser.parse_args()
+    console = Console(width=150)
+    failed, figures = 0, []
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for capability in args.arch or MULTIPROCESSORS:
+            started = time.monotonic()
+            wanted = variants(capability, args.dtype or list(TYPES), args.kernel, everything=args.all)
+            results = []
+            for result in pool.imap(examine, wanted, chunksize=4):
+                results.append(result)
+                if sys.stderr.isatty():
+                    print(f"\rsm_{capability}: {len(results)} of {len(wanted)}", end="", file=sys.stderr)
+            console.print(table_of(capability, results))
+            bad = [(variant, found) for variant, _, found in results if found]
+            for variant, found in bad:
+                form = f"sm_{capability} {variant.name} {variant.compute} {variant.shape}"
+                console.print(f"FAULT {form}: {'; '.join(found)}"
+                              f" (launched for {variant.problems[0]})", markup=False)  # fmt: skip
+            seconds = time.monotonic() - started
+            console.print(f"sm_{capability}: {len(results)} forms, {len(bad)} with faults, {seconds:.0f} s\n")
+            failed += len(bad)
+            figures += [
+                {"capability": capability, "kernel": v.name, "type": v.compute, "tile": v.shape,
+                 "launched for": v.problems,
+                 "faults": f, **({} if c is None else vars(c))} for v, c, f in results
+            ]  # fmt: skip
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
