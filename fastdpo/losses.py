@@ -245,24 +245,26 @@ _USERS = {option: _users(option) for option in _CHECKS}  # none for what every l
 
 def states_options(function):
     """Decorates what takes `**options`: the options join its signature, and the table's names its docstring."""
-    signature = inspect.signature(function)
-    given = list(signature.parameters.values())[:-1]
-    first = [x.kind for x in given].index(inspect.Parameter.KEYWORD_ONLY)
+    given = list(inspect.signature(function).parameters.values())[:-1]
     options = list(inspect.signature(PreferenceOptions).parameters.values())
-    options = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in options]
-    function.__signature__ = signature.replace(parameters=[*given[:first], *options, *given[first:]])
+    keywords = [x.replace(kind=x.KEYWORD_ONLY) for x in options] + [x for x in given if x.kind == x.KEYWORD_ONLY]
+    parameters = [x for x in given if x.kind != x.KEYWORD_ONLY] + keywords
+    function.__signature__ = inspect.signature(function).replace(parameters=parameters)
 
-    def names(chosen) -> str:
-        names = ", ".join(f"``{name}``" for name in chosen)
-        return textwrap.fill(names, 100, subsequent_indent=" " * 12)
+    def fill(**lists) -> None:
+        for key, items in lists.items():
+            text = textwrap.fill(", ".join(items), 100, subsequent_indent=" " * 12)
+            function.__doc__ = function.__doc__.replace(f"{{{key}}}", text)
 
-    lists = {"losses": names(LOSSES), "divergences": names(F_DIVERGENCES)}
-    for key in ("f_divergence", "lengths"):
-        lists[key] = names(name for name, loss in LOSSES.items() if getattr(loss, key))
-    intervals = (f"{loss.label_smoothing} for ``{name}``" for name, loss in LOSSES.items() if loss.label_smoothing)
-    lists["label_smoothing"] = textwrap.fill(", ".join(intervals), 100, subsequent_indent=" " * 12)
-    for key, text in lists.items():  # none under python -OO
-        function.__doc__ = function.__doc__ and function.__doc__.replace(f"{{{key}}}", text)
+    if function.__doc__ is not None:  # as it is under python -OO
+        intervals = {f"``{name}``": loss.label_smoothing for name, loss in LOSSES.items() if loss.label_smoothing}
+        fill(
+            losses=[f"``{name}``" for name in LOSSES],
+            divergences=[f"``{name}``" for name in F_DIVERGENCES],
+            f_divergence=[f"``{name}``" for name, loss in LOSSES.items() if loss.f_divergence],
+            lengths=[f"``{name}``" for name, loss in LOSSES.items() if loss.lengths],
+            label_smoothing=[f"{interval} for {name}" for name, interval in intervals.items()],
+        )
     return function
 
 
