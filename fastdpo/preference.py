@@ -12,20 +12,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import PreferenceOptions, check_sequences
 from .ops.preference.reference import BatchInputs
-from .ops.preference.templates import PreferenceLossFunction, batch_losses
+from .ops.preference.templates import batch_losses
 from .tensors import refuse_transforms
-
-__all__ = [
-    "DPOOutput",
-    "LinearDPOLoss",
-    "PreferenceLossFunction",
-    "PreferenceOutput",
-    "linear_dpo_loss",
-    "preference_loss",
-]
 
 
 class PreferenceOutput(NamedTuple):
@@ -76,10 +66,10 @@ def preference_loss(
             themselves).
         ref_chosen_logps, ref_rejected_logps: the same of the reference model; both or neither.
         beta: strength of the tie to the reference; > 0. In ``ipo`` the paper's tau, in ``orpo`` its lambda.
-        loss_type: a name or a list of names whose weighted sum is the loss: ``sigmoid``, ``robust``, ``ipo``,
-            ``hinge``, ``exo_pair``, ``nca_pair``, ``bco_pair``, ``sppo_hard``, ``aot``, ``aot_unpaired``,
-            ``apo_zero``, ``apo_down``, ``discopop``, ``sigmoid_norm``, ``sft``, ``simpo``, ``cpo``, ``orpo``,
-            ``kto``, ``dpop``, ``slic``. The first fifteen are those of TRL's DPOTrainer. ``cpo`` and ``orpo``
+        loss_type: a name or a list of names of ``fastdpo.losses.LOSSES``, whose weighted sum is the loss: those of
+            TRL's DPOTrainer (``sigmoid``, ``robust``, ``ipo``, ``hinge``, ``exo_pair``, ``nca_pair``, ``bco_pair``,
+            ``sppo_hard``, ``aot``, ``aot_unpaired``, ``apo_zero``, ``apo_down``, ``discopop``, ``sigmoid_norm``,
+            ``sft``) and others, such as ``simpo``, ``cpo``, ``orpo``, ``kto``, ``dpop``, ``slic``. ``cpo`` and ``orpo``
             are the preference terms alone: ``["sft", "orpo"]`` adds the likelihood of the chosen completions.
             ``kto`` is the mean over the two sequences of a row, so `loss` is KTO's mean over all 2B.
         loss_weights: one number per loss; ones by default.
