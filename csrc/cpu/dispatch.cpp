@@ -152,25 +152,27 @@ void route(const RouteArgs& a) {
 }
 
 void count_pairs(const CountPairsArgs& a) {
-  std::memset(a.counts, 0, a.num_blocks * sizeof(int64_t));
-  parallel_for((a.num_blocks + 7) / 8, grain_for(a.num_tokens), a.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t token = 0; token < a.num_tokens; ++token) {
-      if (a.coef[token] == 0.0f) continue;
+  const PairSet& set = a.set;
+  std::memset(a.counts, 0, set.num_blocks * sizeof(int64_t));
+  parallel_for(bytes_of(set.num_blocks), grain_for(set.num_tokens), set.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = 0; token < set.num_tokens; ++token) {
+      if (set.coef[token] == 0.0f) continue;
       for (int64_t byte = begin; byte < end; ++byte)
-        for (unsigned bits = a.bitmap[token * a.bitmap_stride + byte]; bits; bits &= bits - 1)
+        for (unsigned bits = set.bitmap[token * set.bitmap_stride + byte]; bits; bits &= bits - 1)
           ++a.counts[byte * 8 + __builtin_ctz(bits)];
     }
   });
 }
 
 void fill_pairs(const FillPairsArgs& a) {
-  parallel_for(a.num_blocks, grain_for(a.num_tokens), a.num_threads, [&](int64_t begin, int64_t end) {
+  const PairSet& set = a.set;
+  parallel_for(set.num_blocks, grain_for(set.num_tokens), set.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = a.first_block + i;
+      const int64_t block = set.first_block + i;
       int32_t* out = a.tokens + a.offsets[i];
-      for (int64_t token = 0; token < a.num_tokens; ++token) {
-        const bool kept = a.bitmap[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
-        if (kept && a.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
+      for (int64_t token = 0; token < set.num_tokens; ++token) {
+        const bool kept = set.bitmap[token * set.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
+        if (kept && set.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
       }
     }
   });
