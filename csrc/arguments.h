@@ -60,10 +60,11 @@ class Arguments {
 
   template <class T>
   void matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols) {
-    const py::object sizes = attribute(required(take(name)), torch_.shape);
+    const py::handle x = required(take(name));
+    const py::object sizes = attribute(x, torch_.shape);
     if (PyTuple_GET_SIZE(sizes.ptr()) != 2) throw py::type_error(here() + " must have two dimensions");
     num_rows = item(sizes, 0), num_cols = item(sizes, 1);
-    in_rows(value_, pointer, stride, num_rows, num_cols);
+    in_rows(x, pointer, stride, num_rows, num_cols);
   }
 
   template <class T>
@@ -168,9 +169,9 @@ class Arguments {
 
   py::handle take(std::string_view name) {
     names_.push_back(name);
-    value_ = PyDict_GetItem(given_.ptr(), py::str(name.data(), name.size()).ptr());
-    if (!value_) throw py::type_error(here() + " is missing");
-    return value_;
+    const py::handle found = PyDict_GetItem(given_.ptr(), py::str(name.data(), name.size()).ptr());
+    if (!found) throw py::type_error(here() + " is missing");
+    return found;
   }
 
   // `function` of the value of each of "first, second" and its member.
@@ -260,8 +261,7 @@ class Arguments {
   const py::dict given_;
   const int cuda_device_;
   const Torch& torch_;
-  const py::object* any_ = nullptr;  // the type of `void*`
-  py::handle value_;                 // taken last
+  const py::object* any_ = nullptr;      // the type of `void*`
   std::vector<std::string_view> names_;  // taken
 };
 

@@ -275,7 +275,12 @@ class _Routed:
     def _lists(self, start: int, stop: int, which: int) -> Iterator[tuple[int, Tensor]]:
         """(block, int32 tokens) for every block with pairs of a set among tokens [start, stop), in bounded pieces."""
         ops, num_blocks, num_tokens = self.ops, self.ops.num_blocks, self.ops.count
-        kept = {"bitmap": self.sets[which], "coef": self.upstream.coef, "num_tokens": num_tokens, "num_threads": ops.threads}
+        kept = {
+            "bitmap": self.sets[which],
+            "coef": self.upstream.coef,
+            "num_tokens": num_tokens,
+            "num_threads": ops.threads,
+        }
         if which not in self.counts:
             self.counts[which] = torch.empty(num_blocks, dtype=torch.int64, device=self.upstream.coef.device)
             EXTENSION.count_pairs(**kept, first_block=0, num_blocks=num_blocks, counts=self.counts[which])
