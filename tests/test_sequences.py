@@ -1,11 +1,11 @@
-"""Sums of tokens per sequence, in both layouts; the check of layouts; conversions in which nothing finite overflows."""
+"""Sums of tokens per sequence, in both layouts, and conversions in which nothing finite overflows."""
 
 import math
 
 import pytest
 import torch
 
-from fastdpo.sequences import Sequences, cast, check_layout
+from fastdpo.sequences import Sequences, cast
 
 IGNORE = -100
 
@@ -63,23 +63,3 @@ def test_what_is_ignored_is_left_out_not_multiplied():
     sums = Sequences(labels, IGNORE, None).sum(values)
     sums.sum().backward()
     assert sums.tolist() == [2.0, 0.0] and values.grad.tolist() == [[1.0, 0.0], [0.0, 0.0]]
-
-
-LAYOUTS_REFUSED = {
-    "odd batch": ((5, 8), (5, 8), None, ValueError, "odd number.*5"),
-    "shapes": ((4, 8), (4, 7), None, ValueError, r"\(4, 7\)"),
-    "flat": ((8,), (8,), None, ValueError, "without cu_seqlens"),
-    "padded": ((4, 8), (4, 8), torch.tensor([0, 4, 8]), ValueError, "with cu_seqlens"),
-    "even": ((8,), (8,), torch.tensor([0, 8]), ValueError, r"2B \+ 1"),
-    "floats": ((8,), (8,), torch.tensor([0.0, 4.0, 8.0]), TypeError, "float32"),
-    "start": ((8,), (8,), torch.tensor([1, 4, 8]), ValueError, "start at 0; got 1"),
-    "end": ((8,), (8,), torch.tensor([0, 4, 9]), ValueError, "8; got 9"),
-    "decreasing": ((8,), (8,), torch.tensor([0, 5, 4, 6, 8]), ValueError, "5 then 4 at position 2"),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS_REFUSED)
-def test_layouts_refused(name):
-    rows, labels, offsets, error, message = LAYOUTS_REFUSED[name]
-    with pytest.raises(error, match=message):
-        check_layout(torch.zeros(*rows, 3), torch.zeros(labels, dtype=torch.int64), offsets, False)

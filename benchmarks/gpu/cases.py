@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from cost_model import STEP, Gpu, Shape, StepCost, step_cost
-from gpu_timing import interleaved, kernel_times, launches_of
-from inputs import HeadInputs, lifted, load, synthetic_head
-from peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
 from torch import Tensor
+
+from benchmarks.gpu.timing import interleaved, kernel_times, launches_of
+from benchmarks.inputs import HeadInputs, lifted, load, synthetic_head
+from benchmarks.peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
+from tools.cost_model import STEP, Gpu, Shape, StepCost, step_cost
 
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
 LAUNCHES = ("step", "frozen step", "loss")  # groups of which every contender's launches are counted
@@ -61,14 +62,15 @@ class ShapeCases:
 
     def _live(self, tau: float) -> Tensor:
         """[num_blocks] tokens that keep each block, as the engine decides."""
+        from fastdpo.head import Routing
         from fastdpo.ops.problem import Head, Rows
         from fastdpo.ops.triton import forward as triton_engine
-        from fastdpo.routing import Routing, num_blocks, unpack_bits
+        from fastdpo.routing import num_blocks, unpack_bits
 
         head = Head(self.hidden, self.weight, compute_dtype=self.shape.dtype)
         rows = Rows(self.labels, -100, 0, self.shape.vocab_size)
         seed = torch.zeros((), dtype=torch.int64, device=self.device)
-        saved = triton_engine.forward(head, rows, stats=frozenset(), routing=Routing(tau, tau, seed), shards=None)
+        saved = triton_engine.forward(head, rows, stats=frozenset(), routing=Routing.of(tau, tau, seed), shards=None)
         return unpack_bits(saved.bitmap, num_blocks(self.shape.vocab_size)).sum(0).cpu()
 
     def case(self, group: str) -> Case:
@@ -232,7 +234,7 @@ def token_loss(logps: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) ->
     from fastdpo.ops.preference.reference import BatchInputs
     from fastdpo.ops.preference.templates import batch_losses
 
-    return batch_losses(PreferenceOptions(beta=beta), BatchInputs(logps, ref=ref_logps, labels=labels))[0]
+    return batch_losses(PreferenceOptions(beta), BatchInputs(logps, ref=ref_logps, labels=labels))[0]
 
 
 def _step(run: Callable, problem: Problem) -> tuple:
@@ -243,9 +245,9 @@ def _step(run: Callable, problem: Problem) -> tuple:
 
 
 def _taus() -> tuple[float, float]:
-    from fastdpo.routing import parse_tau
+    from fastdpo.head import taus
 
-    tau = parse_tau(None)
+    tau = taus(None)
     return tau[0], min(tau)
 
 

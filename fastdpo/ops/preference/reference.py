@@ -234,11 +234,13 @@ def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Te
         lengths[0],
         options,
     )
-    losses = weights * sum(weight * REFERENCE[name](q) for name, weight in zip(options.loss_type, options.loss_weights))
+    terms = zip(options.loss_type, options.loss_weights)
+    losses = Cast.apply(weights * sum(weight * REFERENCE[name](q) for name, weight in terms), dtype)
     rewards = (q.chosen / q.n_w, q.rejected / q.n_l) if options.all_are("per_token_reward") else (q.a, q.b)
     return (
-        Cast.apply(losses.sum() / max(losses.shape[0], 1), dtype),  # not their mean: an empty batch has loss 0
-        Cast.apply(losses, dtype),
+        # of the rounded losses, as the templates'; not their mean: an empty batch has loss 0
+        Cast.apply(losses.sum(dtype=wide) / max(losses.shape[0], 1), dtype),
+        losses,
         *((options.beta * x.detach()).to(dtype) for x in rewards),
         cast(q.chosen, dtype),
         cast(q.rejected, dtype),
