@@ -31,7 +31,7 @@ def forward(logits, labels, temperature=1.0, lanes=LANES, with_entropy=False, sp
     """(logps, lse), and the entropy where it is asked for."""
     results = torch.full((2 + with_entropy, len(labels)), CANARY)
     native.EXTENSION.host_logits_forward(
-        lanes,
+        lanes=lanes,
         logits=logits,
         labels=labels,
         logps=results[0],
@@ -48,7 +48,7 @@ def backward(logits, labels, logps, lse, coef, out, temperature=1.0, lanes=LANES
     """`of_entropy`: (entropy, coef_entropy)."""
     entropy, coef_entropy = of_entropy or (None, None)
     native.EXTENSION.host_logits_backward(
-        lanes,
+        lanes=lanes,
         logits=logits,
         labels=labels,
         logps=logps,
@@ -257,7 +257,7 @@ def test_gradients_are_rounded_to_nearest(dtype):
 @pytest.fixture
 def launched_on_the_cpu(monkeypatch):
     def launch(name, logits, **fields):
-        getattr(native.EXTENSION, name.replace("cuda", "host"))(LANES, logits=logits, **fields)
+        getattr(native.EXTENSION, name.replace("cuda", "host"))(lanes=LANES, logits=logits, **fields)
 
     monkeypatch.setattr(cuda_logits, "_launch", launch)
     monkeypatch.setattr(cuda_logits, "_multiprocessors", lambda device: 132)
