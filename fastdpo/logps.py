@@ -164,7 +164,7 @@ def token_stats(
     if torch.is_grad_enabled():
         for x in call.tensors:
             differentiable = differentiable or (x is not None and x.requires_grad)
-    arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
+    arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
     apply = super(Function, function).apply  # torch's: the class's own checks again
     if not torch.compiler.is_compiling():
         outputs = apply(*arguments)
