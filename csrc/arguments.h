@@ -5,9 +5,10 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstring>
 #include <string>
+#include <string_view>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #include "structs.h"
@@ -16,19 +17,21 @@ namespace fastdpo {
 
 namespace py = pybind11;
 
-// torch's types by what they are here; made once, when the first call has tensors.
-struct TorchTypes {
-  py::object float32, float64, bfloat16, float16, int64, int32, uint8, boolean;
-  TorchTypes() {
-    const py::module_ torch = py::module_::import("torch");
-    float32 = torch.attr("float32"), float64 = torch.attr("float64");
-    bfloat16 = torch.attr("bfloat16"), float16 = torch.attr("float16");
-    int64 = torch.attr("int64"), int32 = torch.attr("int32");
-    uint8 = torch.attr("uint8"), boolean = torch.attr("bool");
-  }
-  static const TorchTypes& get() {
-    static const TorchTypes* types = new TorchTypes();  // never freed: the interpreter may be gone before
-    return *types;
+// torch's types, and the names of what a tensor is asked; made once, when the first call comes, and never freed: the
+// interpreter may be gone before.
+struct Torch {
+  py::module_ torch = py::module_::import("torch");
+  py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), bfloat16 = torch.attr("bfloat16"),
+             float16 = torch.attr("float16"), int64 = torch.attr("int64"), int32 = torch.attr("int32"),
+             uint8 = torch.attr("uint8"), boolean = torch.attr("bool");
+  py::object dtype = name("dtype"), shape = name("shape"), is_cpu = name("is_cpu"), is_cuda = name("is_cuda"),
+             data_ptr = name("data_ptr"), is_contiguous = name("is_contiguous"), is_neg = name("is_neg"),
+             numel = name("numel"), stride = name("stride");
+
+  static py::object name(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text)); }
+  static const Torch& get() {
+    static const Torch* torch = new Torch();
+    return *torch;
   }
 };
 
@@ -36,101 +39,86 @@ class Arguments {
  public:
   // Of a function for CPU tensors, or for those of a CUDA device.
   Arguments(const char* function, const py::kwargs& given, int cuda_device = -1)
-      : function_(function), given_(given), cuda_device_(cuda_device), types_(TorchTypes::get()) {}
-
-  template <class T>
-  void operator()(const char* name, T& member, int64_t count = 0) {
-    if constexpr (std::is_pointer_v<T>) {
-      member = static_cast<T>(required(name, contiguous<T>(take(name), name, count)));
-    } else {
-      number(name, take(name), member);
-    }
+      : function_(function), given_(given), cuda_device_(cuda_device), torch_(Torch::get()) {
+    names_.reserve(32);
   }
 
-  template <class T>
-  void optional(const char* name, T*& pointer, int64_t count = 0) {
-    pointer = static_cast<T*>(contiguous<T*>(take(name), name, count));
+  template <class... T>
+  void numbers(const char* names, T&... members) {
+    each(names, [&](py::handle x, auto& member) { number(x, member); }, members...);
   }
 
-  template <class T>
-  void rows(const char* name, T*& pointer, int64_t& stride, int64_t least = 0) {
-    pointer = static_cast<T*>(required(name, in_rows<T*>(take(name), name, &stride, least)));
+  template <class... T>
+  void arrays(int64_t count, const char* names, T*&... pointers) {
+    each(names, [&](py::handle x, auto& pointer) { contiguous(required(x), pointer, count); }, pointers...);
   }
 
-  template <class T>
-  void optional_rows(const char* name, T*& pointer, int64_t& stride) {
-    pointer = static_cast<T*>(in_rows<T*>(take(name), name, &stride, 0));
+  template <class... T>
+  void optional(int64_t count, const char* names, T*&... pointers) {
+    each(names, [&](py::handle x, auto& pointer) { contiguous(x, pointer, count); }, pointers...);
   }
 
   template <class T>
   void matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols) {
-    rows(name, pointer, stride);
-    shape(name, num_rows, num_cols);
+    const py::handle x = required(take(name));
+    const py::object sizes = attribute(x, torch_.shape);
+    if (PyTuple_GET_SIZE(sizes.ptr()) != 2) throw py::type_error(here() + " must have two dimensions");
+    num_rows = item(sizes, 0), num_cols = item(sizes, 1);
+    in_rows(x, pointer, stride, num_rows, num_cols);
   }
 
   template <class T>
-  void any_rows(const char* name, T*& pointer, int64_t& stride, DType& dtype) {
-    const py::handle x = take(name);
-    const py::object type = py::getattr(x, "dtype", py::none());
-    dtype = type.is(types_.bfloat16) ? DType::kBFloat16 : type.is(types_.float16) ? DType::kFloat16 : DType::kFloat32;
-    const py::object& wanted =
-        dtype == DType::kBFloat16 ? types_.bfloat16 : dtype == DType::kFloat16 ? types_.float16 : types_.float32;
-    pointer = required(name, address(x, name, wanted, true, &stride, 0));
+  void rows(const char* name, T*& pointer, int64_t& stride, int64_t num_rows, int64_t num_cols) {
+    in_rows(required(take(name)), pointer, stride, num_rows, num_cols);
   }
 
   template <class T>
-  void any_matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols, DType& dtype) {
-    any_rows(name, pointer, stride, dtype);
-    shape(name, num_rows, num_cols);
+  void optional_rows(const char* name, T*& pointer, int64_t& stride, int64_t num_rows, int64_t num_cols) {
+    in_rows(take(name), pointer, stride, num_rows, num_cols);
   }
 
-  // Of the type of another one.
-  template <class T>
-  void same_rows(const char* name, T*& pointer, int64_t& stride, DType dtype) {
-    DType mine;
-    any_rows(name, pointer, stride, mine);
-    if (mine != dtype) throw py::type_error(where(name) + " must have the type of its inputs");
+  // Of any of three types, which is then that of every `void*` of the call.
+  void dtype_of(const char* name, DType& dtype) {
+    const py::object type = attribute(required(take(name)), torch_.dtype);
+    names_.pop_back();  // to be taken as a tensor too
+    dtype = type.is(torch_.bfloat16) ? DType::kBFloat16 : type.is(torch_.float16) ? DType::kFloat16 : DType::kFloat32;
+    any_ = dtype == DType::kBFloat16 ? &torch_.bfloat16 : dtype == DType::kFloat16 ? &torch_.float16 : &torch_.float32;
+  }
+
+  template <class... T>
+  void pairs(int64_t count, const char* names, T* (&... pointers)[2]) {
+    each(names, [&](py::handle both, auto& sides) {
+      for (int side = 0; side < 2; ++side) contiguous(of_pair(both, side), sides[side], count);
+    }, pointers...);
   }
 
   template <class T>
-  void pair(const char* name, T* (&pointers)[2], int64_t count = 0) {
+  void pair_of_rows(const char* name, T* (&pointers)[2], int64_t& stride, int64_t num_rows, int64_t num_cols) {
     const py::handle both = take(name);
-    for (int side = 0; side < 2; ++side) {
-      pointers[side] = static_cast<T*>(contiguous<T*>(of_pair(both, side, name), name, count));
-    }
+    for (int side = 0; side < 2; ++side) in_rows(of_pair(both, side), pointers[side], stride, num_rows, num_cols, true);
   }
 
-  template <class T>
-  void pair_of_rows(const char* name, T* (&pointers)[2], int64_t& stride) {
-    const py::handle both = take(name);
-    stride = 0;
-    for (int side = 0; side < 2; ++side) {
-      pointers[side] = static_cast<T*>(in_rows<T*>(of_pair(both, side, name), name, &stride, 0));
-    }
-  }
-
-  void offsets(const char* name, const void*& pointer, bool& are_int32) {
+  void offsets(int64_t count, const char* name, const void*& pointer, bool& are_int32) {
     const py::handle x = take(name);
-    const py::object type = py::getattr(x, "dtype", py::none());
-    are_int32 = type.is(types_.int32);
-    pointer = address(x, name, are_int32 ? types_.int32 : types_.int64, false, nullptr, 0);
+    are_int32 = !x.is_none() && attribute(x, torch_.dtype).is(torch_.int32);
+    any_ = are_int32 ? &torch_.int32 : &torch_.int64;
+    contiguous(x, pointer, count);
   }
 
   template <class... T>
   void tuple(const char* name, T&... members) {
-    const py::handle x = take(name);
-    if (!PySequence_Check(x.ptr()) || py::len(x) != sizeof...(T)) {
-      throw py::type_error(where(name) + " must hold " + std::to_string(sizeof...(T)) + " numbers");
+    const py::object values = py::reinterpret_borrow<py::object>(take(name));
+    if (!PyTuple_Check(values.ptr()) || PyTuple_GET_SIZE(values.ptr()) != sizeof...(T)) {
+      throw py::type_error(here() + " must hold " + std::to_string(sizeof...(T)) + " numbers");
     }
     py::ssize_t i = 0;
-    const py::sequence values = py::reinterpret_borrow<py::sequence>(x);
-    (number(name, py::object(values[i++]), members), ...);
+    (number(PyTuple_GET_ITEM(values.ptr(), i++), members), ...);
   }
 
   // [(id, weight), ...]
   void terms(const char* name, LossTerm (&terms)[kMaxTerms], int& count) {
     const py::sequence given = py::reinterpret_borrow<py::sequence>(take(name));
-    if (py::len(given) > kMaxTerms) throw py::value_error(where(name) + " has too many losses");
+    if (py::len(given) > kMaxTerms) throw py::value_error(here() + " has too many losses");
     count = 0;
     for (const py::handle term : given) {
       const auto [id, weight] = term.cast<std::pair<int, double>>();
@@ -141,132 +129,140 @@ class Arguments {
   // {name: number}, of every option, and the divergence's id
   void options(const char* name, PreferenceOptions& options) {
     const py::dict given = py::reinterpret_borrow<py::dict>(take(name));
-    options.divergence = static_cast<Divergence>(entry(given, name, "divergence").cast<int>());
-    for (const auto& field : kPreferenceOptionFields) options.*(field.field) = entry(given, name, field.name).cast<double>();
-    if (given.size() != std::size(kPreferenceOptionFields) + 1) throw py::type_error(where(name) + " has unknown entries");
+    const auto entry = [&](const char* key) {
+      if (!given.contains(key)) throw py::type_error(here() + " lacks " + key);
+      return given[key];
+    };
+    options.divergence = static_cast<Divergence>(entry("divergence").cast<int>());
+    for (const auto& field : kPreferenceOptionFields) options.*(field.field) = entry(field.name).cast<double>();
+    if (given.size() != std::size(kPreferenceOptionFields) + 1) throw py::type_error(here() + " has unknown entries");
   }
 
   // TypeError for what no field has taken.
   void done() const {
     if (names_.size() == given_.size()) return;
-    for (const auto& item : given_) {
-      const std::string name = item.first.cast<std::string>();
-      if (std::none_of(names_.begin(), names_.end(), [&](const char* taken) { return name == taken; })) {
+    for (const auto& given : given_) {
+      const auto name = given.first.cast<std::string>();
+      if (std::find(names_.begin(), names_.end(), name) == names_.end()) {
         throw py::type_error(std::string(function_) + " has no field '" + name + "'");
       }
     }
   }
 
  private:
-  std::string where(const char* name) const { return std::string(function_) + ": " + name; }
+  std::string here() const { return std::string(function_) + ": " + std::string(names_.back()); }
 
-  py::handle take(const char* name) {
-    PyObject* found = PyDict_GetItemString(given_.ptr(), name);
-    if (found == nullptr) throw py::type_error(where(name) + " is missing");
+  // What a tensor answers; TypeError where it is none.
+  py::object attribute(py::handle x, const py::object& name) const { return answer(x, PyObject_GetAttr(x.ptr(), name.ptr())); }
+  py::object method(py::handle x, const py::object& name) const {
+    return answer(x, PyObject_CallMethodNoArgs(x.ptr(), name.ptr()));
+  }
+  py::object answer(py::handle x, PyObject* found) const {
+    if (found != nullptr) return py::reinterpret_steal<py::object>(found);
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+    PyErr_Clear();
+    throw py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
+  }
+  static int64_t item(const py::object& sizes, py::ssize_t i) {
+    return PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
+  }
+
+  py::handle take(std::string_view name) {
     names_.push_back(name);
-    last_ = found;
+    const py::handle found = PyDict_GetItem(given_.ptr(), py::str(name.data(), name.size()).ptr());
+    if (!found) throw py::type_error(here() + " is missing");
     return found;
   }
 
-  py::handle entry(const py::dict& given, const char* name, const char* key) const {
-    PyObject* found = PyDict_GetItemString(given.ptr(), key);
-    if (found == nullptr) throw py::type_error(where(name) + " lacks " + key);
-    return found;
+  // `function` of the value of each of "first, second" and its member.
+  template <class Function, class... T>
+  void each(const char* names, Function function, T&... members) {
+    const auto one = [&](auto& member) {
+      const size_t size = std::strcspn(names, ",");
+      function(take({names, size}), member);
+      names += names[size] ? size + std::strlen(", ") : size;
+    };
+    (one(members), ...);
+  }
+
+  py::handle required(py::handle x) const {
+    if (x.is_none()) throw py::type_error(here() + " is None");
+    return x;
   }
 
   template <class T>
-  void number(const char* name, py::handle x, T& member) const {
+  void number(py::handle x, T& member) const {
     try {
+      if (std::is_same_v<T, bool> && !PyBool_Check(x.ptr())) throw py::cast_error();
       member = x.cast<T>();
     } catch (const py::cast_error&) {
-      throw py::type_error(where(name) + " cannot be " + py::repr(x).cast<std::string>());
+      throw py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
     }
   }
 
-  py::handle of_pair(py::handle both, int side, const char* name) const {
+  py::handle of_pair(py::handle both, int side) const {
     if (both.is_none()) return both;
-    if (!PyTuple_Check(both.ptr()) || PyTuple_GET_SIZE(both.ptr()) != 2) throw py::type_error(where(name) + " must be two");
+    if (!PyTuple_Check(both.ptr()) || PyTuple_GET_SIZE(both.ptr()) != 2) throw py::type_error(here() + " must be two");
     return PyTuple_GET_ITEM(both.ptr(), side);
   }
 
-  // Of the tensor that was taken last.
-  void shape(const char* name, int64_t& num_rows, int64_t& num_cols) const {
-    const py::object sizes = last_.attr("shape");
-    if (py::len(sizes) != 2) throw py::type_error(where(name) + " must have two dimensions");
-    num_rows = sizes[py::int_(0)].cast<int64_t>();
-    num_cols = sizes[py::int_(1)].cast<int64_t>();
+  template <class T>
+  const py::object& type_of() const {
+    if constexpr (std::is_void_v<T>) return *any_;
+    else if constexpr (std::is_same_v<T, float>) return torch_.float32;
+    else if constexpr (std::is_same_v<T, double> || std::is_same_v<T, RowStats>) return torch_.float64;
+    else if constexpr (std::is_same_v<T, int64_t>) return torch_.int64;
+    else if constexpr (std::is_same_v<T, int32_t>) return torch_.int32;
+    else return torch_.uint8;  // bits, flags, and the bytes of sums
   }
 
-  void* required(const char* name, void* pointer) const {
-    if (pointer == nullptr && last_.is_none()) throw py::type_error(where(name) + " is None");
-    return pointer;
+  template <class T>
+  void contiguous(py::handle x, T*& to, int64_t count) const {
+    if (x.is_none()) return;
+    if (std::is_same_v<std::remove_const_t<T>, RowStats>) count *= kRowStatsSize;
+    if (std::is_same_v<std::remove_const_t<T>, PairSums>) count *= static_cast<int64_t>(sizeof(PairSums));
+    const int64_t elements = PyLong_AsLongLong(method(x, torch_.numel).ptr());
+    const bool fits = elements >= count && method(x, torch_.is_contiguous).ptr() == Py_True;
+    to = static_cast<T*>(pointer(x, type_of<std::remove_const_t<T>>(), fits, elements == 0));
   }
 
-  template <class Pointer>
-  const py::object& type() const {
-    using T = std::remove_const_t<std::remove_pointer_t<Pointer>>;
-    if constexpr (std::is_same_v<T, float>) return types_.float32;
-    if constexpr (std::is_same_v<T, double> || std::is_same_v<T, RowStats>) return types_.float64;
-    if constexpr (std::is_same_v<T, int64_t>) return types_.int64;
-    if constexpr (std::is_same_v<T, int32_t>) return types_.int32;
-    return types_.uint8;  // bytes: bits, flags, sums
-  }
-
-  template <class Pointer>
-  void* contiguous(py::handle x, const char* name, int64_t count) const {
-    using T = std::remove_const_t<std::remove_pointer_t<Pointer>>;
-    if constexpr (std::is_same_v<T, RowStats>) count *= kRowStatsSize;
-    if constexpr (std::is_same_v<T, PairSums>) count *= static_cast<int64_t>(sizeof(PairSums));
-    return address(x, name, type<Pointer>(), false, nullptr, count);
-  }
-
-  template <class Pointer>
-  void* in_rows(py::handle x, const char* name, int64_t* stride, int64_t least) const {
-    return address(x, name, type<Pointer>(), true, stride, least);
-  }
-
-  // `least`: elements that there must be; with `rows`, rows.
-  void* address(py::handle x, const char* name, const py::object& dtype, bool rows, int64_t* stride, int64_t least) const {
-    if (x.is_none()) return nullptr;
-    const auto pointer = x.attr("data_ptr")().cast<std::uintptr_t>();
-    const py::object type = x.attr("dtype");
-    bool right = type.is(dtype) || (dtype.is(types_.uint8) && type.is(types_.boolean));
-    right = right && (cuda_device_ < 0 ? x.attr("is_cpu").cast<bool>() : on_cuda(x));
-    bool in_place = x.attr("is_contiguous")().cast<bool>();
-    int64_t have = 0;
-    if (rows) {
-      const py::tuple sizes = x.attr("shape"), strides = x.attr("stride")();
-      const py::size_t dims = sizes.size();
-      const bool unit = dims > 0 && (strides[dims - 1].cast<int64_t>() == 1 || sizes[dims - 1].cast<int64_t>() == 1);
-      in_place = dims > 0 && dims <= 2 && (in_place || unit);
-      have = dims > 0 ? sizes[0].cast<int64_t>() : 0;
-      if (dims == 2) *stride = strides[0].cast<int64_t>();
+  // `flat_too`: one dimension is num_rows rows of one column.
+  template <class T>
+  void in_rows(py::handle x, T*& to, int64_t& stride, int64_t num_rows, int64_t num_cols, bool flat_too = false) const {
+    if (x.is_none()) return;
+    const py::object sizes = attribute(x, torch_.shape), strides = method(x, torch_.stride);
+    const py::ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
+    bool fits = dims == 2 || (dims == 1 && flat_too), empty = false;
+    if (fits) {
+      const int64_t rows = item(sizes, 0), cols = dims == 2 ? item(sizes, 1) : 1;
+      stride = item(strides, 0);
+      fits = rows >= num_rows && cols >= num_cols && (dims == 2 ? cols <= 1 || item(strides, 1) == 1 : stride == 1);
+      empty = rows * cols == 0;
     }
-    const int64_t elements = pointer == 0 || (!rows && least) ? x.attr("numel")().cast<int64_t>() : 1;
-    right = right && in_place && !x.attr("is_neg")().cast<bool>() && (pointer != 0 || elements == 0);
-    if (!right || (rows ? have : elements) < least) misread(x, name, pointer, dtype, least);
-    return reinterpret_cast<void*>(pointer);
+    to = static_cast<T*>(pointer(x, type_of<std::remove_const_t<T>>(), fits, empty));
   }
 
-  bool on_cuda(py::handle x) const {
-    return x.attr("is_cuda").cast<bool>() && x.attr("device").attr("index").cast<int>() == cuda_device_;
-  }
-
-  [[noreturn]] void misread(py::handle x, const char* name, std::uintptr_t pointer, const py::object& dtype, int64_t least) const {
-    const py::object shape = py::reinterpret_steal<py::object>(PySequence_Tuple(x.attr("shape").ptr()));
+  // RuntimeError for what would be misread there.
+  void* pointer(py::handle x, const py::object& dtype, bool fits, bool empty) const {
+    const py::object type = attribute(x, torch_.dtype);
+    const bool same = type.is(dtype) || (dtype.is(torch_.uint8) && type.is(torch_.boolean));
+    const auto found = reinterpret_cast<void*>(PyLong_AsUnsignedLongLong(method(x, torch_.data_ptr).ptr()));
+    const bool on_device = attribute(x, cuda_device_ < 0 ? torch_.is_cpu : torch_.is_cuda).ptr() == Py_True &&
+                           (cuda_device_ < 0 || x.attr("device").attr("index").cast<int>() == cuda_device_);
+    if (same && on_device && fits && (found || empty) && method(x, torch_.is_neg).ptr() != Py_True) return found;
     throw std::runtime_error(
-        py::str("{}: native code for {} would misread a tensor of type {}, {} on {}, shape {}, strides {}, at {:#x} as {} of {}")
-            .format(where(name), cuda_device_ < 0 ? "cpu" : "cuda", py::type::of(x).attr("__name__"), x.attr("dtype"),
-                    x.attr("device"), shape, x.attr("stride")(), pointer, dtype, least)
+        py::str("{}: native code for {} would misread a tensor of type {}, {} on {}, shape {}, strides {}, at {:#x} as {}")
+            .format(here(), cuda_device_ < 0 ? "cpu" : "cuda", py::type::of(x).attr("__name__"), type, x.attr("device"),
+                    py::tuple(x.attr("shape")), x.attr("stride")(), reinterpret_cast<std::uintptr_t>(found), dtype)
             .cast<std::string>());
   }
 
   const char* function_;
-  py::dict given_;
-  int cuda_device_;
-  const TorchTypes& types_;
-  py::handle last_;
-  std::vector<const char*> names_;  // taken
+  const py::dict given_;
+  const int cuda_device_;
+  const Torch& torch_;
+  const py::object* any_ = nullptr;      // the type of `void*`
+  std::vector<std::string_view> names_;  // taken
 };
 
 }  // namespace fastdpo

@@ -19,10 +19,10 @@ using namespace fastdpo;
 namespace {
 
 template <class Args, class Call>
-auto run(const char* name, const py::kwargs& given, Call call) {
+auto run(const char* name, const py::kwargs& given, Call call, int cuda_device = -1) {
   Args a = {};
-  Arguments in(name, given);
-  fields(in, a);
+  Arguments in(name, given, cuda_device);
+  a.fields(in);
   in.done();
   const py::gil_scoped_release nogil;
   return call(a);
@@ -36,23 +36,30 @@ void def(py::module_& m, const char* name, Call call) {
 // Of either type, as the keyword `is_double` says.
 template <template <class> class Args, class Call>
 void def_of_types(py::module_& m, const char* name, Call call) {
-  m.def(name, [name, call](bool is_double, const py::kwargs& given) {
+  const auto function = [name, call](bool is_double, const py::kwargs& given) {
     is_double ? run<Args<double>>(name, given, call) : run<Args<float>>(name, given, call);
-  }, py::kw_only(), py::arg("is_double"));
+  };
+  m.def(name, function, py::kw_only(), py::arg("is_double"));
+}
+
+// For tests alone: a row walk of the CUDA kernels, with `lanes` threads in a block.
+template <class Args, class Call>
+void def_of_lanes(py::module_& m, const char* name, Call call) {
+  const auto function = [name, call](int64_t lanes, const py::kwargs& given) {
+    run<Args>(name, given, [&](const Args& a) { call(a, lanes); });
+  };
+  m.def(name, function, py::kw_only(), py::arg("lanes"));
 }
 
 #ifdef FASTDPO_HAVE_CUDA
 // On the stream of a device, given as integers; returns CUDA's error.
 template <class Args, class Call>
 void def_cuda(py::module_& m, const char* name, Call call) {
-  m.def(name, [name, call](int device, std::uintptr_t stream, const py::kwargs& given) {
-    Args a = {};
-    Arguments in(name, given, device);
-    fields(in, a);
-    in.done();
-    const py::gil_scoped_release nogil;
-    return call(a, device, reinterpret_cast<void*>(stream));
-  }, py::kw_only(), py::arg("device"), py::arg("stream"));
+  const auto function = [name, call](int device, std::uintptr_t stream, const py::kwargs& given) {
+    const auto launch = [&](const Args& a) { return call(a, device, reinterpret_cast<void*>(stream)); };
+    return run<Args>(name, given, launch, device);
+  };
+  m.def(name, function, py::kw_only(), py::arg("device"), py::arg("stream"));
 }
 #endif
 
@@ -102,13 +109,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def_of_types<PreferenceForwardArgs>(m, "host_preference_forward", [](const auto& a) { host_preference_forward(a.batch, a.out); });
   def_of_types<PreferenceBackwardArgs>(m, "host_preference_backward", [](const auto& a) { host_preference_backward(a.batch, a.up); });
 
-  // For tests alone: the row walks of the CUDA kernels, with `lanes` threads in a block.
-  m.def("host_logits_forward", [](int64_t lanes, const py::kwargs& given) {
-    run<LogitsForwardArgs>("host_logits_forward", given, [lanes](const auto& a) { host_logits_forward(a, lanes); });
-  });
-  m.def("host_logits_backward", [](int64_t lanes, const py::kwargs& given) {
-    run<LogitsBackwardArgs>("host_logits_backward", given, [lanes](const auto& a) { host_logits_backward(a, lanes); });
-  });
+  def_of_lanes<LogitsForwardArgs>(m, "host_logits_forward", &host_logits_forward);
+  def_of_lanes<LogitsBackwardArgs>(m, "host_logits_backward", &host_logits_backward);
 
 #ifdef FASTDPO_HAVE_CUDA
   m.def("cuda_error_text", &cuda_error_text);

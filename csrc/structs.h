@@ -1,13 +1,13 @@
 // Every struct that crosses from Python to the kernels: pointers, sizes and scalars. No tensor type crosses, so one build
 // serves every torch. Sizes and strides count elements and are 64-bit.
 //
-// Beside each struct stands `fields`: the names by which Python gives its members, all of them, by keyword alone.
-//   v(name, x)                                  a number, or a pointer to a contiguous tensor of that type
-//   v(name, pointer, count)                     ... of at least `count` elements
-//   v.optional(name, pointer, count)            ... or None, which is null
-//   v.rows(name, pointer, stride)               a tensor whose rows are contiguous, with the distance between them
-//   v.matrix(name, pointer, stride, rows, cols) ... and with its shape
-//   v.pair(name, pointers), v.pair_of_rows(...) two of them, or None: of the chosen side and of the rejected one
+// `fields` of a struct is the list of the keywords that a Python call gives, all of them; arguments.h reads them.
+//   in.numbers(NAMED(x, y))                        numbers
+//   in.arrays(count, NAMED(a, b))                  contiguous tensors of the pointers' types, of `count` elements or more
+//   in.optional(count, NAMED(a, b))                ... or None, which is null
+//   in.matrix(NAMED(a), stride, num_rows, columns) contiguous rows, `stride` apart; sets all three
+//   in.rows(NAMED(a), stride, num_rows, columns)   ... sets the stride; of so many rows and columns or more
+//   in.pairs(count, NAMED(a, b))                   tuples of a tensor or None for each side, or None for both
 #pragma once
 
 #include <cstdint>
@@ -15,45 +15,48 @@
 
 #include "shared/preference_loss.h"
 
+#define NAMED(...) #__VA_ARGS__, __VA_ARGS__
+
 namespace fastdpo {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t kBlock = 128;  // vocabulary columns per block: the unit of routing
+constexpr int64_t blocks_of(int64_t num_cols) { return (num_cols + kBlock - 1) / kBlock; }
+constexpr int64_t bytes_of(int64_t num_bits) { return (num_bits + 7) / 8; }
 
 // z = inv_temperature * softcap * tanh(scale * (product + bias) / softcap); softcap == 0 means none.
 struct LogitTransform {
   float scale;
   float softcap;
   float inv_temperature;
+
+  template <class In> void fields(In& in) {
+    double temperature = 1.0;
+    in.tuple("transform", scale, softcap, temperature);
+    inv_temperature = static_cast<float>(1.0 / temperature);
+  }
 };
-template <class V>
-void fields(V& v, LogitTransform& t) {
-  double temperature;
-  v.tuple("transform", t.scale, t.softcap, temperature);
-  t.inv_temperature = static_cast<float>(1.0 / temperature);
-}
 
 // One tile of raw products `hidden @ weight[col_start : col_start + num_cols].T`, fp32, rows contiguous.
 struct Tile {
   float* data;  // [num_rows, num_cols]
-  int64_t stride;
-  int64_t num_rows;
-  int64_t num_cols;
+  int64_t stride, num_rows, num_cols;
   int64_t col_start;  // vocabulary index of the first column; a multiple of kBlock
   const float* bias;  // [num_cols] or null
   LogitTransform transform;
-};
-template <class V>
-void fields(V& v, Tile& t) {
-  v.matrix("data", t.data, t.stride, t.num_rows, t.num_cols);
-  v("col_start", t.col_start);
-  v.optional("bias", t.bias, t.num_cols);
-  fields(v, t.transform);
-}
 
-// Running statistics of one token over the vocabulary. `max`, `sum_exp`, `sum_exp_z` and `sum_exp_sq` leave the
-// label out (it is added back in `finish`), which keeps 1 - p[label] exact for confident tokens.
+  template <class In> void fields(In& in) {
+    in.matrix(NAMED(data), stride, num_rows, num_cols);
+    in.numbers(NAMED(col_start));
+    in.optional(num_cols, NAMED(bias));
+    transform.fields(in);
+  }
+};
+
+// Running statistics of one token over the vocabulary; cpu/row_stats.h fills and reads them. `max`, `sum_exp`,
+// `sum_exp_z` and `sum_exp_sq` leave the label out (it is added back in the end), which keeps 1 - p[label] exact for
+// confident tokens.
 struct RowStats {
   double max;         // m = max of the other logits
   double sum_exp;     // sum exp(z - m)
@@ -76,37 +79,33 @@ struct FoldArgs {
   float* label_logit;  // [num_rows], written by the tile that holds the label
   RowStats* stats;     // [num_rows] or null
   int num_threads;
+
+  template <class In> void fields(In& in) {
+    tile.fields(in);
+    in.arrays(tile.num_rows, NAMED(labels, label_logit));
+    in.rows(NAMED(block_lse), block_lse_stride, tile.num_rows, blocks_of(tile.num_cols));
+    in.optional(tile.num_rows, NAMED(stats));
+    in.numbers(NAMED(num_threads));
+  }
 };
-template <class V>
-void fields(V& v, FoldArgs& a) {
-  fields(v, a.tile);
-  v("labels", a.labels, a.tile.num_rows);
-  v.rows("block_lse", a.block_lse, a.block_lse_stride, a.tile.num_rows);
-  v("label_logit", a.label_logit, a.tile.num_rows);
-  v.optional("stats", a.stats, a.tile.num_rows);
-  v("num_threads", a.num_threads);
-}
 
 // [num_rows, num_blocks] -> [num_rows] log-sum-exp.
 struct SumBlocksArgs {
   const double* block_lse;
-  int64_t stride;
-  int64_t num_rows;
-  int64_t num_blocks;
+  int64_t stride, num_rows, num_blocks;
   double* rest_lse;
   int num_threads;
+
+  template <class In> void fields(In& in) {
+    in.matrix(NAMED(block_lse), stride, num_rows, num_blocks);
+    in.arrays(num_rows, NAMED(rest_lse));
+    in.numbers(NAMED(num_threads));
+  }
 };
-template <class V>
-void fields(V& v, SumBlocksArgs& a) {
-  v.matrix("block_lse", a.block_lse, a.stride, a.num_rows, a.num_blocks);
-  v("rest_lse", a.rest_lse, a.num_rows);
-  v("num_threads", a.num_threads);
-}
 
 // Block sums -> lse, logps and statistics.
 struct FinishArgs {
-  int64_t num_rows;
-  int64_t vocab_size;
+  int64_t num_rows, vocab_size;
   const double* rest_lse;    // [num_rows] log-sum-exp of every logit but the label's
   const float* label_logit;  // [num_rows]
   const RowStats* stats;     // or null
@@ -117,29 +116,18 @@ struct FinishArgs {
   uint8_t* is_top1;
   float* log_sum_sq_probs;
   int num_threads;
+
+  template <class In> void fields(In& in) {
+    in.numbers(NAMED(num_rows, vocab_size, num_threads));
+    in.arrays(num_rows, NAMED(rest_lse, label_logit, logps, lse));
+    in.optional(num_rows, NAMED(stats, entropy, mean_logit, is_top1, log_sum_sq_probs));
+  }
 };
-template <class V>
-void fields(V& v, FinishArgs& a) {
-  v("num_rows", a.num_rows);
-  v("vocab_size", a.vocab_size);
-  v("rest_lse", a.rest_lse, a.num_rows);
-  v("label_logit", a.label_logit, a.num_rows);
-  v.optional("stats", a.stats, a.num_rows);
-  v("logps", a.logps, a.num_rows);
-  v("lse", a.lse, a.num_rows);
-  v.optional("entropy", a.entropy, a.num_rows);
-  v.optional("mean_logit", a.mean_logit, a.num_rows);
-  v.optional("is_top1", a.is_top1, a.num_rows);
-  v.optional("log_sum_sq_probs", a.log_sum_sq_probs, a.num_rows);
-  v("num_threads", a.num_threads);
-}
 
 // Block sums -> the pairs that the backward computes.
 struct RouteArgs {
   const double* block_lse;  // [num_rows, num_blocks]
-  int64_t stride;
-  int64_t num_rows;
-  int64_t num_blocks;
+  int64_t stride, num_rows, num_blocks;
   int64_t first_row;       // index of row 0 among all completion tokens: the generator's counter
   const double* rest_lse;  // [num_rows]
   const int64_t* labels;   // [num_rows]
@@ -149,123 +137,102 @@ struct RouteArgs {
   const int64_t* before;  // [2, num_rows] odds of both sets on lower shards, or null
   int64_t* sums;          // [2, num_rows] what this shard adds to them, or null
   uint8_t* bitmap;        // [num_rows, bitmap_stride] one bit per block, then, set_bytes on, those of the smaller set
-  int64_t bitmap_stride;
-  int64_t set_bytes;
+  int64_t bitmap_stride, set_bytes;
   int32_t* most_pairs;  // [num_rows] most pairs of the first set, whatever the draw
   int num_threads;
+
+  template <class In> void fields(In& in) {
+    in.matrix(NAMED(block_lse), stride, num_rows, num_blocks);
+    in.numbers(NAMED(first_row, tau, second_tau, seed, num_threads));
+    in.arrays(num_rows, NAMED(rest_lse, labels, most_pairs));
+    in.optional(2 * num_rows, NAMED(before, sums));
+    set_bytes = bytes_of(num_blocks);
+    in.rows(NAMED(bitmap), bitmap_stride, num_rows, second_tau < 0 ? set_bytes : 2 * set_bytes);
+  }
 };
-template <class V>
-void fields(V& v, RouteArgs& a) {
-  v.matrix("block_lse", a.block_lse, a.stride, a.num_rows, a.num_blocks);
-  v("first_row", a.first_row);
-  v("rest_lse", a.rest_lse, a.num_rows);
-  v("labels", a.labels, a.num_rows);
-  v("tau", a.tau);
-  v("second_tau", a.second_tau);
-  v("seed", a.seed);
-  v.optional("before", a.before, 2 * a.num_rows);
-  v.optional("sums", a.sums, 2 * a.num_rows);
-  v.rows("bitmap", a.bitmap, a.bitmap_stride, a.num_rows);
-  a.set_bytes = (a.num_blocks + 7) / 8;
-  v("most_pairs", a.most_pairs, a.num_rows);
-  v("num_threads", a.num_threads);
-}
 
 // dlogp -> d(raw product), in place of the tile.
 struct GradArgs {
   Tile tile;
   const int32_t* tokens;  // [num_rows] index into the per-token arrays below; null: row i is token i
   const int64_t* labels;  // per token
-  const float* lse;
-  const float* logps;
+  const float *lse, *logps;
   const float* coef;          // dL/dlogp
   const float* entropy;       // both null, or both given
   const float* coef_entropy;  // dL/dentropy
   int num_threads;
+
+  template <class In> void fields(In& in) {
+    tile.fields(in);
+    in.optional(tile.num_rows, NAMED(tokens));
+    const int64_t count = tokens ? 0 : tile.num_rows;
+    in.arrays(count, NAMED(labels, lse, logps, coef));
+    in.optional(count, NAMED(entropy, coef_entropy));
+    in.numbers(NAMED(num_threads));
+  }
 };
-template <class V>
-void fields(V& v, GradArgs& a) {
-  fields(v, a.tile);
-  v.optional("tokens", a.tokens, a.tile.num_rows);
-  const int64_t count = a.tokens ? 0 : a.tile.num_rows;
-  v("labels", a.labels, count);
-  v("lse", a.lse, count);
-  v("logps", a.logps, count);
-  v("coef", a.coef, count);
-  v.optional("entropy", a.entropy, count);
-  v.optional("coef_entropy", a.coef_entropy, count);
-  v("num_threads", a.num_threads);
-}
 
 // The same for one block of kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one that was kept at `tau`,
 // 1, the smaller one inside it, or -1: not wanted. Rows of `dz_hidden` are those of its set, compacted.
 struct RoutedGradArgs {
   GradArgs grad;
-  float tau;
-  float second_tau;            // of set 1, if there is one
+  float tau, second_tau;       // the latter of set 1, if there is one
   const uint8_t* second_bits;  // [tokens, bytes] of set 1, or null
   int64_t bitmap_stride;
-  int hidden_set;
-  int weight_set;
+  int hidden_set, weight_set;
   float* row_weight;       // scratch [2, num_rows], of each set
   float* dz_hidden;        // [num_rows, num_cols] or null: then the tile serves both gradients
   int32_t* hidden_tokens;  // [num_rows] tokens of the rows of dz_hidden
-};
-template <class V>
-void fields(V& v, RoutedGradArgs& a) {
-  fields(v, a.grad);
-  v("tau", a.tau);
-  v("second_tau", a.second_tau);
-  v.optional_rows("second_bits", a.second_bits, a.bitmap_stride);
-  v("hidden_set", a.hidden_set);
-  v("weight_set", a.weight_set);
-  v("row_weight", a.row_weight, 2 * a.grad.tile.num_rows);
-  v.optional("dz_hidden", a.dz_hidden, a.grad.tile.num_rows * a.grad.tile.num_cols);
-  v.optional("hidden_tokens", a.hidden_tokens, a.grad.tile.num_rows);
-}
 
-// A set of pairs -> per block, the tokens that kept it. Tokens with coef == 0 have no gradient and are left out.
-struct CountPairsArgs {
+  template <class In> void fields(In& in) {
+    grad.fields(in);
+    in.numbers(NAMED(tau, second_tau, hidden_set, weight_set));
+    in.optional_rows(NAMED(second_bits), bitmap_stride, 0, bytes_of(grad.tile.col_start / kBlock + 1));
+    in.arrays(2 * grad.tile.num_rows, NAMED(row_weight));
+    in.optional(grad.tile.num_rows * grad.tile.num_cols, NAMED(dz_hidden));
+    in.optional(grad.tile.num_rows, NAMED(hidden_tokens));
+  }
+};
+
+// A set of pairs whose tokens have a gradient: coef == 0 leaves a token out.
+struct PairSet {
   const uint8_t* bitmap;  // [num_tokens, bytes]
   int64_t bitmap_stride;
   const float* coef;  // [num_tokens]
   int64_t num_tokens;
-  int64_t num_blocks;
-  int64_t* counts;  // [num_blocks]
+  int64_t first_block, num_blocks;  // those asked for
   int num_threads;
-};
-template <class V>
-void fields(V& v, CountPairsArgs& a) {
-  v("num_tokens", a.num_tokens);
-  v("num_blocks", a.num_blocks);
-  v.rows("bitmap", a.bitmap, a.bitmap_stride, a.num_tokens);
-  v("coef", a.coef, a.num_tokens);
-  v("counts", a.counts, a.num_blocks);
-  v("num_threads", a.num_threads);
-}
 
+  template <class In> void fields(In& in) {
+    in.numbers(NAMED(num_tokens, first_block, num_blocks, num_threads));
+    in.rows(NAMED(bitmap), bitmap_stride, num_tokens, bytes_of(first_block + num_blocks));
+    in.arrays(num_tokens, NAMED(coef));
+  }
+};
+
+// -> how many tokens each block has, of all blocks.
+struct CountPairsArgs {
+  PairSet set;
+  int64_t* counts;  // [num_blocks]
+
+  template <class In> void fields(In& in) {
+    set.fields(in);
+    in.arrays(set.num_blocks, NAMED(counts));
+  }
+};
+
+// -> and which.
 struct FillPairsArgs {
-  const uint8_t* bitmap;  // of all tokens, as coef
-  int64_t bitmap_stride;
-  const float* coef;
-  int64_t first_token, num_tokens;
-  int64_t first_block, num_blocks;
+  PairSet set;
   const int64_t* offsets;  // [num_blocks + 1]
   int32_t* tokens;         // ascending inside a block, whatever the threads
-  int num_threads;
+
+  template <class In> void fields(In& in) {
+    set.fields(in);
+    in.arrays(set.num_blocks + 1, NAMED(offsets));
+    in.arrays(0, NAMED(tokens));
+  }
 };
-template <class V>
-void fields(V& v, FillPairsArgs& a) {
-  v("first_token", a.first_token);
-  v("num_tokens", a.num_tokens);
-  v("first_block", a.first_block);
-  v("num_blocks", a.num_blocks);
-  v.rows("bitmap", a.bitmap, a.bitmap_stride, a.first_token + a.num_tokens);
-  v("coef", a.coef, a.first_token + a.num_tokens);
-  v("offsets", a.offsets, a.num_blocks + 1);
-  v("tokens", a.tokens);
-  v("num_threads", a.num_threads);
-}
 
 // out[i] = float(source[rows[tokens[i]]]); either list may be null: every row.
 struct GatherArgs {
@@ -277,15 +244,16 @@ struct GatherArgs {
   const int32_t* tokens;
   const int64_t* rows;
   int num_threads;
+
+  template <class In> void fields(In& in) {
+    in.matrix(NAMED(out), out_stride, num_rows, num_cols);
+    in.optional(num_rows, NAMED(tokens));
+    in.optional(tokens ? 0 : num_rows, NAMED(rows));
+    in.dtype_of("source", dtype);
+    in.rows(NAMED(source), source_stride, tokens || rows ? 0 : num_rows, num_cols);
+    in.numbers(NAMED(num_threads));
+  }
 };
-template <class V>
-void fields(V& v, GatherArgs& a) {
-  v.matrix("out", a.out, a.out_stride, a.num_rows, a.num_cols);
-  v.any_rows("source", a.source, a.source_stride, a.dtype);
-  v.optional("tokens", a.tokens, a.num_rows);
-  v.optional("rows", a.rows);
-  v("num_threads", a.num_threads);
-}
 
 // out[tokens[i] - first_token] += source[i]
 struct ScatterArgs {
@@ -295,75 +263,61 @@ struct ScatterArgs {
   int64_t source_stride, num_rows, num_cols;
   const int32_t* tokens;
   int64_t first_token;
+
+  template <class In> void fields(In& in) {
+    in.matrix(NAMED(source), source_stride, num_rows, num_cols);
+    in.rows(NAMED(out), out_stride, 0, num_cols);
+    in.arrays(num_rows, NAMED(tokens));
+    in.numbers(NAMED(first_token));
+  }
 };
-template <class V>
-void fields(V& v, ScatterArgs& a) {
-  v.rows("out", a.out, a.out_stride);
-  v.matrix("source", a.source, a.source_stride, a.num_rows, a.num_cols);
-  v("tokens", a.tokens, a.num_rows);
-  v("first_token", a.first_token);
-}
 
 constexpr int64_t kLeftOut = -2;       // in `labels` of given logits
 constexpr int64_t kPartialFloats = 3;  // of one part of a row in `partials`
 
-// Given logits of any of the three types -> log p of one column per row. On both machines.
-struct LogitsForwardArgs {
+// Given logits of any of the three types -> log p of one column per row, and back. On both machines.
+struct LogitsArgs {
   const void* logits;  // [num_rows, vocab_size], columns contiguous
-  int64_t logits_stride;
-  int64_t num_rows;
-  int64_t vocab_size;
+  int64_t logits_stride, num_rows, vocab_size;
   DType dtype;
   const int64_t* labels;  // [num_rows] column; -1: none, lse alone; kLeftOut: the row is not read, its results are 0
-  float* logps;           // [num_rows]
-  float* lse;             // [num_rows]
-  float* entropy;         // [num_rows] or null
+  float* logps;           // [num_rows], written by the forward and read by the backward, as the two below
+  float* lse;
+  float* entropy;  // or null
   float inv_temperature;
-  int64_t splits;   // parts of a row, each walked by a block of threads of its own
-  float* partials;  // scratch [num_rows, splits, kPartialFloats]; null where splits is 1
-};
-template <class V>
-void fields(V& v, LogitsForwardArgs& a) {
-  v.any_matrix("logits", a.logits, a.logits_stride, a.num_rows, a.vocab_size, a.dtype);
-  v("labels", a.labels, a.num_rows);
-  v("logps", a.logps, a.num_rows);
-  v("lse", a.lse, a.num_rows);
-  v.optional("entropy", a.entropy, a.num_rows);
-  v("inv_temperature", a.inv_temperature);
-  v("splits", a.splits);
-  v.optional("partials", a.partials, a.num_rows * a.splits * kPartialFloats);
-}
+  int64_t splits;  // parts of a row, each walked by a block of threads of its own
 
-struct LogitsBackwardArgs {
-  const void* logits;
-  int64_t logits_stride;
-  int64_t num_rows;
-  int64_t vocab_size;
-  DType dtype;
-  const int64_t* labels;
-  const float* logps;
-  const float* lse;
+  template <class In> void fields(In& in) {
+    in.dtype_of("logits", dtype);
+    in.matrix(NAMED(logits), logits_stride, num_rows, vocab_size);
+    in.arrays(num_rows, NAMED(labels, logps, lse));
+    in.optional(num_rows, NAMED(entropy));
+    in.numbers(NAMED(inv_temperature, splits));
+  }
+};
+
+struct LogitsForwardArgs : LogitsArgs {
+  float* partials;  // scratch [num_rows, splits, kPartialFloats]; null where splits is 1
+
+  template <class In> void fields(In& in) {
+    LogitsArgs::fields(in);
+    in.optional(num_rows * splits * kPartialFloats, NAMED(partials));
+  }
+};
+
+struct LogitsBackwardArgs : LogitsArgs {
   const float* coef;          // [num_rows] dL/dlogp; 0, and the other too: the row gets zeros and is not read
-  const float* entropy;       // both null, or both given
-  const float* coef_entropy;  // dL/dentropy
+  const float* coef_entropy;  // dL/dentropy; null, or given with the entropy
   void* dlogits;              // [num_rows, vocab_size] of the logits' type; may be the logits
   int64_t dlogits_stride;
-  float inv_temperature;
-  int64_t splits;
+
+  template <class In> void fields(In& in) {
+    LogitsArgs::fields(in);
+    in.arrays(num_rows, NAMED(coef));
+    in.optional(num_rows, NAMED(coef_entropy));
+    in.rows(NAMED(dlogits), dlogits_stride, num_rows, vocab_size);
+  }
 };
-template <class V>
-void fields(V& v, LogitsBackwardArgs& a) {
-  v.any_matrix("logits", a.logits, a.logits_stride, a.num_rows, a.vocab_size, a.dtype);
-  v("labels", a.labels, a.num_rows);
-  v("logps", a.logps, a.num_rows);
-  v("lse", a.lse, a.num_rows);
-  v("coef", a.coef, a.num_rows);
-  v.optional("entropy", a.entropy, a.num_rows);
-  v.optional("coef_entropy", a.coef_entropy, a.num_rows);
-  v.same_rows("dlogits", a.dlogits, a.dlogits_stride, a.dtype);
-  v("inv_temperature", a.inv_temperature);
-  v("splits", a.splits);
-}
 
 constexpr int kMaxTerms = 24;
 
@@ -393,20 +347,27 @@ struct PreferenceBatch {
   LossTerm terms[kMaxTerms];
   int num_terms;
   PreferenceOptions options;
+
+  int64_t side_size() const { return offsets ? num_tokens : num_pairs * num_tokens; }
+  int64_t ref_size() const { return ref_per_token ? side_size() : num_pairs; }
+
+  // What both ways read; the rest is the forward's alone.
+  template <class In> void layout_fields(In& in) {
+    in.numbers(NAMED(num_pairs, num_tokens, ignore_index, ref_per_token, average, ld_alpha, sft_weight));
+    in.offsets(2 * num_pairs + 1, NAMED(offsets), offsets_are_int32);
+    in.pair_of_rows(NAMED(labels), label_stride, offsets ? num_tokens : num_pairs, offsets ? 1 : num_tokens);
+  }
+  template <class In> void fields(In& in) {
+    layout_fields(in);
+    in.pairs(side_size(), NAMED(logps, log_sum_sq_probs));
+    in.pairs(ref_size(), NAMED(ref));
+    in.pairs(num_pairs, NAMED(lengths));
+    in.optional(1, NAMED(kto_kl));
+    in.numbers(NAMED(reward_per_token));
+    in.terms(NAMED(terms), num_terms);
+    in.options(NAMED(options));
+  }
 };
-// What both ways read; `logps` and the rest are the forward's alone.
-template <class V, class T>
-void layout_fields(V& v, PreferenceBatch<T>& a) {
-  v("num_pairs", a.num_pairs);
-  v("num_tokens", a.num_tokens);
-  v.pair_of_rows("labels", a.labels, a.label_stride);
-  v.offsets("offsets", a.offsets, a.offsets_are_int32);
-  v("ignore_index", a.ignore_index);
-  v("ref_per_token", a.ref_per_token);
-  v("average", a.average);
-  v("ld_alpha", a.ld_alpha);
-  v("sft_weight", a.sft_weight);
-}
 
 struct PairSums {
   double policy[2], ref[2];  // as the loss reads them
@@ -431,27 +392,15 @@ template <class T>
 struct PreferenceForwardArgs {
   PreferenceBatch<T> batch;
   PreferenceResults<T> out;
+
+  template <class In> void fields(In& in) {
+    batch.fields(in);
+    in.arrays(batch.num_pairs, "sums, losses", out.sums, out.losses);
+    in.arrays(5 * batch.num_pairs, "partials", out.partials);
+    in.arrays(1, "loss, finished", out.loss, out.finished);
+    in.pairs(batch.num_pairs, "rewards, out_logps", out.rewards, out.logps);
+  }
 };
-template <class V, class T>
-void fields(V& v, PreferenceForwardArgs<T>& a) {
-  PreferenceBatch<T>& b = a.batch;
-  layout_fields(v, b);
-  v.pair("logps", b.logps);
-  v.pair("ref", b.ref);
-  v.pair("log_sum_sq_probs", b.log_sum_sq_probs);
-  v.pair("lengths", b.lengths);
-  v.optional("kto_kl", b.kto_kl, 1);
-  v("reward_per_token", b.reward_per_token);
-  v.terms("terms", b.terms, b.num_terms);
-  v.options("options", b.options);
-  v("sums", a.out.sums, b.num_pairs);
-  v("finished", a.out.finished, 1);
-  v("loss", a.out.loss, 1);
-  v("losses", a.out.losses, b.num_pairs);
-  v.pair("rewards", a.out.rewards, b.num_pairs);
-  v.pair("out_logps", a.out.logps, b.num_pairs);
-  v("partials", a.out.partials, 5 * b.num_pairs);
-}
 
 template <class T>
 struct PreferenceUpstream {
@@ -469,18 +418,19 @@ template <class T>
 struct PreferenceBackwardArgs {
   PreferenceBatch<T> batch;
   PreferenceUpstream<T> up;
+
+  template <class In> void fields(In& in) {
+    batch.layout_fields(in);
+    in.arrays(batch.num_pairs, "sums", up.sums);
+    in.arrays(5 * batch.num_pairs, "partials", up.partials);
+    in.optional(1, "dloss", up.dloss);
+    in.optional(batch.num_pairs, "dlosses", up.dlosses);
+    in.pairs(batch.num_pairs, "dlogps", up.dlogps);
+    in.pairs(batch.side_size(), "dtokens", up.dtokens);
+    in.pairs(batch.ref_size(), "dref", up.dref);
+  }
 };
-template <class V, class T>
-void fields(V& v, PreferenceBackwardArgs<T>& a) {
-  PreferenceUpstream<T>& up = a.up;
-  layout_fields(v, a.batch);
-  v("partials", up.partials, 5 * a.batch.num_pairs);
-  v("sums", up.sums, a.batch.num_pairs);
-  v.optional("dloss", up.dloss, 1);
-  v.optional("dlosses", up.dlosses, a.batch.num_pairs);
-  v.pair("dlogps", up.dlogps, a.batch.num_pairs);
-  v.pair("dtokens", up.dtokens);
-  v.pair("dref", up.dref);
-}
 
 }  // namespace fastdpo
+
+#undef NAMED

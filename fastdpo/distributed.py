@@ -12,6 +12,9 @@ from torch import Tensor
 
 from .routing import ONE
 
+# The columns of RowStats in csrc/structs.h; those up to the squares leave the label out, and are relative to `max`.
+ROW_STATS = ("max", "sum_exp", "sum_exp_z", "sum_exp_sq", "sum_z", "max_before", "max_after")
+
 
 @dataclass(frozen=True)
 class VocabShards:
@@ -67,7 +70,7 @@ class VocabShards:
         return self._gather(x)[: self.rank].sum(0) % ONE
 
     def merge_stats(self, stats: Tensor | None) -> Tensor | None:
-        """[n, 7] RowStats of csrc/structs.h (max, sum_exp, sum_exp_z, sum_exp_sq, sum_z, max_before, max_after)."""
+        """[n, ROW_STATS] of every rank -> of all."""
         if stats is None:
             return None
         top, s, sz, sq, z, before, after = self._gather(stats).unbind(2)

@@ -9,6 +9,7 @@ Neither the logits nor anything of their size is ever formed.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
+from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
-from .sequences import check_layout
-from .tensors import plain, refuse_transforms
+from .tensors import plain, refuse_transforms, traced
 from .validation import FLOATS, check_flag, check_number
 
 
@@ -156,30 +157,71 @@ def _linear_dpo_loss(
     refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logps)
     hidden, labels = plain("hidden", hidden), plain("labels", labels)
     cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
-    check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
-    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
-    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
+    _check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
     reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
     reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
+    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
+    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
     ref_logps = reference.logps
     if reference.hidden is not None:
         with torch.no_grad():
             ref_logps = token_stats(
                 reference.hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
             ).logps
-    return DPOOutput(
-        *batch_losses(
-            options.preference,
-            stats.logps,
-            ref=ref_logps,
-            labels=labels,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
-            log_sum_sq_probs=stats.log_sum_sq_probs,
-            ignore_index=options.head.ignore_index,
-            average=options.average_log_prob,
-            ld_alpha=options.ld_alpha,
-        )
+    given = BatchInputs(
+        stats.logps,
+        ref=ref_logps,
+        labels=labels,
+        cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
+        log_sum_sq_probs=stats.log_sum_sq_probs,
+        ignore_index=options.head.ignore_index,
+        average=options.average_log_prob,
+        ld_alpha=options.ld_alpha,
     )
+    return DPOOutput(*batch_losses(options.preference, given))
+
+
+def _check_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, read_offsets: bool) -> None:
+    """Raises unless `hidden`, `labels` and `cu_seqlens` hold B chosen and B rejected sequences.
+
+    The values of `cu_seqlens` are read on the CPU, outside torch.compile, or with `read_offsets`, which waits.
+    """
+    if cu_seqlens is None:
+        if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
+            raise ValueError(
+                "without cu_seqlens, hidden must be [2B, T, H] and labels [2B, T]; got shapes "
+                f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
+            )
+        if hidden.shape[0] % 2:
+            raise ValueError(
+                "hidden must hold as many rejected sequences as chosen ones; got an odd number of them, "
+                f"{hidden.shape[0]}"
+            )
+        return
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"with cu_seqlens, hidden must be [N, H] and labels [N]; got shapes {tuple(hidden.shape)} and "
+            f"{tuple(labels.shape)}"
+        )
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor; got {cu_seqlens.dtype}")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
+        raise ValueError(
+            "cu_seqlens must hold 2B + 1 offsets, B chosen sequences and then B rejected ones; got shape "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    if read_offsets or (cu_seqlens.device.type == "cpu" and not traced(cu_seqlens)):
+        _check_offsets(cu_seqlens.tolist(), labels.shape[0])
+
+
+def _check_offsets(offsets: list[int], count: int) -> None:
+    if offsets[0] != 0:
+        raise ValueError(f"cu_seqlens must start at 0; got {offsets[0]}")
+    if offsets[-1] != count:
+        raise ValueError(f"cu_seqlens must end at the number of rows of hidden, {count}; got {offsets[-1]}")
+    for i, (start, stop) in enumerate(pairwise(offsets)):
+        if stop < start:
+            raise ValueError(f"cu_seqlens must not decrease; got {start} then {stop} at position {i + 1}")
 
 
 class _Reference(NamedTuple):
@@ -232,8 +274,8 @@ def _check_reference(
             f"got shape {tuple(hidden.shape)}"
         )
     if ref_weight is None:
-        ref_weight = weight
-        if hidden.shape[-1] != weight.shape[-1]:
+        weight = ref_weight = plain("weight", weight)
+        if hidden.shape[-1:] != weight.shape[-1:]:
             raise ValueError(
                 f"ref_hidden has H = {hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
             )

@@ -157,7 +157,7 @@ def token_stats(
 
     `function`: where a trainer's head needs care in the backward.
     """
-    refuse_transforms(function.of, hidden, weight, bias, *(lora or ()))
+    refuse_transforms(function.of, hidden, weight, bias, *(lora if isinstance(lora, (tuple, list)) else ()))
     call = check_head(hidden, weight, labels, bias, lora, options)
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
     differentiable = False

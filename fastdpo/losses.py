@@ -6,7 +6,9 @@ ops/preference/reference.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import inspect
+import textwrap
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -21,28 +23,12 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Interval(NamedTuple):
-    low: float
-    high: float
-    closed: str = "both"  # or "left", "right": the ends that belong to it
-
-    def __contains__(self, x) -> bool:
-        above = x >= self.low if self.closed in ("both", "left") else x > self.low
-        below = x <= self.high if self.closed in ("both", "right") else x < self.high
-        return above and below
-
-    def __str__(self) -> str:
-        left = "[" if self.closed in ("both", "left") else "("
-        right = "]" if self.closed in ("both", "right") else ")"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
-
-
 class Loss(NamedTuple):
     """What one loss reads. `d` is s_w - s_l, `S` the sigmoid, `e` the label smoothing, `n` a length."""
 
     formula: str
     source: str
-    label_smoothing: Interval | None = None  # None: not used
+    label_smoothing: str | None = None  # the interval it may lie in, of ends 0 and 0.5; None: not used
     f_divergence: bool = False  # built on the difference of scores, so that f-DPO applies
     reference_free: bool = False  # never looks at the reference
     ranked: bool = False  # re-matches the batch's rows by rank, so that a weight per row has no meaning
@@ -51,8 +37,7 @@ class Loss(NamedTuple):
     options: tuple[str, ...] = ()  # beyond beta, label_smoothing and the f-divergence
 
 
-# Above one half, smoothing would prefer the rejected completion.
-FLIP = Interval(0.0, 0.5)
+FLIP = "[0, 0.5]"  # above one half, smoothing would prefer the rejected completion
 BOTH_LENGTHS = ("chosen_lengths", "rejected_lengths")
 
 LOSSES: dict[str, Loss] = {
@@ -65,7 +50,7 @@ LOSSES: dict[str, Loss] = {
     "robust": Loss(
         "[-(1-e) log S(beta d) + e log S(-beta d)] / (1-2e)",
         "Robust DPO, arXiv 2403.00409",
-        label_smoothing=Interval(0.0, 0.5, "left"),
+        label_smoothing="[0, 0.5)",
         f_divergence=True,
     ),
     "ipo": Loss(
@@ -78,7 +63,7 @@ LOSSES: dict[str, Loss] = {
     "exo_pair": Loss(
         "S(beta d) [log S(beta d) - log(1-e)] + S(-beta d) [log S(-beta d) - log e]",
         "EXO, arXiv 2402.00856",
-        label_smoothing=Interval(0.0, 0.5, "right"),
+        label_smoothing="(0, 0.5]",
         f_divergence=True,
     ),
     "nca_pair": Loss("-log S(beta a) - 0.5 log S(-beta a) - 0.5 log S(-beta b)", "NCA, arXiv 2402.05369"),
@@ -171,21 +156,10 @@ def _check_kl(name: str, value) -> float | Tensor:
     return value.detach().reshape(()).clamp(min=0)
 
 
-_POSITIVE, _NOT_NEGATIVE = partial(check_number, low=0, above=True), partial(check_number, low=0)
-_CHECKS = {
-    "beta": _POSITIVE,
-    "label_smoothing": check_number,
-    "f_alpha_divergence_coef": check_number,
-    "discopop_tau": _POSITIVE,
-    "simpo_gamma": check_number,
-    "dpop_lambda": _NOT_NEGATIVE,
-    "slic_delta": _NOT_NEGATIVE,
-    "kto_kl": _check_kl,
-    "desirable_weight": _NOT_NEGATIVE,
-    "undesirable_weight": _NOT_NEGATIVE,
-}
-_USERS = {option: _users(option) for option in _CHECKS}  # none for what every loss reads
-MAX_TERMS = 24  # of csrc/shared/preference_batch.h
+# How an option is checked where it is not the default.
+_ANY, _CHECK_KL = {"check": check_number}, {"check": _check_kl}
+_POSITIVE, _NOT_NEGATIVE = {"check": partial(check_number, low=0, above=True)}, {"check": partial(check_number, low=0)}
+MAX_TERMS = 24  # of csrc/structs.h
 
 
 @dataclass(frozen=True)
@@ -193,19 +167,19 @@ class PreferenceOptions:
     """The options of `preference_loss`, checked when they are made: every error names the option and its value. This
     is the one list of them."""
 
-    beta: float = 0.1
-    loss_type: str | tuple[str, ...] = "sigmoid"  # a tuple once checked
-    loss_weights: tuple[float, ...] | None = None  # as long as loss_type once checked
-    label_smoothing: float = 0.0
+    beta: float = field(default=0.1, metadata=_POSITIVE)
+    loss_type: str | list[str] = "sigmoid"  # a tuple once checked
+    loss_weights: list[float] | None = None  # a tuple as long as loss_type once checked
+    label_smoothing: float = field(default=0.0, metadata=_ANY)
     f_divergence_type: str = "reverse_kl"
-    f_alpha_divergence_coef: float = 0.5
-    discopop_tau: float = 0.05
-    simpo_gamma: float = 0.5
-    dpop_lambda: float = 50.0
-    slic_delta: float = 1.0
-    kto_kl: float | Tensor = 0.0
-    desirable_weight: float = 1.0
-    undesirable_weight: float = 1.0
+    f_alpha_divergence_coef: float = field(default=0.5, metadata=_ANY)
+    discopop_tau: float = field(default=0.05, metadata=_POSITIVE)
+    simpo_gamma: float = field(default=0.5, metadata=_ANY)
+    dpop_lambda: float = field(default=50.0, metadata=_NOT_NEGATIVE)
+    slic_delta: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    kto_kl: float | Tensor = field(default=0.0, metadata=_CHECK_KL)
+    desirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    undesirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
 
     def __post_init__(self):
         names, weights = _check_losses(self.loss_type, self.loss_weights)
@@ -222,12 +196,14 @@ class PreferenceOptions:
                 raise ValueError(
                     f"{option}={value!r} has no effect on loss_type {list(names)}; it is used by {', '.join(users)}"
                 )
+        smoothing = self.label_smoothing
         for name in names:
             interval = LOSSES[name].label_smoothing
-            if interval is not None and self.label_smoothing not in interval:
-                raise ValueError(
-                    f"label_smoothing must lie in {interval} for loss_type {name!r}; got {self.label_smoothing!r}"
-                )
+            if interval is None:
+                continue
+            low, high = smoothing > 0 or interval[0] == "[", smoothing < 0.5 or interval[-1] == "]"
+            if not (0 <= smoothing <= 0.5 and low and high):
+                raise ValueError(f"label_smoothing must lie in {interval} for loss_type {name!r}; got {smoothing!r}")
         if self.f_divergence_type != "reverse_kl" or self.f_alpha_divergence_coef != 0.5:
             _check_divergence(self.f_divergence_type, self.f_alpha_divergence_coef, names)
 
@@ -247,7 +223,34 @@ class PreferenceOptions:
             raise ValueError(f"{given} was given, but loss_type {list(self.loss_type)} never looks at a reference")
 
 
-PREFERENCE_OPTIONS = tuple(field.name for field in fields(PreferenceOptions))
+PREFERENCE_OPTIONS = tuple(option.name for option in fields(PreferenceOptions))
+_CHECKS = {option.name: option.metadata["check"] for option in fields(PreferenceOptions) if option.metadata}
+_USERS = {option: _users(option) for option in _CHECKS}  # none for what every loss reads
+
+
+def states_options(function):
+    """Decorates what takes `**options`: the options join its signature, and the table's names its docstring."""
+    given = list(inspect.signature(function).parameters.values())[:-1]
+    options = list(inspect.signature(PreferenceOptions).parameters.values())
+    keywords = [x.replace(kind=x.KEYWORD_ONLY) for x in options] + [x for x in given if x.kind == x.KEYWORD_ONLY]
+    parameters = [x for x in given if x.kind != x.KEYWORD_ONLY] + keywords
+    function.__signature__ = inspect.signature(function).replace(parameters=parameters)
+
+    def fill(**lists) -> None:
+        for key, items in lists.items():
+            text = textwrap.fill(", ".join(items), 100, subsequent_indent=" " * 12)
+            function.__doc__ = function.__doc__.replace(f"{{{key}}}", text)
+
+    if function.__doc__ is not None:  # as it is under python -OO
+        intervals = {f"``{name}``": loss.label_smoothing for name, loss in LOSSES.items() if loss.label_smoothing}
+        fill(
+            losses=[f"``{name}``" for name in LOSSES],
+            divergences=[f"``{name}``" for name in F_DIVERGENCES],
+            f_divergence=[f"``{name}``" for name, loss in LOSSES.items() if loss.f_divergence],
+            lengths=[f"``{name}``" for name, loss in LOSSES.items() if loss.lengths],
+            label_smoothing=[f"{interval} for {name}" for name, interval in intervals.items()],
+        )
+    return function
 
 
 def _check_losses(loss_type, loss_weights) -> tuple[tuple[str, ...], tuple[float, ...]]:
@@ -316,16 +319,16 @@ def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
         if ref_chosen is None or ref_rejected is None:
             missing = "ref_chosen_logps" if ref_chosen is None else "ref_rejected_logps"
             raise ValueError(f"{missing} is None: give the reference log-probs of both sides, or neither")
-    checked, dtype, like = [], torch.float32, None
+    like, dtype, checked = None, torch.float32, []
     for name, x in zip(_NAMES, tensors):
-        is_length = name in BOTH_LENGTHS
-        if x is None and like is not None and name != "rejected_logps":
+        if x is None and name not in ("chosen_logps", "rejected_logps"):
             for loss in options.loss_type:
                 if name in LOSSES[loss].lengths:
                     raise ValueError(f"{name} is None, but loss_type {loss!r} needs it")
             checked.append(None)
             continue
         x = plain(name, x)
+        is_length = name in BOTH_LENGTHS
         if is_length and x.dtype not in INTEGERS:
             raise TypeError(f"{name} must be a tensor of integers; got {x.dtype}")
         if not is_length and x.dtype not in FLOATS:
@@ -344,7 +347,7 @@ def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
             raise ValueError(f"{name} must not be negative; got {int(x.min())}")
         checked.append(x)
     for i, x in enumerate(checked):
-        wanted = dtype if i < 4 else torch.int64
+        wanted = torch.int64 if _NAMES[i] in BOTH_LENGTHS else dtype
         if x is not None and x.dtype != wanted:
-            checked[i] = cast(x, dtype) if i < 4 else x.to(torch.int64)
+            checked[i] = x.to(wanted) if _NAMES[i] in BOTH_LENGTHS else cast(x, wanted)
     return CheckedSequences(*checked)

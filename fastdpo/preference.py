@@ -12,19 +12,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
-from .losses import PreferenceOptions, check_sequences
-from .ops.preference.templates import PreferenceLossFunction, batch_losses
+from .losses import PreferenceOptions, check_sequences, states_options
+from .ops.preference.reference import BatchInputs
+from .ops.preference.templates import batch_losses
 from .tensors import refuse_transforms
-
-__all__ = [
-    "DPOOutput",
-    "LinearDPOLoss",
-    "PreferenceLossFunction",
-    "PreferenceOutput",
-    "linear_dpo_loss",
-    "preference_loss",
-]
 
 
 class PreferenceOutput(NamedTuple):
@@ -36,27 +27,16 @@ class PreferenceOutput(NamedTuple):
     rejected_rewards: Tensor  # [B]
 
 
+@states_options
 def preference_loss(
     chosen_logps: Tensor,  # [B]
     rejected_logps: Tensor,  # [B]
     ref_chosen_logps: Tensor | None = None,  # [B]
     ref_rejected_logps: Tensor | None = None,  # [B]
     *,
-    beta: float = 0.1,
-    loss_type: str | list[str] = "sigmoid",
-    loss_weights: list[float] | None = None,
-    label_smoothing: float = 0.0,
-    f_divergence_type: str = "reverse_kl",
-    f_alpha_divergence_coef: float = 0.5,
-    discopop_tau: float = 0.05,
-    simpo_gamma: float = 0.5,
-    dpop_lambda: float = 50.0,
-    slic_delta: float = 1.0,
-    kto_kl: float | Tensor = 0.0,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
     chosen_lengths: Tensor | None = None,  # [B]
     rejected_lengths: Tensor | None = None,  # [B]
+    **options,
 ) -> PreferenceOutput:
     """The preference loss of B chosen and rejected completions, from their sequence log-probabilities.
 
@@ -71,22 +51,19 @@ def preference_loss(
 
     Args:
         chosen_logps, rejected_logps: ``[B]`` fp32, bf16, fp16 or fp64, nats: log-probs summed over each
-            completion's tokens (``simpo``, ``orpo``, ``ipo`` and ``sigmoid_norm`` divide by the lengths
-            themselves).
+            completion's tokens (a loss that needs lengths divides by them itself).
         ref_chosen_logps, ref_rejected_logps: the same of the reference model; both or neither.
         beta: strength of the tie to the reference; > 0. In ``ipo`` the paper's tau, in ``orpo`` its lambda.
-        loss_type: a name or a list of names whose weighted sum is the loss: ``sigmoid``, ``robust``, ``ipo``,
-            ``hinge``, ``exo_pair``, ``nca_pair``, ``bco_pair``, ``sppo_hard``, ``aot``, ``aot_unpaired``,
-            ``apo_zero``, ``apo_down``, ``discopop``, ``sigmoid_norm``, ``sft``, ``simpo``, ``cpo``, ``orpo``,
-            ``kto``, ``dpop``, ``slic``. The first fifteen are those of TRL's DPOTrainer. ``cpo`` and ``orpo``
-            are the preference terms alone: ``["sft", "orpo"]`` adds the likelihood of the chosen completions.
-            ``kto`` is the mean over the two sequences of a row, so `loss` is KTO's mean over all 2B.
+        loss_type: a name or a list of names whose weighted sum is the loss:
+            {losses}.
+            Those up to ``sft`` are TRL's DPOTrainer's. ``cpo`` and ``orpo`` are the preference terms alone:
+            ``["sft", "orpo"]`` adds the likelihood of the chosen completions. ``kto`` is the mean over the two
+            sequences of a row, so `loss` is KTO's mean over all 2B.
         loss_weights: one number per loss; ones by default.
-        label_smoothing: probability that a label is flipped: in [0, 0.5] for ``sigmoid`` (conservative DPO),
-            ``aot``, ``aot_unpaired``, ``simpo`` and ``cpo``; in [0, 0.5) for ``robust``; in (0, 0.5] for
-            ``exo_pair``.
-        f_divergence_type: ``reverse_kl``, ``forward_kl``, ``js_divergence`` or ``alpha_divergence``, for
-            ``sigmoid``, ``sigmoid_norm``, ``hinge``, ``ipo``, ``exo_pair``, ``robust`` and ``discopop``.
+        label_smoothing: probability that a label is flipped:
+            {label_smoothing}.
+        f_divergence_type: {divergences}, for
+            {f_divergence}.
         f_alpha_divergence_coef: alpha of ``alpha_divergence``; 1 is ``reverse_kl``.
         discopop_tau: temperature of ``discopop``'s blend; > 0.
         simpo_gamma: target margin of ``simpo``, added inside the sigmoid.
@@ -96,8 +73,7 @@ def preference_loss(
             to that, and gets no gradient, as in KTO.
         desirable_weight, undesirable_weight: ``kto``'s weights of chosen and rejected; >= 0.
         chosen_lengths, rejected_lengths: ``[B]`` integers, completion tokens; below 1 counts as 1 where a
-            loss divides by it. Needed by ``ipo``, ``sigmoid_norm``, ``simpo`` and ``orpo``; ``sft`` needs the
-            chosen ones.
+            loss divides by it. Needed by {lengths}.
 
     Returns:
         PreferenceOutput(loss, losses, chosen_rewards, rejected_rewards). Rewards are ``beta * (logp -
@@ -120,11 +96,8 @@ def preference_loss(
     Source: TRL 1.16's DPOTrainer; the papers of the single losses are listed in fastdpo/losses.py.
     """
     refuse_transforms("fastdpo.preference_loss", chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    options = PreferenceOptions(
-        beta, loss_type, loss_weights, label_smoothing, f_divergence_type, f_alpha_divergence_coef, discopop_tau,
-        simpo_gamma, dpop_lambda, slic_delta, kto_kl, desirable_weight, undesirable_weight,
-    )  # fmt: skip
+    options = PreferenceOptions(**options)
     checked = check_sequences(
         options, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
     )
-    return PreferenceOutput(*batch_losses(options, *checked)[:4])
+    return PreferenceOutput(*batch_losses(options, BatchInputs(*checked))[:4])

@@ -6,13 +6,10 @@ fixed order; what is not a completion token is selected away, never multiplied b
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
 from .autograd import Function, once_differentiable
-from .tensors import traced
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -93,46 +90,3 @@ class Sequences:
         place = self.mask.cumsum(0)
         start = torch.cat([place.new_zeros(1), place])[self.offsets[:-1]]
         return place - start[owner] <= shared[owner]
-
-
-def check_layout(hidden, labels, cu_seqlens, read_offsets: bool) -> None:
-    """Raises unless `hidden`, `labels` and `cu_seqlens` hold B chosen and B rejected sequences.
-
-    The values of `cu_seqlens` are read on the CPU, outside torch.compile, or with `read_offsets`, which waits.
-    """
-    if cu_seqlens is None:
-        if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
-            raise ValueError(
-                "without cu_seqlens, hidden must be [2B, T, H] and labels [2B, T]; got shapes "
-                f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
-            )
-        if hidden.shape[0] % 2:
-            raise ValueError(
-                "hidden must hold as many rejected sequences as chosen ones; got an odd number of them, "
-                f"{hidden.shape[0]}"
-            )
-        return
-    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"with cu_seqlens, hidden must be [N, H] and labels [N]; got shapes {tuple(hidden.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor; got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
-        raise ValueError(
-            "cu_seqlens must hold 2B + 1 offsets, B chosen sequences and then B rejected ones; got shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    if read_offsets or (cu_seqlens.device.type == "cpu" and not traced(cu_seqlens)):
-        _check_offsets(cu_seqlens.tolist(), labels.shape[0])
-
-
-def _check_offsets(offsets: list[int], count: int) -> None:
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0; got {offsets[0]}")
-    if offsets[-1] != count:
-        raise ValueError(f"cu_seqlens must end at the number of rows of hidden, {count}; got {offsets[-1]}")
-    for i, (start, stop) in enumerate(pairwise(offsets)):
-        if stop < start:
-            raise ValueError(f"cu_seqlens must not decrease; got {start} then {stop} at position {i + 1}")

@@ -32,6 +32,27 @@ def engine(request, monkeypatch) -> Iterator[str]:
     torch.set_default_device(None)
 
 
+@pytest.fixture(params=["native", "reference"])
+def loss_engine(request, monkeypatch) -> str:
+    """Each engine of the preference losses in turn, and no other but for the losses that only the reference has."""
+    from fastdpo.losses import LOSSES
+    from fastdpo.ops.preference import templates
+
+    def only_ranked(options, given):
+        assert any(LOSSES[name].ranked for name in options.loss_type), "templates have these losses"
+        return reference(options, given)
+
+    if request.param == "reference":
+        monkeypatch.setenv("FASTDPO_ENGINE", "reference")
+    elif not templates.AVAILABLE:
+        pytest.skip("this installation has no native extension")
+    else:
+        monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
+        reference = templates.batch_losses_ref
+        monkeypatch.setattr(templates, "batch_losses_ref", only_ranked)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     """A fresh seed per run unless FASTDPO_TEST_SEED is set; shown with a failing test's captured output."""

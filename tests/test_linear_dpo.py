@@ -7,9 +7,7 @@ import torch
 
 from fastdpo.linear_dpo import LinearDPOLoss, linear_dpo_loss
 from fastdpo.logps import linear_logps
-from fastdpo.ops.preference import templates as preference_native
 from fastdpo.preference import preference_loss
-from fastdpo.sequences import Sequences
 
 B, T, H, V = 3, 8, 16, 300
 IGNORE = -100
@@ -202,14 +200,6 @@ def test_reference_head_without_a_bias(own_head, module):
         assert_same(loss(None), loss(batch.bias.detach()), rtol=0, atol=0)
     with pytest.raises(ValueError, match="ref_bias=False was given without ref_hidden"):
         score(batch.hidden, batch.weight, batch.labels, ref_bias=False)
-
-
-@pytest.fixture(params=["native", "reference"])
-def loss_engine(request, monkeypatch):
-    if request.param == "reference":
-        monkeypatch.setattr(preference_native, "problem", lambda device, dtype: "asked for")
-    elif not preference_native.AVAILABLE:
-        pytest.skip("this installation has no native extension")
 
 
 @pytest.mark.parametrize("layout", ["padded", "packed"])
@@ -495,17 +485,6 @@ def test_sequence_log_probs_carry_gradients():
         grads(eager_logps(batch.labels, batch.hidden, batch.weight, None)[:B].sum(), [batch.hidden]),
     )
     assert not out.chosen_rewards.requires_grad
-
-
-def test_sums_of_long_sequences():
-    """fp64 inside: one rounding, whatever the length."""
-    logps = -torch.rand(2, 5000, generator=torch.Generator().manual_seed(0)) * 1e3
-    labels = torch.zeros(2, 5000, dtype=torch.int64)
-    exact = [math.fsum(row.tolist()) for row in logps]
-    padded = Sequences(labels, IGNORE, None).sum(logps)
-    packed = Sequences(labels.flatten(), IGNORE, torch.tensor([0, 5000, 10000])).sum(logps.flatten())
-    assert padded.tolist() == pytest.approx(exact, rel=1e-14)
-    assert packed.tolist() == pytest.approx(exact, rel=1e-14)
 
 
 def test_module():

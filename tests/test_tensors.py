@@ -16,7 +16,6 @@ import fastdpo
 from fastdpo.head import HeadOptions
 from fastdpo.losses import PreferenceOptions
 from fastdpo.ops import engines as ops
-from fastdpo.ops import native
 
 B, T, V, H = 2, 3, 40, 8
 
@@ -190,34 +189,10 @@ def test_functions_are_checked_where_they_reach_engines():
         inputs = (given["hidden"], given["weight"], None, None, None, given["labels"])
         with pytest.raises(TypeError, match=f"{name} must be a plain strided tensor"):
             fastdpo.LinearLogpsFunction.apply(*inputs, options, (), False)
-    with pytest.raises(TypeError, match=r"chosen_logps must be a plain strided tensor; .* storage was released"):
+    with pytest.raises(TypeError, match="chosen_logps must be a plain strided tensor; got a tensor of shape"):
         fastdpo.PreferenceLossFunction.apply(
             released(torch.zeros(2)), torch.zeros(2), None, None, None, None, PreferenceOptions()
         )
-
-
-MISREAD = {
-    "released": (released(torch.ones(3)), {}),
-    "elsewhere": (torch.ones(3, device="meta"), {}),
-    "strided": (torch.ones(6)[::2], {}),
-    "negated": (torch._neg_view(torch.ones(3)), {}),
-    "of another type": (torch.ones(3), {"dtype": torch.float64}),
-    "columns apart": (torch.ones(3, 4)[:, ::2], {"rows": True}),
-    "wrapper": (Wrapper(torch.ones(3)), {}),
-}
-
-
-@pytest.mark.parametrize("kind", MISREAD)
-def test_no_address_of_what_would_be_misread(kind):
-    x, options = MISREAD[kind]
-    with pytest.raises(RuntimeError, match="would misread"):
-        native.address(x, **options)
-
-
-def test_addresses():
-    x = torch.randn(4, 6)
-    assert native.address(None) == 0 and native.address(torch.empty(0)) == 0
-    assert native.address(x, torch.float32) == x.data_ptr() == native.address(x[:, :3], rows=True)
 
 
 # Defaults of torch that are another's business
@@ -337,4 +312,4 @@ def test_only_one_way_to_an_address():
         for line in path.read_text().splitlines()
         if "data_ptr()" in line
     ]
-    assert len(found) == 3, found  # native.address; and alignment and identity, which read no memory
+    assert len(found) == 2, found  # alignment and identity, which read no memory; addresses are csrc/arguments.h's

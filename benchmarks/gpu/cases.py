@@ -231,9 +231,10 @@ class ShapeCases:
 def token_loss(logps: Tensor, labels: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """What `linear_dpo_loss` does once it has the log-probabilities, [2B, T]."""
     from fastdpo.losses import PreferenceOptions
+    from fastdpo.ops.preference.reference import BatchInputs
     from fastdpo.ops.preference.templates import batch_losses
 
-    return batch_losses(PreferenceOptions(beta=beta), logps, ref=ref_logps, labels=labels)[0]
+    return batch_losses(PreferenceOptions(beta), BatchInputs(logps, ref=ref_logps, labels=labels))[0]
 
 
 def _step(run: Callable, problem: Problem) -> tuple:

@@ -7,8 +7,7 @@
 
 #include "cpu/folds.h"
 #include "cpu/parallel.h"
-#include "shared/routing.h"
-#include "shared/row_formulas.h"
+#include "cpu/row_stats.h"
 
 namespace fastdpo {
 
@@ -124,23 +123,10 @@ void sum_blocks(const SumBlocksArgs& a) {
 void finish(const FinishArgs& a) {
   parallel_for(a.num_rows, grain_for(64), a.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      const double label_logit = a.label_logit[row];
-      const LabelLogp label = label_logp(a.rest_lse[row], 0.0, label_logit);
+      const LabelLogp label = label_logp(a.rest_lse[row], 0.0, a.label_logit[row]);
       a.logps[row] = static_cast<float>(label.logp);
       a.lse[row] = static_cast<float>(label.lse);
-      if (!a.stats) continue;
-      const RowStats& s = a.stats[row];
-      const double log_sum = std::log(s.sum_exp);
-      const LabelLogp exact = label_logp(s.max, log_sum, label_logit);
-      if (a.entropy) a.entropy[row] = static_cast<float>(row_entropy(exact, log_sum, s.sum_exp_z / s.sum_exp));
-      if (a.log_sum_sq_probs) {
-        const double p = std::exp(exact.logp);
-        const double scale = s.sum_exp == 0.0 ? 0.0 : std::exp(exact.rest_logp) / s.sum_exp;  // exp(z - max) -> p
-        a.log_sum_sq_probs[row] = static_cast<float>(std::log(scale * scale * s.sum_exp_sq + p * p));
-      }
-      if (a.mean_logit) a.mean_logit[row] = static_cast<float>(s.sum_z / a.vocab_size);
-      // argmax returns the first maximum: a tie counts only when the label comes first
-      if (a.is_top1) a.is_top1[row] = label_logit > s.max_before && label_logit >= s.max_after;
+      if (a.stats) finish_stats(a, row);
     }
   });
 }
@@ -152,25 +138,27 @@ void route(const RouteArgs& a) {
 }
 
 void count_pairs(const CountPairsArgs& a) {
-  std::memset(a.counts, 0, a.num_blocks * sizeof(int64_t));
-  parallel_for((a.num_blocks + 7) / 8, grain_for(a.num_tokens), a.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t token = 0; token < a.num_tokens; ++token) {
-      if (a.coef[token] == 0.0f) continue;
+  const PairSet& set = a.set;
+  std::memset(a.counts, 0, set.num_blocks * sizeof(int64_t));
+  parallel_for(bytes_of(set.num_blocks), grain_for(set.num_tokens), set.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = 0; token < set.num_tokens; ++token) {
+      if (set.coef[token] == 0.0f) continue;
       for (int64_t byte = begin; byte < end; ++byte)
-        for (unsigned bits = a.bitmap[token * a.bitmap_stride + byte]; bits; bits &= bits - 1)
+        for (unsigned bits = set.bitmap[token * set.bitmap_stride + byte]; bits; bits &= bits - 1)
           ++a.counts[byte * 8 + __builtin_ctz(bits)];
     }
   });
 }
 
 void fill_pairs(const FillPairsArgs& a) {
-  parallel_for(a.num_blocks, grain_for(a.num_tokens), a.num_threads, [&](int64_t begin, int64_t end) {
+  const PairSet& set = a.set;
+  parallel_for(set.num_blocks, grain_for(set.num_tokens), set.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = a.first_block + i;
+      const int64_t block = set.first_block + i;
       int32_t* out = a.tokens + a.offsets[i];
-      for (int64_t token = a.first_token; token < a.first_token + a.num_tokens; ++token) {
-        const bool kept = a.bitmap[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
-        if (kept && a.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
+      for (int64_t token = 0; token < set.num_tokens; ++token) {
+        const bool kept = set.bitmap[token * set.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
+        if (kept && set.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
       }
     }
   });

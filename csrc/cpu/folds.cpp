@@ -6,10 +6,11 @@
 #include <cmath>
 #include <limits>
 
+#include "cpu/simd.h"
+#include "cpu/row_stats.h"
 #include "shared/half.h"
 #include "shared/routing.h"
 #include "shared/row_formulas.h"
-#include "cpu/simd.h"
 
 namespace fastdpo {
 namespace FASTDPO_ISA {
@@ -57,26 +58,6 @@ inline void transform_block(const float* raw, const float* bias, const LogitTran
   for (int64_t i = cols; i < kBlock; ++i) z[i] = -kInf;
 }
 
-inline void merge_stats(RowStats& row, const float* z, float block_max, float block_sum) {
-  if (block_sum == 0.0f) return;  // every logit is -inf
-  Vec sum_z{}, sum_sq{};
-  for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const Vec d = load(z + i) - splat(block_max);
-    const Vec e = exp(d);
-    sum_z += e == Vec{} ? Vec{} : e * d;  // 0 * -inf
-    sum_sq += e * e;
-  }
-  const double m = std::fmax(row.max, static_cast<double>(block_max));
-  const double old_scale = row.sum_exp == 0.0 ? 0.0 : std::exp(row.max - m);
-  const double new_scale = std::exp(block_max - m);
-  const double old_shift = row.sum_exp == 0.0 ? 0.0 : row.max - m;
-  row.sum_exp_z = old_scale * (row.sum_exp_z + row.sum_exp * old_shift) +
-                  new_scale * (static_cast<double>(sum(sum_z)) + static_cast<double>(block_sum) * (block_max - m));
-  row.sum_exp_sq = old_scale * old_scale * row.sum_exp_sq + new_scale * new_scale * sum(sum_sq);
-  row.sum_exp = old_scale * row.sum_exp + new_scale * block_sum;
-  row.max = m;
-}
-
 template <bool kSoftcap, bool kStats>
 void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.tile;
@@ -87,54 +68,29 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
       const int64_t cols = std::min(kBlock, tile.num_cols - col);
       transform_block<kSoftcap, false>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
                                        tile.transform, cols, z, nullptr);
-      if (kStats) {
-        float total = 0.0f;
-        if (cols == kBlock) {
-          Vec t{};
-          for (int64_t i = 0; i < kBlock; i += kLanes) t += load(z + i);
-          total = sum(t);
-        } else {
-          for (int64_t i = 0; i < cols; ++i) total += z[i];
-        }
-        a.stats[row].sum_z += total;
-      }
+      if (kStats) add_logits(a.stats[row], z, cols);
       const int64_t in_block = label - col;
-      const bool has_label = in_block >= 0 && in_block < cols;
-      if (has_label) {
+      if (in_block >= 0 && in_block < cols) {
         a.label_logit[row] = z[in_block];
         z[in_block] = -kInf;
       }
       Vec m = splat(-kInf);
       for (int64_t i = 0; i < kBlock; i += kLanes) m = max(m, load(z + i));
       float block_max = max(m);
-      if (kStats) {
-        RowStats& stats = a.stats[row];
-        if (has_label) {
-          for (int64_t i = 0; i < cols; ++i) {
-            double& side = i < in_block ? stats.max_before : stats.max_after;
-            side = std::fmax(side, static_cast<double>(z[i]));
-          }
-        } else {
-          double& side = in_block > 0 ? stats.max_before : stats.max_after;
-          side = std::fmax(side, static_cast<double>(block_max));
-        }
-      }
+      if (kStats) add_maxima(a.stats[row], z, cols, in_block, block_max);
       if (block_max == -kInf) block_max = 0.0f;  // -inf - -inf is NaN; and `max` may have passed over NaNs
       Vec s{};
       for (int64_t i = 0; i < kBlock; i += kLanes) s += exp(load(z + i) - splat(block_max));
       const float block_sum = sum(s);
       a.block_lse[row * a.block_lse_stride + col / kBlock] = static_cast<double>(block_max) + std::log(block_sum);
-      if (kStats) merge_stats(a.stats[row], z, block_max, block_sum);
+      if (kStats) add_sums(a.stats[row], z, block_max, block_sum);
     }
   }
 }
 
 void fold_rows(const FoldArgs& a, int64_t begin, int64_t end) {
-  const bool softcap = a.tile.transform.softcap != 0.0f;
-  if (softcap)
-    a.stats ? fold_rows_as<true, true>(a, begin, end) : fold_rows_as<true, false>(a, begin, end);
-  else
-    a.stats ? fold_rows_as<false, true>(a, begin, end) : fold_rows_as<false, false>(a, begin, end);
+  if (a.tile.transform.softcap != 0.0f) a.stats ? fold_rows_as<true, true>(a, begin, end) : fold_rows_as<true, false>(a, begin, end);
+  else a.stats ? fold_rows_as<false, true>(a, begin, end) : fold_rows_as<false, false>(a, begin, end);
 }
 
 // z of one block -> dz/d(product) * coef terms, into dz; returns the block's mass.

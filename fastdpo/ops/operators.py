@@ -28,7 +28,7 @@ from ..tensors import contiguous, in_rows, plain, refuse_transforms, traced
 from ..validation import check_flag, check_names
 from . import flops
 from .engines import Engine, engine_for
-from .problem import STATS, Forward, Gradients, Head, Needs, Rows, Upstream
+from .problem import STAT_DTYPES, STATS, Forward, Gradients, Head, Needs, Rows, TokenStats, Upstream
 
 
 class LinearLogpsFunction(Function):
@@ -67,9 +67,10 @@ class LinearLogpsFunction(Function):
             # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
             ctx.save_for_backward(*tensors, logps, result.lse, entropy, result.bitmap, result.most_pairs)
             ctx.needs, ctx.scalars, ctx.shards, ctx.weight_shape = needs, scalars, shards, weight.shape
-        constants = (result.mean_logit, result.is_top1, result.log_sum_sq_probs)
-        ctx.mark_non_differentiable(*filter(torch.is_tensor, constants))  # a second call would undo a first
-        return result.logps, result.entropy, *constants
+        outputs = [getattr(result, name) for name in TokenStats._fields]
+        constants = [x for x in outputs[2:] if x is not None]  # of logps and entropy there are gradients
+        ctx.mark_non_differentiable(*constants)  # a second call would undo a first
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +96,7 @@ def compiled(call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], di
     needs = Needs(*[differentiable and x is not None and x.requires_grad for x in inputs])
     key, scalars = _prepare(options, needs, *inputs[:2], call.lora_scale, None)
     result = _forward_operator(call.tensors, key, scalars, stats)
-    return result.logps, result.entropy, result.mean_logit, result.is_top1, result.log_sum_sq_probs
+    return tuple(getattr(result, name) for name in TokenStats._fields)
 
 
 class Scalars(NamedTuple):
@@ -176,7 +177,7 @@ def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=No
     coef_entropy = None if dentropy is None else contiguous(dentropy.to(logps.dtype))
     if bitmap is None or dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
         routing = bitmap = most_pairs = None
-    saved = Forward(logps, lse, entropy, None, None, None, bitmap, most_pairs)
+    saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs)
     with torch.autocast(head.hidden.device.type, enabled=False):
         grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs)
     if grads.hidden is not None:
@@ -222,7 +223,8 @@ def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, 
 def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     """Of each field of Forward."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return dict.fromkeys(_RESULTS, dtype) | {"is_top1": torch.bool, "bitmap": torch.uint8, "most_pairs": torch.int32}
+    dtypes = {name: torch.bool if kind == torch.bool else dtype for name, kind in STAT_DTYPES.items()}
+    return {"logps": dtype, "lse": dtype, **dtypes, "bitmap": torch.uint8, "most_pairs": torch.int32}
 
 
 @torch.library.custom_op(

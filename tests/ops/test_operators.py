@@ -16,7 +16,6 @@ import fastdpo
 from fastdpo.head import HeadOptions
 from fastdpo.ops import operators as library
 from fastdpo.ops.problem import STATS, Forward, Gradients
-from fastdpo.ops.selective.operators import selective_backward_op, selective_op
 
 SCALARS = {
     "lora_scale": 0.7,
@@ -57,18 +56,6 @@ def test_opcheck_of_the_backward(engine, seed, needs, upstream):
     pairs = (None, None) if seed is None else (bitmap, most_pairs)
     saved = (logps, lse, entropy, *pairs, dlogps, dentropy)
     opcheck(library.token_stats_backward_op, (*inputs[:6], *saved), {**SCALARS, "needs": [bool(x) for x in needs]})
-
-
-@pytest.mark.parametrize("with_entropy", [False, True])
-@pytest.mark.parametrize("columns", [(), (3,)], ids=["one column", "several"])
-def test_opcheck_of_selective_log_softmax(engine, columns, with_entropy):
-    logits, index = torch.randn(6, 40, requires_grad=True), torch.randint(0, 40, (6, *columns))
-    index[1] = -100
-    opcheck(selective_op, (logits, index, 0.7, with_entropy))
-    *_, logps, lse, entropy = selective_op(logits.detach(), index, 0.7, with_entropy)
-    dlogps, dentropy = torch.randn(2, *index.shape)
-    of_entropy = (entropy, dlogps, dentropy) if with_entropy else (None, dlogps, None)
-    opcheck(selective_backward_op, (logits.detach(), index, logps, lse, *of_entropy, 0.7))
 
 
 def compare(function, batches, backend="aot_eager"):

@@ -275,10 +275,15 @@ class _Routed:
     def _lists(self, start: int, stop: int, which: int) -> Iterator[tuple[int, Tensor]]:
         """(block, int32 tokens) for every block with pairs of a set among tokens [start, stop), in bounded pieces."""
         ops, num_blocks, num_tokens = self.ops, self.ops.num_blocks, self.ops.count
-        kept = {"bitmap": self.sets[which], "coef": self.upstream.coef, "num_threads": ops.threads}
+        kept = {
+            "bitmap": self.sets[which],
+            "coef": self.upstream.coef,
+            "num_tokens": num_tokens,
+            "num_threads": ops.threads,
+        }
         if which not in self.counts:
             self.counts[which] = torch.empty(num_blocks, dtype=torch.int64, device=self.upstream.coef.device)
-            EXTENSION.count_pairs(**kept, num_tokens=num_tokens, num_blocks=num_blocks, counts=self.counts[which])
+            EXTENSION.count_pairs(**kept, first_block=0, num_blocks=num_blocks, counts=self.counts[which])
         counted = self.counts[which]
         counts = counted.tolist()
         limit = TILE_BYTES // 4
@@ -294,8 +299,6 @@ class _Routed:
             pairs = torch.empty(total, dtype=torch.int32, device=counted.device)
             EXTENSION.fill_pairs(
                 **kept,
-                first_token=0,
-                num_tokens=num_tokens,
                 first_block=first,
                 num_blocks=last - first,
                 offsets=offsets,

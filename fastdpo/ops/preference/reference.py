@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +23,26 @@ CERTAIN_LOGP = -(2.0**-24)
 MAX_MEAN_LOGP = -(2.0**-126)
 
 
+class BatchInputs(NamedTuple):
+    """What the losses of a batch are computed from: tensors that a door has checked. Lengths go with `rejected`, the
+    rest with tokens."""
+
+    logps: Tensor  # [2B, T] or packed [N], the B chosen sequences first; or [B] of the chosen sequences
+    rejected: Tensor | None = None  # [B] beside those
+    ref: Tensor | None = None  # like `logps`; or one number per sequence of the tokens, [2B], packed [2B, 1]
+    ref_rejected: Tensor | None = None
+    chosen_lengths: Tensor | None = None
+    rejected_lengths: Tensor | None = None
+    labels: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None  # per token; asks for WPO's weights
+    ignore_index: int = -100
+    average: bool = False
+    ld_alpha: float | None = None
+
+
 @dataclass(frozen=True)
-class Inputs:
+class Terms:
     """Sequence log-probs, all [B] and fp64, and what the formulas are written in."""
 
     chosen: Tensor
@@ -86,19 +105,19 @@ def smoothed(x: Tensor, options: PreferenceOptions) -> Tensor:
     return -(1 - e) * logsigmoid(x) - e * logsigmoid(-x)
 
 
-def robust(q: Inputs) -> Tensor:
+def robust(q: Terms) -> Tensor:
     e = q.options.label_smoothing
     if e == 0:
         return -logsigmoid(q.x)
     return (-(1 - e) * logsigmoid(q.x) + e * logsigmoid(-q.x)) / (1 - 2 * e)
 
 
-def exo_pair(q: Inputs) -> Tensor:
+def exo_pair(q: Terms) -> Tensor:
     e = q.options.label_smoothing
     return sigmoid(q.x) * (logsigmoid(q.x) - math.log1p(-e)) + sigmoid(-q.x) * (logsigmoid(-q.x) - math.log(e))
 
 
-def sppo_hard(q: Inputs) -> Tensor:
+def sppo_hard(q: Terms) -> Tensor:
     half = 0.5 / q.options.beta
     return (q.a - half) ** 2 + (q.b + half) ** 2
 
@@ -108,19 +127,19 @@ def unsort(ranked: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(ranked).index_copy(0, like.argsort(stable=True), ranked)
 
 
-def aot(q: Inputs) -> Tensor:
+def aot(q: Terms) -> Tensor:
     policy = q.chosen - q.rejected
     reference = torch.zeros_like(policy) + q.ref_chosen - q.ref_rejected
     ranked = policy.sort(stable=True).values - reference.sort(stable=True).values
     return smoothed(q.options.beta * unsort(ranked, policy), q.options)
 
 
-def aot_unpaired(q: Inputs) -> Tensor:
+def aot_unpaired(q: Terms) -> Tensor:
     ranked = q.a.sort(stable=True).values - q.b.sort(stable=True).values
     return smoothed(q.options.beta * unsort(ranked, q.a), q.options)
 
 
-def discopop(q: Inputs) -> Tensor:
+def discopop(q: Terms) -> Tensor:
     z = q.x / q.options.discopop_tau
     # e^-x and S(z) overflow and vanish together: their exponents are added before either exists.
     exponential = (logsigmoid(z) - q.x).clamp(max=MAX_EXPONENT).exp()
@@ -138,14 +157,14 @@ def log_odds(mean_logp: Tensor) -> Tensor:
     return x - (-torch.expm1(x)).log()
 
 
-def kto(q: Inputs) -> Tensor:
+def kto(q: Terms) -> Tensor:
     o = q.options
     desirable = sigmoid(-o.beta * (q.a - o.kto_kl))
     undesirable = sigmoid(o.beta * (q.b - o.kto_kl))
     return 0.5 * (o.desirable_weight * desirable + o.undesirable_weight * undesirable)
 
 
-def dpop(q: Inputs) -> Tensor:
+def dpop(q: Terms) -> Tensor:
     return -logsigmoid(q.options.beta * (q.a - q.b - q.options.dpop_lambda * (-q.a).relu()))
 
 
@@ -180,95 +199,49 @@ REFERENCE = {
 }
 
 
-def preference_losses_ref(
-    options: PreferenceOptions,
-    chosen: Tensor,
-    rejected: Tensor,
-    ref_chosen: Tensor | None,
-    ref_rejected: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    sft_logps: Tensor,
-) -> Tensor:
-    """The weighted sum of the losses, [B], in the inputs' dtype; every argument is [B]."""
-    dtype = wide_dtype(chosen.device)
-
-    def length(n):
-        return None if n is None else n.clamp(min=1).to(dtype)
-
-    inputs = Inputs(
-        cast(chosen, dtype),
-        cast(rejected, dtype),
-        0.0 if ref_chosen is None else cast(ref_chosen, dtype),
-        0.0 if ref_rejected is None else cast(ref_rejected, dtype),
-        length(chosen_lengths),
-        length(rejected_lengths),
-        cast(sft_logps, dtype),
-        chosen_lengths,
-        options,
-    )
-    terms = zip(options.loss_type, options.loss_weights)
-    return cast(sum(weight * REFERENCE[name](inputs) for name, weight in terms), chosen.dtype)
-
-
-def batch_losses_ref(
-    options: PreferenceOptions,
-    logps: Tensor,  # [2B, T] or packed [N], the B chosen sequences first; or [B] of the chosen sequences
-    rejected: Tensor | None,  # [B] beside those
-    ref: Tensor | None,  # like `logps`; or one number per sequence of the tokens, [2B] or [2B, 1]
-    ref_rejected: Tensor | None,
-    labels: Tensor | None,
-    cu_seqlens: Tensor | None,
-    chosen_lengths: Tensor | None,
-    rejected_lengths: Tensor | None,
-    log_sum_sq_probs: Tensor | None,
-    *,
-    ignore_index: int,
-    average: bool,
-    ld_alpha: float | None,
-) -> tuple[Tensor, ...]:
+def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Tensor, ...]:
     """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]), in the log-probs' dtype."""
-    chosen, ref_chosen, sft_logps, dtype = logps, ref, logps, logps.dtype
-    if rejected is None:
-        sequences = Sequences(labels, ignore_index, cu_seqlens)
+    wide, dtype = wide_dtype(given.logps.device), given.logps.dtype
+    weights = 1.0
+    if given.rejected is None:
+        sequences = Sequences(given.labels, given.ignore_index, given.cu_seqlens)
         half = sequences.num // 2
 
         def read(logps: Tensor, sums: Tensor) -> Tensor:
             """[2B] log-probs as the loss reads them; `sums` are the plain ones."""
-            if ld_alpha is not None:
+            if given.ld_alpha is not None:
                 # Selected, not multiplied, at alpha 0: a tail that is left out must not bring its NaN along.
-                tail = ld_alpha * logps if ld_alpha else torch.zeros_like(logps)
+                tail = given.ld_alpha * logps if given.ld_alpha else torch.zeros_like(logps)
                 sums = sequences.sum(torch.where(sequences.within_shared_length(), logps, tail))
-            return sequences.mean(sums) if average else sums
+            return sequences.mean(sums) if given.average else sums
 
-        sums = sequences.sum(logps)
-        sft_logps = sums[:half]
-        policy = read(logps, sums)
-        chosen, rejected = policy[:half], policy[half:]
+        sums, ref = sequences.sum(given.logps), given.ref
+        policy, sft_logps = read(given.logps, sums), sums[:half]
         if ref is not None:
-            ref = ref.reshape(-1) if ref.shape != logps.shape else read(ref, sequences.sum(ref))
-            ref_chosen, ref_rejected = ref[:half].to(sums), ref[half:].to(sums)
-        chosen_lengths, rejected_lengths = sequences.counts[:half], sequences.counts[half:]
-    losses = preference_losses_ref(
-        options, chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, sft_logps
+            ref = ref.reshape(-1) if ref.shape != given.logps.shape else read(ref, sequences.sum(ref))
+        refs = (None, None) if ref is None else (ref[:half], ref[half:])
+        logps, lengths = (policy[:half], policy[half:], *refs), (sequences.counts[:half], sequences.counts[half:])
+        if given.log_sum_sq_probs is not None:
+            agreement = sequences.sum(given.logps.detach() - given.log_sum_sq_probs)
+            weights = sequences.mean(agreement).exp()
+            weights = weights[:half] * weights[half:]
+    else:
+        logps, lengths, sft_logps = given[:4], (given.chosen_lengths, given.rejected_lengths), given.logps
+    q = Terms(
+        *(0.0 if x is None else cast(x, wide) for x in logps),
+        *(None if n is None else n.clamp(min=1).to(wide) for n in lengths),
+        cast(sft_logps, wide),
+        lengths[0],
+        options,
     )
-    if log_sum_sq_probs is not None:
-        weights = sequences.mean(sequences.sum(logps.detach() - log_sum_sq_probs)).exp()
-        losses = losses * (weights[:half] * weights[half:])
-    # sum / B instead of mean: an empty batch has loss 0. Wide, so that the sum of finite losses is finite.
-    loss = losses.sum(dtype=wide_dtype(losses.device)) / max(losses.shape[0], 1)
+    terms = zip(options.loss_type, options.loss_weights)
+    losses = Cast.apply(weights * sum(weight * REFERENCE[name](q) for name, weight in terms), dtype)
+    rewards = (q.chosen / q.n_w, q.rejected / q.n_l) if options.all_are("per_token_reward") else (q.a, q.b)
     return (
-        Cast.apply(loss, dtype),
-        Cast.apply(losses, dtype),
-        _reward(options, chosen, ref_chosen, chosen_lengths).to(dtype),
-        _reward(options, rejected, ref_rejected, rejected_lengths).to(dtype),
-        cast(chosen, dtype),
-        cast(rejected, dtype),
+        # of the rounded losses, as the templates'; not their mean: an empty batch has loss 0
+        Cast.apply(losses.sum(dtype=wide) / max(losses.shape[0], 1), dtype),
+        losses,
+        *((options.beta * x.detach()).to(dtype) for x in rewards),
+        cast(q.chosen, dtype),
+        cast(q.rejected, dtype),
     )
-
-
-@torch.no_grad()
-def _reward(options: PreferenceOptions, logps: Tensor, ref_logps: Tensor | None, lengths: Tensor | None) -> Tensor:
-    if options.all_are("per_token_reward"):
-        return options.beta * (logps / lengths.clamp(min=1))
-    return options.beta * (logps if ref_logps is None else logps - ref_logps)

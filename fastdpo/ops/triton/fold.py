@@ -27,8 +27,8 @@ def fold_kernel(
     pitch,
     form,
 ):
-    """Persistent over tiles [BM tokens, BN columns], whose logits stay in registers, fp32. A tile's blocks of `sums`
-    are its own; the label's logit is written by the tile that holds it."""
+    """A program has tiles [BM tokens, BN columns], whose logits stay in registers, fp32; a tile's blocks of `sums` are
+    its own, and the label's logit is written by the tile that holds it."""
     BLOCKS: tl.constexpr = form.BN // BLOCK
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(head.V, form.BN)

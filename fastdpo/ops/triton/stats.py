@@ -29,10 +29,10 @@ class Results(NamedTuple):
 
     @staticmethod
     def empty(stats: Collection[str], m: int, device: torch.device) -> Results:
-        columns = {name: torch.empty(m, dtype=torch.float32, device=device) for name in ("logps", "lse", *stats)}
-        if "is_top1" in stats:
-            columns["is_top1"] = columns["is_top1"].bool()
-        return Results(*map(columns.get, Results._fields))
+        columns = {}
+        for name in ("logps", "lse", *stats):
+            columns[name] = torch.empty(m, dtype=torch.bool if name == "is_top1" else torch.float32, device=device)
+        return Results(**columns)
 
 
 class BlockSums(NamedTuple):

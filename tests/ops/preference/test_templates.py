@@ -5,14 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 
+import preference_cases
 import pytest
 import torch
+from preference_cases import UPSTREAM, grads_of, inputs_of, oracle
 
 from fastdpo.linear_dpo import _DPOOptions
-from fastdpo.losses import F_DIVERGENCES, LOSSES
+from fastdpo.losses import F_DIVERGENCES, LOSSES, PreferenceOptions
 from fastdpo.ops import native
 from fastdpo.ops.preference import templates as preference_native
+from fastdpo.ops.preference.reference import BatchInputs
 from fastdpo.ops.preference.templates import batch_losses
+from fastdpo.preference import preference_loss
 
 if not native.available():
     pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
@@ -75,11 +79,12 @@ class Batch:
         ref = self.ref
         if ref is not None and self.cu_seqlens is not None and ref.shape != self.logps.shape:
             ref = ref[:, None]  # per sequence, of packed tokens
-        return batch_losses(
-            options.preference, self.logps, ref=ref, labels=self.labels, cu_seqlens=self.cu_seqlens,
+        given = BatchInputs(
+            self.logps, ref=ref, labels=self.labels, cu_seqlens=self.cu_seqlens,
             log_sum_sq_probs=self.log_sum_sq_probs if options.use_weighting else None,
             average=options.average_log_prob, ld_alpha=options.ld_alpha,
         )  # fmt: skip
+        return batch_losses(options.preference, given)
 
     def steps(self, options, monkeypatch):
         with monkeypatch.context() as patched:
@@ -204,7 +209,7 @@ def test_operators_keep_torchs_rules(form, dtype, layout):
     tensors[:4] = [None if x is None else x.detach().nan_to_num().to(dtype).requires_grad_() for x in tensors[:4]]
     if layout == "strided":
         tensors = [spread(x) for x in tensors]
-    spec = preference_native.Spec.of(options.preference, ld_alpha=options.ld_alpha)
+    spec = preference_native.Spec.of(options.preference, BatchInputs(tensors[0], ld_alpha=options.ld_alpha))
     detached = [None if x is None else x.detach() for x in tensors]
     torch.library.opcheck(preference_native.preference_forward_op, (*detached, *spec))
     loss, losses, _, _, chosen, _, partials, sums = preference_native.preference_forward_op(*detached, *spec)
@@ -227,6 +232,71 @@ def test_operators_keep_torchs_rules(form, dtype, layout):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", preference_cases.CASES)
+def test_every_loss_of_sequences_in_fp64(name):
+    case = preference_cases.CASES[name]
+    for scale, seed in ((1.0, 1), (60.0, 2)):
+        tensors, lengths = inputs_of(case, scale=scale, seed=seed)
+        expected = oracle(tensors, lengths, **case)
+        out = preference_loss(*tensors, **case, **lengths)
+        torch.testing.assert_close(out.losses, expected, rtol=1e-12, atol=1e-12)
+        expected_grads = grads_of(expected, tensors, UPSTREAM)
+        for grad, expected_grad in zip(grads_of(out.losses, tensors, UPSTREAM), expected_grads):
+            torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-12)
+
+
+FITTING = {
+    "chosen": torch.zeros(3),
+    "rejected": torch.ones(3),
+    "ref_chosen": None,
+    "ref_rejected": None,
+    "chosen_lengths": None,
+    "rejected_lengths": None,
+    "options": PreferenceOptions(),
+}
+
+
+def test_the_exported_function_is_preference_loss():
+    for name in ("sigmoid", "mpo", "ranked and rowwise"):
+        case = preference_cases.CASES[name]
+        tensors, lengths = inputs_of(case)
+        losses = preference_native.PreferenceLossFunction.apply(*tensors, *lengths.values(), PreferenceOptions(**case))
+        assert torch.equal(losses, preference_loss(*tensors, **case, **lengths).losses)
+        assert grads_of(losses, tensors, UPSTREAM)[0].isfinite().all()
+
+
+UNFIT = {
+    "shapes": ({"rejected": torch.ones(4)}, ValueError, r"rejected_logps must be shaped like .* \(3,\); got \(4,\)"),
+    "dimensions": ({"chosen": torch.zeros(3, 1)}, ValueError, "chosen_logps must be 1-D"),
+    "integers": ({"chosen": torch.zeros(3, dtype=torch.int64)}, TypeError, "chosen_logps must be fp32, .*int64"),
+    "device": ({"rejected": torch.ones(3, device="meta")}, ValueError, "rejected_logps is on meta"),
+    "one reference": ({"ref_rejected": torch.zeros(3)}, ValueError, "ref_chosen_logps is None"),
+    "no lengths": ({"options": PreferenceOptions(loss_type="ipo")}, ValueError, "chosen_lengths is None, .*'ipo'"),
+    "lengths' shape": ({"chosen_lengths": torch.ones(2).long()}, ValueError, r"chosen_lengths must be .*\(2,\)"),
+    "lengths' type": ({"rejected_lengths": torch.ones(3)}, TypeError, "rejected_lengths must be .*integers; got"),
+    "list": ({"chosen": [0.0, 0.0, 0.0]}, TypeError, "chosen_logps must be a torch.Tensor; got list"),
+    "dictionary": ({"options": {"beta": 0.1}}, TypeError, "options must be PreferenceOptions; got {'beta': 0.1}"),
+    "specification": ({"options": None}, TypeError, "options must be PreferenceOptions; got None"),
+}
+
+
+@pytest.mark.parametrize("what", UNFIT)
+def test_the_exported_function_checks_what_the_public_one_does(what):
+    """It handed on what it was given: 3 log-probs beside 4 were read out of bounds."""
+    change, error, message = UNFIT[what]
+    with pytest.raises(error, match=message):
+        preference_native.PreferenceLossFunction.apply(*(FITTING | change).values())
+
+
+def test_the_exported_function_takes_any_log_probs():
+    """Of mixed types, lengths of any integers: converted, where they were read as what they should be."""
+    lengths = torch.tensor([2, 3, 4])
+    options = PreferenceOptions(loss_type="ipo")
+    apply = preference_native.PreferenceLossFunction.apply
+    losses = apply(torch.zeros(3).half(), torch.ones(3), None, None, lengths.short(), lengths.int(), options)
+    assert torch.equal(losses, apply(torch.zeros(3), torch.ones(3), None, None, lengths, lengths, options))
+
+
 WRONG = {
     "rejected": torch.zeros(5),
     "ref": torch.zeros(4, dtype=torch.float64),
@@ -245,7 +315,7 @@ def test_the_operator_checks_what_native_code_reads(name):
     order = ("rejected", "ref", "ref_rejected", "labels", "cu_seqlens", "chosen_lengths", "rejected_lengths",
              "log_sum_sq_probs", "kto_kl")  # fmt: skip
     given = {"rejected": torch.zeros(4), "ref": torch.zeros(4), "ref_rejected": torch.zeros(4), name: WRONG[name]}
-    spec = preference_native.Spec.of(_DPOOptions.of().preference)
+    spec = preference_native.Spec.of(PreferenceOptions(), BatchInputs(torch.zeros(4)))
     with pytest.raises(ValueError, match=f"{name} must be"):
         preference_native.preference_forward_op(torch.zeros(4), *(given.get(x) for x in order), *spec)
 
@@ -272,7 +342,7 @@ def test_nothing_is_written_beside_the_outputs(dtype, monkeypatch):
 
     monkeypatch.setattr(preference_native, "_results", results)
     before = [x.detach().clone() for x in (batch.logps, batch.ref, batch.labels)]
-    spec = preference_native.Spec.of(_DPOOptions.of().preference)
+    spec = preference_native.Spec.of(PreferenceOptions(), BatchInputs(torch.zeros(4)))
     preference_native._forward(batch.logps.detach(), None, batch.ref.detach(), None, batch.labels, *[None] * 5, *spec)
     assert len(buffers) == 8
     for buffer in buffers:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from triton_case import DEVICE
 
-import fastdpo
 from fastdpo import routing
+from fastdpo.ops.triton import lists as pair_lists
+from fastdpo.ops.triton.common import TokenList, TokenRange
 
-if fastdpo.backends()["engines"]["triton"]["reason"]:
-    pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
-
-from fastdpo.ops.triton import lists as triton_lists
-
-DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 TOKENS, BLOCKS, SEED = 700, 77, 11
 
 
@@ -31,20 +27,24 @@ def kept_pairs(kind: str) -> torch.Tensor:
     return routing.unpack_bits(bitmap, BLOCKS)
 
 
-def build(kept, coef, count, first_token, capacity, first_block, num_blocks, most=None, **options):
-    """From rows that lie in another order than their tokens."""
+def build(kept, coef, count, first_token, capacity, first_block, num_blocks, most=None, tile=16, crossover=1.0):
+    """(what fills rounds, Lists) from rows that lie in another order than their tokens."""
     shuffled = torch.randperm(TOKENS)
-    bitmap = torch.full((TOKENS, 13), 255, dtype=torch.uint8)[:, :10]  # rows are not contiguous
-    bitmap[shuffled] = routing.pack_bits(kept)
+    bitmap = torch.full((TOKENS, 13), 255, dtype=torch.uint8)[:, :10].to(DEVICE)  # rows are not contiguous
+    bitmap[shuffled] = routing.pack_bits(kept).to(DEVICE)
     coef_rows, most_rows = torch.empty(TOKENS), torch.empty(TOKENS, dtype=torch.int32)
     coef_rows[shuffled] = coef
     most_rows[shuffled] = (kept.sum(1) if most is None else most).int()
-    count = torch.tensor([count], dtype=torch.int32)
-    inputs = (x.to(DEVICE) for x in (bitmap, most_rows, coef_rows, shuffled.int(), count))
-    pairs = triton_lists.Pairs(*inputs, first_token, capacity, BLOCKS)
-    return triton_lists.build(
-        pairs, first_block, num_blocks, **{"tile": 16, "max_pairs_in_memory": 1000, "crossover": 1.0, **options}
+    tokens = TokenList(rows=shuffled.int().to(DEVICE), count=torch.tensor([count], dtype=torch.int32, device=DEVICE))
+    sweep = SimpleNamespace(
+        call=SimpleNamespace(pair_tile=tile, num_blocks=BLOCKS),
+        tokens=TokenRange(tokens, first_token, capacity),
+        routed_pairs=1000,
     )
+    pairs = pair_lists.Kept(bitmap, bitmap.stride(0), most_rows.to(DEVICE), coef_rows.to(DEVICE))
+    blocks = range(first_block, first_block + num_blocks)
+    lists = pair_lists.build(sweep, pairs, blocks, crossover)
+    return lambda round: pair_lists.fill(sweep, pairs, lists, blocks, round), lists
 
 
 @pytest.mark.parametrize("ranges", [(128, 512, 5, 61), (0, 768, 0, 77), (640, 128, 32, 1)], ids=str)
@@ -53,14 +53,14 @@ def test_lists_hold_the_pairs_in_the_order_of_the_tokens(kind, ranges):
     first_token, capacity, first_block, num_blocks = ranges
     kept, coef, count, tile = kept_pairs(kind), torch.ones(TOKENS), TOKENS - 5, 16
     coef[135] = 0
-    lists = build(kept, coef, count, *ranges, tile=tile)
+    fill, lists = build(kept, coef, count, *ranges, tile=tile)
     wanted = (kept & (coef != 0)[:, None])[first_token : min(first_token + capacity, count)]
     first_tile, edges = lists.first_tile.tolist(), lists.round_block.tolist()
     assert first_tile[0] == 0 and lists.is_routed.item() == 1
     assert edges[0] == 0 and edges[-1] == num_blocks and edges == sorted(edges)
     for round, (low, high) in enumerate(itertools.pairwise(edges)):
-        assert first_tile[high] - first_tile[low] <= lists.tiles_in_memory
-        lists.fill(round)
+        assert first_tile[high] - first_tile[low] <= len(lists.tile_block)
+        fill(round)
         for b in range(low, high):
             column = wanted[:, first_block + b]
             expected = column.nonzero()[:, 0].tolist()
@@ -68,7 +68,7 @@ def test_lists_hold_the_pairs_in_the_order_of_the_tokens(kind, ranges):
             begin, end = first_tile[b] - first_tile[low], first_tile[b + 1] - first_tile[low]
             assert lists.tokens[begin * tile : begin * tile + len(expected)].tolist() == expected
             assert end - begin == -(-len(expected) // tile) and (lists.tile_block[begin:end] == b).all()
-            parts = torch.nn.functional.pad(column, (0, capacity - len(column))).split(triton_lists.TOKENS)
+            parts = torch.nn.functional.pad(column, (0, capacity - len(column))).split(pair_lists.TOKENS.value)
             assert lists.running[:, b].tolist() == list(itertools.accumulate(int(part.sum()) for part in parts))
 
 
@@ -80,7 +80,7 @@ def test_the_expected_number_of_pairs_decides_and_never_the_drawn_one():
     share = most[: TOKENS - 60][coef[: TOKENS - 60] != 0].sum().item() / ((TOKENS - 60) * BLOCKS)
     for drawn in (kept, kept & (torch.rand(TOKENS, BLOCKS) < 0.2)):
         for crossover in (share * 0.99, share * 1.01):
-            lists = build(drawn, coef, TOKENS - 60, 0, 768, 0, BLOCKS, most, crossover=crossover)
+            _, lists = build(drawn, coef, TOKENS - 60, 0, 768, 0, BLOCKS, most, crossover=crossover)
             assert lists.is_routed.item() == (crossover > share)
             wanted = (drawn & (coef != 0)[:, None])[: TOKENS - 60]
             assert lists.lengths.cpu().equal(wanted.sum(0).int())

@@ -1,11 +1,10 @@
-"""preference_loss far from the middle, value and gradient, against the formulas in numbers of 120 digits."""
+"""The reference's formulas and the templates', far from the middle, value and gradient, in numbers of 120 digits."""
 
 import math
 
 import mpmath as mp
 import pytest
 import torch
-from test_preference import loss_engine, native  # noqa: F401
 
 from fastdpo.losses import LOSSES
 from fastdpo.preference import preference_loss
@@ -46,8 +45,8 @@ def score(t, kind, alpha):
     return t
 
 
-def truth(case, w, l):  # noqa: E741
-    """The loss at log-probs `w` and `l`, against a reference of zeros."""
+def formulas(case, w, l):  # noqa: E741
+    """The losses at log-probs `w` and `l`, against a reference of zeros."""
     e, beta = mp.mpf(case.get("label_smoothing", 0.0)), mp.mpf(BETA)
     kind, alpha = case.get("f_divergence_type"), mp.mpf(case.get("f_alpha_divergence_coef", 0.5))
     s_w, s_l = score(w, kind, alpha), score(l, kind, alpha)
@@ -56,7 +55,7 @@ def truth(case, w, l):  # noqa: E741
     def smoothed(x):
         return -(1 - e) * log_S(x) - e * log_S(-x)
 
-    formulas = {
+    return {
         "sigmoid": lambda: smoothed(x),
         "robust": lambda: (-(1 - e) * log_S(x) + e * log_S(-x)) / (1 - 2 * e),
         "ipo": lambda: (s_w / N_W - s_l / N_L - half) ** 2,
@@ -78,14 +77,18 @@ def truth(case, w, l):  # noqa: E741
         "dpop": lambda: -log_S(beta * (w - l - 50 * relu(-w))),
         "slic": lambda: relu(1 - beta * (w - l)),
     }
-    return formulas[case["loss_type"]]()
 
 
-CASES = {name: {"loss_type": name} for name in LOSSES if name not in ("sft", "exo_pair")}
+def truth(case, w, l):  # noqa: E741
+    return formulas(case, w, l)[case["loss_type"]]()
+
+
+EXACT = tuple(formulas({}, mp.mpf(-1), mp.mpf(-1)))
+CASES = {name: {"loss_type": name} for name in EXACT if name != "exo_pair"}
 CASES |= {
     f"{name}, smoothed": {"loss_type": name, "label_smoothing": 0.15}
-    for name, loss in LOSSES.items()
-    if loss.label_smoothing is not None
+    for name in EXACT
+    if LOSSES[name].label_smoothing is not None
 }
 CASES |= {
     f"{name}, {kind}": {"loss_type": name, "f_divergence_type": kind}
@@ -112,7 +115,7 @@ def log_probs(case) -> list[float]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_equals_exact_arithmetic(name, dtype, loss_engine):  # noqa: F811
+def test_equals_exact_arithmetic(name, dtype, loss_engine):
     case = CASES[name]
     grid = torch.tensor(log_probs(case), dtype=dtype)
     tensors = [x.reshape(-1).clone().requires_grad_() for x in torch.meshgrid(grid, grid, indexing="ij")]
@@ -151,7 +154,7 @@ def test_equals_exact_arithmetic(name, dtype, loss_engine):  # noqa: F811
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("zero", [0.0, -1e-45, -1e-38, 1e-9])
-def test_certain_completions_of_orpo(zero, dtype, loss_engine):  # noqa: F811
+def test_certain_completions_of_orpo(zero, dtype, loss_engine):
     """A mean log-prob of 0 counts as -2^-24; so does what lies between it and -2^-126."""
     ones = torch.ones(3, dtype=torch.int64)
     lengths = {"chosen_lengths": ones, "rejected_lengths": ones}

@@ -1,0 +1,78 @@
+"""The CPU engine's backward, in ranges and tiles of every size, against the reference in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from heads import relative_error, small_head
+
+from fastdpo.head import LogitTransform, LoRA, Routing
+from fastdpo.ops import native, reference
+from fastdpo.ops.cpu import backward as cpu_backward
+from fastdpo.ops.cpu import operands
+from fastdpo.ops.cpu.forward import forward
+from fastdpo.ops.problem import Head, Needs, Tokens, Upstream
+
+if not native.available():
+    pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
+
+EVERYTHING = Needs(True, True, True, True, True)
+N, V, H = 41, 1300, 24
+
+
+def problem(dtype=torch.float32, stored=torch.float32):
+    torch.manual_seed(torch.initial_seed())  # the same one every time
+    leaves = small_head(N=N, V=V, H=H, bias=True, lora=True).leaves(stored, False)
+    hidden, weight, bias, a, b = (x.to(dtype) for x in (leaves.hidden, leaves.weight, leaves.bias, *leaves.lora[:2]))
+    head = Head(hidden, weight, bias, LoRA(a, b, leaves.lora[2]), LogitTransform(1.2, 5.0, 0.8), dtype)
+    return head, Tokens(leaves.labels, None, None, N)
+
+
+@pytest.mark.parametrize("pieces", ["one range", "ranges", "ranges and tiles"])
+@pytest.mark.parametrize("how", ["exact", "one set", "two sets"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_pieces_of_any_size_give_the_definition(monkeypatch, stored, how, pieces):
+    """With tau of 0 or nearly so every pair is kept with a weight of nearly 1: the exact gradient."""
+    monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
+    if pieces != "one range":
+        monkeypatch.setattr(cpu_backward, "BUFFER_BYTES", 4 * H * 7)
+    if pieces == "ranges and tiles":
+        monkeypatch.setattr(operands, "TILE_BYTES", 4 * H * 5)
+        monkeypatch.setattr(cpu_backward, "TILE_BYTES", 4 * 60)
+    routing = {"exact": None, "one set": Routing.of(0.0, 0.0, 3), "two sets": Routing.of(0.0, 1e-7, 3)}[how]
+    coef = torch.randn(N)
+    head, tokens = problem(stored, stored)
+    saved = forward(head, tokens, routing=routing)
+    grads = cpu_backward.backward(head, tokens, saved, Upstream(coef), routing, EVERYTHING)
+    exact_head, _ = problem(torch.float64, stored)
+    exact = reference.forward(exact_head, tokens)
+    expected = reference.backward(exact_head, tokens, exact, Upstream(coef.double()), None, EVERYTHING)
+    for name in Needs._fields:
+        error = relative_error(getattr(grads, name), getattr(expected, name))
+        assert error < (1e-5 if stored == torch.float32 else 6e-3), name
+
+
+@pytest.mark.parametrize("wanted", Needs._fields)
+def test_only_what_is_asked_for(wanted):
+    head, tokens = problem()
+    saved = forward(head, tokens)
+    every = cpu_backward.backward(head, tokens, saved, Upstream(torch.ones(N)), None, EVERYTHING)
+    one = cpu_backward.backward(head, tokens, saved, Upstream(torch.ones(N)), None, Needs(**{wanted: True}))
+    for name in Needs._fields:
+        if name == wanted:
+            torch.testing.assert_close(getattr(one, name), getattr(every, name))
+        else:
+            assert getattr(one, name) is None
+
+
+def test_bits_do_not_depend_on_threads(monkeypatch):
+    monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
+    routing, before = Routing.of(0.03, 0.01, 5), torch.get_num_threads()
+    head, tokens = problem()
+    saved, results = forward(head, tokens, routing=routing), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(cpu_backward.backward(head, tokens, saved, Upstream(torch.ones(N)), routing, EVERYTHING))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(getattr(results[0], name), getattr(other, name)) for name in Needs._fields)

@@ -1,0 +1,110 @@
+"""The seam between the languages: fields by name, what may become a pointer, and what both sides must know alike."""
+
+from __future__ import annotations
+
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastdpo import distributed, losses, routing
+from fastdpo.ops import native
+from fastdpo.ops.preference import templates
+from fastdpo.ops.selective import operators as selective
+
+C = native.EXTENSION
+if C is None:
+    pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
+
+
+def fields(**changes) -> dict:
+    """Of `sum_blocks`, whose struct has a matrix, a pointer and a number."""
+    given = {"block_lse": torch.zeros(3, 4, dtype=torch.float64), "rest_lse": torch.zeros(3, dtype=torch.float64)}
+    return {**given, "num_threads": 1, **changes}
+
+
+def test_constants_that_two_languages_share():
+    assert C.BLOCK == routing.BLOCK and C.ONE == routing.ONE
+    assert tuple(C.ROW_STATS) == distributed.ROW_STATS and len(C.ROW_STATS) == C.ROW_STATS_SIZE == len(C.NO_ROW_STATS)
+    assert C.LEFT_OUT == selective.LEFT_OUT and C.MAX_TERMS == losses.MAX_TERMS
+    native_losses = {name for name in losses.LOSSES if name != "sft" and not losses.LOSSES[name].ranked}
+    assert C.PREFERENCE_LOSSES.keys() == native_losses
+    assert C.DIVERGENCES.keys() == set(losses.F_DIVERGENCES)
+    assert set(C.PREFERENCE_OPTIONS) <= set(losses.PREFERENCE_OPTIONS)
+    assert templates.SUMS_BYTES == C.PAIR_SUMS_BYTES
+    triton = pytest.importorskip("triton")
+    from fastdpo.ops.triton import common, route
+
+    assert triton.__version__ and (common.BLOCK.value, route.ONE.value) == (C.BLOCK, C.ONE)
+
+
+def test_every_field_by_its_name():
+    given = fields()
+    C.sum_blocks(**given)
+    torch.testing.assert_close(given["rest_lse"], torch.full((3,), 4.0).double().log())
+    with pytest.raises(TypeError, match="sum_blocks has no field 'threads'"):
+        C.sum_blocks(**given, threads=1)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        C.sum_blocks(*given.values())
+    for name in given:
+        with pytest.raises(TypeError, match=f"sum_blocks: {name} is missing"):
+            C.sum_blocks(**{other: x for other, x in given.items() if other != name})
+    with pytest.raises(TypeError, match="rest_lse is None"):
+        C.sum_blocks(**fields(rest_lse=None))
+    with pytest.raises(TypeError, match="num_threads cannot be 'one'"):
+        C.sum_blocks(**fields(num_threads="one"))
+    with pytest.raises(TypeError, match="block_lse must have two dimensions"):
+        C.sum_blocks(**fields(block_lse=torch.zeros(3, dtype=torch.float64)))
+
+
+def released(x: torch.Tensor) -> torch.Tensor:
+    x.untyped_storage().resize_(0)
+    return x
+
+
+class Wrapper(torch.Tensor):
+    """Values elsewhere: its own storage is none."""
+
+    @staticmethod
+    def __new__(cls, x):
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)
+
+    def __torch_dispatch__(self, *_):
+        raise NotImplementedError
+
+
+double = {"dtype": torch.float64}
+MISREAD = {
+    "released": {"rest_lse": released(torch.ones(3, **double))},
+    "elsewhere": {"rest_lse": torch.ones(3, device="meta", **double)},
+    "strided": {"rest_lse": torch.ones(6, **double)[::2]},
+    "negated": {"rest_lse": torch._neg_view(torch.ones(3, **double))},
+    "of another type": {"rest_lse": torch.ones(3)},
+    "too short": {"rest_lse": torch.ones(2, **double)},
+    "columns apart": {"block_lse": torch.ones(3, 8, **double)[:, ::2]},
+    "wrapper": {"rest_lse": Wrapper(torch.ones(3, **double))},
+}
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_no_pointer_to_what_would_be_misread(kind):
+    (name,) = MISREAD[kind]
+    with pytest.raises(RuntimeError, match=f"sum_blocks: {name}: native code for cpu would misread"):
+        C.sum_blocks(**fields(**MISREAD[kind]))
+
+
+def test_rows_may_be_apart():
+    wide, given = torch.randn(3, 9, **double), fields()
+    C.sum_blocks(**{**given, "block_lse": wide[:, 2:6]})
+    torch.testing.assert_close(given["rest_lse"], wide[:, 2:6].logsumexp(1))
+    C.sum_blocks(**fields(block_lse=torch.empty(0, 4, **double), rest_lse=torch.empty(0, **double)))
+
+
+def test_a_launch_that_fails_says_what_and_why(monkeypatch):
+    stub = SimpleNamespace(cuda_a_kernel=lambda **fields: 9, cuda_error_text=lambda error: f"text of {error}")
+    monkeypatch.setattr(native, "EXTENSION", stub)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(RuntimeError, match=r"cuda_a_kernel on cuda:0, of x: CUDA error 9, text of 9"):
+        native.launch("cuda_a_kernel", torch.device("cuda:0"), what=", of x", x=1)
