@@ -119,7 +119,7 @@ def linear_token_stats(
         log_sum_sq_probs = (2 * logp).logsumexp(-1)
 
     Args:
-        stats: which of ``"entropy"``, ``"mean_logit"``, ``"is_top1"``, ``"log_sum_sq_probs"`` to compute.
+        stats: which fields of TokenStats to compute beside `logps`, by name; all by default.
         Everything else: as in `linear_logps`.
 
     Returns:
