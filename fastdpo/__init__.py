@@ -2,18 +2,13 @@
 
 from ._version import __version__
 from .integrations import ModelTokenStats, patch_model, patch_trl, unpatch_model, unpatch_trl
+from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .logps import linear_logps, linear_token_stats
 from .ops.engines import backends
 from .ops.operators import LinearLogpsFunction
+from .ops.preference.templates import PreferenceLossFunction
 from .ops.problem import TokenStats
-from .preference import (
-    DPOOutput,
-    LinearDPOLoss,
-    PreferenceLossFunction,
-    PreferenceOutput,
-    linear_dpo_loss,
-    preference_loss,
-)
+from .preference import PreferenceOutput, preference_loss
 from .selective import selective_log_softmax
 
 __all__ = [

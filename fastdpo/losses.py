@@ -23,28 +23,12 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Interval(NamedTuple):
-    low: float
-    high: float
-    closed: str = "both"  # or "left", "right": the ends that belong to it
-
-    def __contains__(self, x) -> bool:
-        above = x >= self.low if self.closed in ("both", "left") else x > self.low
-        below = x <= self.high if self.closed in ("both", "right") else x < self.high
-        return above and below
-
-    def __str__(self) -> str:
-        left = "[" if self.closed in ("both", "left") else "("
-        right = "]" if self.closed in ("both", "right") else ")"
-        return f"{left}{self.low:g}, {self.high:g}{right}"
-
-
 class Loss(NamedTuple):
     """What one loss reads. `d` is s_w - s_l, `S` the sigmoid, `e` the label smoothing, `n` a length."""
 
     formula: str
     source: str
-    label_smoothing: Interval | None = None  # None: not used
+    label_smoothing: str | None = None  # the interval it may lie in, of ends 0 and 0.5; None: not used
     f_divergence: bool = False  # built on the difference of scores, so that f-DPO applies
     reference_free: bool = False  # never looks at the reference
     ranked: bool = False  # re-matches the batch's rows by rank, so that a weight per row has no meaning
@@ -53,8 +37,7 @@ class Loss(NamedTuple):
     options: tuple[str, ...] = ()  # beyond beta, label_smoothing and the f-divergence
 
 
-# Above one half, smoothing would prefer the rejected completion.
-FLIP = Interval(0.0, 0.5)
+FLIP = "[0, 0.5]"  # above one half, smoothing would prefer the rejected completion
 BOTH_LENGTHS = ("chosen_lengths", "rejected_lengths")
 
 LOSSES: dict[str, Loss] = {
@@ -67,7 +50,7 @@ LOSSES: dict[str, Loss] = {
     "robust": Loss(
         "[-(1-e) log S(beta d) + e log S(-beta d)] / (1-2e)",
         "Robust DPO, arXiv 2403.00409",
-        label_smoothing=Interval(0.0, 0.5, "left"),
+        label_smoothing="[0, 0.5)",
         f_divergence=True,
     ),
     "ipo": Loss(
@@ -80,7 +63,7 @@ LOSSES: dict[str, Loss] = {
     "exo_pair": Loss(
         "S(beta d) [log S(beta d) - log(1-e)] + S(-beta d) [log S(-beta d) - log e]",
         "EXO, arXiv 2402.00856",
-        label_smoothing=Interval(0.0, 0.5, "right"),
+        label_smoothing="(0, 0.5]",
         f_divergence=True,
     ),
     "nca_pair": Loss("-log S(beta a) - 0.5 log S(-beta a) - 0.5 log S(-beta b)", "NCA, arXiv 2402.05369"),
@@ -176,7 +159,7 @@ def _check_kl(name: str, value) -> float | Tensor:
 # How an option is checked where it is not the default.
 _ANY, _CHECK_KL = {"check": check_number}, {"check": _check_kl}
 _POSITIVE, _NOT_NEGATIVE = {"check": partial(check_number, low=0, above=True)}, {"check": partial(check_number, low=0)}
-MAX_TERMS = 24  # of csrc/shared/preference_batch.h
+MAX_TERMS = 24  # of csrc/structs.h
 
 
 @dataclass(frozen=True)
@@ -213,12 +196,14 @@ class PreferenceOptions:
                 raise ValueError(
                     f"{option}={value!r} has no effect on loss_type {list(names)}; it is used by {', '.join(users)}"
                 )
+        smoothing = self.label_smoothing
         for name in names:
             interval = LOSSES[name].label_smoothing
-            if interval is not None and self.label_smoothing not in interval:
-                raise ValueError(
-                    f"label_smoothing must lie in {interval} for loss_type {name!r}; got {self.label_smoothing!r}"
-                )
+            if interval is None:
+                continue
+            low, high = smoothing > 0 or interval[0] == "[", smoothing < 0.5 or interval[-1] == "]"
+            if not (0 <= smoothing <= 0.5 and low and high):
+                raise ValueError(f"label_smoothing must lie in {interval} for loss_type {name!r}; got {smoothing!r}")
         if self.f_divergence_type != "reverse_kl" or self.f_alpha_divergence_coef != 0.5:
             _check_divergence(self.f_divergence_type, self.f_alpha_divergence_coef, names)
 
@@ -245,24 +230,26 @@ _USERS = {option: _users(option) for option in _CHECKS}  # none for what every l
 
 def states_options(function):
     """Decorates what takes `**options`: the options join its signature, and the table's names its docstring."""
-    signature = inspect.signature(function)
-    given = list(signature.parameters.values())[:-1]
-    first = [x.kind for x in given].index(inspect.Parameter.KEYWORD_ONLY)
+    given = list(inspect.signature(function).parameters.values())[:-1]
     options = list(inspect.signature(PreferenceOptions).parameters.values())
-    options = [x.replace(kind=inspect.Parameter.KEYWORD_ONLY) for x in options]
-    function.__signature__ = signature.replace(parameters=[*given[:first], *options, *given[first:]])
+    keywords = [x.replace(kind=x.KEYWORD_ONLY) for x in options] + [x for x in given if x.kind == x.KEYWORD_ONLY]
+    parameters = [x for x in given if x.kind != x.KEYWORD_ONLY] + keywords
+    function.__signature__ = inspect.signature(function).replace(parameters=parameters)
 
-    def names(chosen) -> str:
-        names = ", ".join(f"``{name}``" for name in chosen)
-        return textwrap.fill(names, 100, subsequent_indent=" " * 12)
+    def fill(**lists) -> None:
+        for key, items in lists.items():
+            text = textwrap.fill(", ".join(items), 100, subsequent_indent=" " * 12)
+            function.__doc__ = function.__doc__.replace(f"{{{key}}}", text)
 
-    lists = {"losses": names(LOSSES), "divergences": names(F_DIVERGENCES)}
-    for key in ("f_divergence", "lengths"):
-        lists[key] = names(name for name, loss in LOSSES.items() if getattr(loss, key))
-    intervals = (f"{loss.label_smoothing} for ``{name}``" for name, loss in LOSSES.items() if loss.label_smoothing)
-    lists["label_smoothing"] = textwrap.fill(", ".join(intervals), 100, subsequent_indent=" " * 12)
-    for key, text in lists.items():  # none under python -OO
-        function.__doc__ = function.__doc__ and function.__doc__.replace(f"{{{key}}}", text)
+    if function.__doc__ is not None:  # as it is under python -OO
+        intervals = {f"``{name}``": loss.label_smoothing for name, loss in LOSSES.items() if loss.label_smoothing}
+        fill(
+            losses=[f"``{name}``" for name in LOSSES],
+            divergences=[f"``{name}``" for name in F_DIVERGENCES],
+            f_divergence=[f"``{name}``" for name, loss in LOSSES.items() if loss.f_divergence],
+            lengths=[f"``{name}``" for name, loss in LOSSES.items() if loss.lengths],
+            label_smoothing=[f"{interval} for {name}" for name, interval in intervals.items()],
+        )
     return function
 
 

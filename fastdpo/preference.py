@@ -12,20 +12,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .losses import PreferenceOptions, check_sequences, states_options
 from .ops.preference.reference import BatchInputs
-from .ops.preference.templates import PreferenceLossFunction, batch_losses
+from .ops.preference.templates import batch_losses
 from .tensors import refuse_transforms
-
-__all__ = [
-    "DPOOutput",
-    "LinearDPOLoss",
-    "PreferenceLossFunction",
-    "PreferenceOutput",
-    "linear_dpo_loss",
-    "preference_loss",
-]
 
 
 class PreferenceOutput(NamedTuple):
@@ -66,9 +56,9 @@ def preference_loss(
         beta: strength of the tie to the reference; > 0. In ``ipo`` the paper's tau, in ``orpo`` its lambda.
         loss_type: a name or a list of names whose weighted sum is the loss:
             {losses}.
-            ``cpo`` and ``orpo`` are the preference terms alone: ``["sft", "orpo"]`` adds the likelihood of
-            the chosen completions. ``kto`` is the mean over the two sequences of a row, so `loss` is KTO's mean over
-            all 2B.
+            Those up to ``sft`` are TRL's DPOTrainer's. ``cpo`` and ``orpo`` are the preference terms alone:
+            ``["sft", "orpo"]`` adds the likelihood of the chosen completions. ``kto`` is the mean over the two
+            sequences of a row, so `loss` is KTO's mean over all 2B.
         loss_weights: one number per loss; ones by default.
         label_smoothing: probability that a label is flipped:
             {label_smoothing}.

@@ -16,7 +16,7 @@ WITH_SCORES = [name for name, loss in LOSSES.items() if loss.f_divergence]
 CASES = {
     name: {"loss_type": name}
     for name, loss in LOSSES.items()
-    if loss.label_smoothing is None or 0.0 in loss.label_smoothing
+    if loss.label_smoothing is None or loss.label_smoothing[0] == "["
 }
 CASES |= {f"{name}-smoothed": {"loss_type": name, "label_smoothing": 0.15} for name in SMOOTHED}
 for name in WITH_SCORES:

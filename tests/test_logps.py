@@ -476,6 +476,8 @@ BAD_CALLS = {
     "seed with exact": (dict(seed=1, backward="exact"), ValueError, "seed"),
     "seed negative": (dict(seed=-1), ValueError, "-1"),
     "seed float": (dict(seed=1.5), TypeError, "1.5"),
+    "lora as a number": (dict(lora=3), ValueError, "lora must be .* got int"),
+    "lora as a tensor": (dict(lora=torch.zeros(2, 8)), ValueError, "lora must be .* got Tensor"),
     "lora of two": (dict(lora=(torch.zeros(2, 8), torch.zeros(20, 2))), ValueError, "lora"),
     "lora shapes": (dict(lora=(torch.zeros(2, 8), torch.zeros(20, 3), 1.0)), ValueError, "lora"),
     "lora scale": (dict(lora=(torch.zeros(2, 8), torch.zeros(20, 2), "1")), TypeError, "scale"),

@@ -9,7 +9,8 @@ import torch
 from fastdpo.losses import F_DIVERGENCES, LOSSES, MAX_TERMS, PREFERENCE_OPTIONS, PreferenceOptions
 from fastdpo.ops.preference import templates
 from fastdpo.ops.preference.reference import REFERENCE
-from fastdpo.preference import PreferenceLossFunction, preference_loss
+from fastdpo.ops.preference.templates import PreferenceLossFunction
+from fastdpo.preference import preference_loss
 
 
 def test_tables_agree():

@@ -7,7 +7,8 @@ import torch
 from preference_cases import CASES, UPSTREAM, B, grads_of, inputs_of, names_of, oracle, token_logps
 
 from fastdpo.losses import LOSSES, PreferenceOptions
-from fastdpo.preference import PreferenceLossFunction, preference_loss
+from fastdpo.ops.preference.templates import PreferenceLossFunction
+from fastdpo.preference import preference_loss
 
 TRL_LOSSES = (
     "sigmoid", "robust", "ipo", "hinge", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot",

@@ -12,6 +12,7 @@ comes back from an operator with 0 elements.
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from os import environ
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from ..tensors import contiguous, in_rows, plain, refuse_transforms, traced
 from ..validation import check_flag, check_names
 from . import flops
 from .engines import Engine, engine_for
-from .problem import STATS, Forward, Gradients, Head, Needs, Rows, Upstream
+from .problem import STAT_DTYPES, STATS, Forward, Gradients, Head, Needs, Rows, TokenStats, Upstream
 
 
 class LinearLogpsFunction(Function):
@@ -48,12 +49,12 @@ class LinearLogpsFunction(Function):
         stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
         lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
         call = check_head(hidden, weight, labels, bias, lora, options)
-        arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
+        arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
         apply = super().apply
         return uncompiled(apply, *arguments) if torch.compiler.is_compiling() else apply(*arguments)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, lora_scale, options, stats, differentiable):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
         ctx.set_materialize_grads(False)
         shards = None if options.vocab_group is None else VocabShards.of(options.vocab_group, weight)
         needs = Needs(*ctx.needs_input_grad[:5]) if differentiable else Needs()
@@ -67,9 +68,10 @@ class LinearLogpsFunction(Function):
             # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
             ctx.save_for_backward(*tensors, logps, result.lse, entropy, result.bitmap, result.most_pairs)
             ctx.needs, ctx.scalars, ctx.shards, ctx.weight_shape = needs, scalars, shards, weight.shape
-        constants = (result.mean_logit, result.is_top1, result.log_sum_sq_probs)
-        ctx.mark_non_differentiable(*filter(torch.is_tensor, constants))  # a second call would undo a first
-        return result.logps, result.entropy, *constants
+        outputs = [getattr(result, name) for name in TokenStats._fields]
+        constants = [x for x in outputs[2:] if x is not None]  # of logps and entropy there are gradients
+        ctx.mark_non_differentiable(*constants)  # a second call would undo a first
+        return tuple(outputs)
 
     @staticmethod
     @once_differentiable
@@ -95,7 +97,7 @@ def compiled(call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], di
     needs = Needs(*[differentiable and x is not None and x.requires_grad for x in inputs])
     key, scalars = _prepare(options, needs, *inputs[:2], call.lora_scale, None)
     result = _forward_operator(call.tensors, key, scalars, stats)
-    return result.logps, result.entropy, result.mean_logit, result.is_top1, result.log_sum_sq_probs
+    return tuple(getattr(result, name) for name in TokenStats._fields)
 
 
 class Scalars(NamedTuple):
@@ -176,7 +178,7 @@ def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=No
     coef_entropy = None if dentropy is None else contiguous(dentropy.to(logps.dtype))
     if bitmap is None or dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
         routing = bitmap = most_pairs = None
-    saved = Forward(logps, lse, entropy, None, None, None, bitmap, most_pairs)
+    saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs)
     with torch.autocast(head.hidden.device.type, enabled=False):
         grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs)
     if grads.hidden is not None:
@@ -219,10 +221,20 @@ def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, 
     return Gradients(*[grad if need else None for grad, need in zip(grads, needs)])
 
 
+def _check(tensors, scalars: Scalars) -> None:
+    """As the door does, of an operator's tensors: whoever calls one comes by no other."""
+    hidden, weight, bias, lora_a, lora_b, labels = tensors
+    if labels.shape != (math.prod(hidden.shape[:-1]),):
+        raise ValueError(f"labels must be the flat rows of hidden {tuple(hidden.shape)}; got {tuple(labels.shape)}")
+    lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, scalars.lora_scale)
+    check_head(hidden, weight, labels.reshape(hidden.shape[:-1]), bias, lora, HeadOptions())
+
+
 def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     """Of each field of Forward."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return dict.fromkeys(_RESULTS, dtype) | {"is_top1": torch.bool, "bitmap": torch.uint8, "most_pairs": torch.int32}
+    dtypes = {name: torch.bool if kind == torch.bool else dtype for name, kind in STAT_DTYPES.items()}
+    return {"logps": dtype, "lse": dtype, **dtypes, "bitmap": torch.uint8, "most_pairs": torch.int32}
 
 
 @torch.library.custom_op(
@@ -233,6 +245,7 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
 def token_stats_op(*tensors, stats, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
     key, scalars = tensors[6], Scalars(**scalars)
+    _check(tensors[:6], scalars)
     if key is None:
         scalars = scalars._replace(taus=())
     result = _forward(_plain(_NAMES, tensors), key, scalars, stats)
@@ -257,6 +270,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scala
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
+    _check(tensors[:6], Scalars(**scalars))
     grads = _backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
     made = zip((grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b), tensors)
     return tuple(_absent(like, tensors[0]) if grad is None else grad for grad, like in made)

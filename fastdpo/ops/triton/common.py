@@ -9,8 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ... import routing
+
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-BLOCK = tl.constexpr(128)  # routing.BLOCK
+BLOCK = tl.constexpr(routing.BLOCK)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
@@ -71,6 +73,11 @@ class Transform(NamedTuple):
     scale: float
     softcap: float | None
     inv_temperature: float
+
+    @staticmethod
+    def of(transform) -> Transform:
+        """Of head.LogitTransform."""
+        return Transform(transform.scale, transform.softcap or None, 1.0 / transform.temperature)
 
 
 class LowRank(NamedTuple):
@@ -286,23 +293,25 @@ def logit_products(hidden, weight, head, low_rank, row, exists, column, depth, c
 
 
 @triton.jit
-def halves(x):
-    """The left and right columns of a tile; free where a thread holds both."""
-    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+def columns_of(x):
+    """A tile as a tuple of its blocks, free where a thread holds their columns: one after the other saves registers."""
+    if x.shape[1] > BLOCK:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        return columns_of(left) + columns_of(right)
+    else:
+        return (x,)
 
 
 @triton.jit
 def store_tile(target, x, row, column, num_rows, num_columns, stride):
-    """target[row :, column :] = x inside of [num_rows, num_columns], a block of columns at a time to save registers."""
-    COLUMNS: tl.constexpr = x.shape[1]
-    if COLUMNS > BLOCK:
-        left, right = halves(x)
-        store_tile(target, left, row, column, num_rows, num_columns, stride)
-        store_tile(target, right, row, column + COLUMNS // 2, num_rows, num_columns, stride)
-    else:
-        inside = within(row, column, num_rows, num_columns, x.shape[0], COLUMNS)
-        where = tile_offsets(row, column, stride, x.shape[0], COLUMNS)
-        tl.store(target + where, rounded(x, target.dtype.element_ty), mask=inside)
+    """target[row :, column :] = x inside of [num_rows, num_columns]."""
+    COLUMNS: tl.constexpr = min(x.shape[1], BLOCK)
+    parts = columns_of(x)
+    for j in tl.static_range(x.shape[1] // COLUMNS):
+        at = column + j * COLUMNS
+        inside = within(row, at, num_rows, num_columns, x.shape[0], COLUMNS)
+        where = tile_offsets(row, at, stride, x.shape[0], COLUMNS)
+        tl.store(target + where, rounded(parts[j], target.dtype.element_ty), mask=inside)
 
 
 @triton.jit

@@ -17,9 +17,9 @@ from .common import (
     VARYING,
     LowRank,
     TokenRange,
+    columns_of,
     dot,
     dz_of,
-    halves,
     load_tile,
     logit_products,
     num_tokens,
@@ -81,38 +81,20 @@ def dz_kernel(
         label = tl.load(tokens.labels + first_token + i, mask=exists, other=-1)
         of_row = row_terms(row, exists, terms)
         target = dz + (m * form.BM).to(tl.int64) * dz_stride
-        sums = column_sums
-        if column_sums is not None:
-            sums += m * dz_stride
         scale = 1.0
         if dz_scale is not None:
             scale = tl.load(dz_scale)
         entropy: tl.constexpr = terms.coef_entropy is not None
-        begin, inside = v * form.BN, i < capacity
-        _dz_columns(
-            acc, transform, begin, first_column, inside, label, of_row, scale, target, sums, dz_stride, head.V, entropy
-        )
-
-
-@triton.jit
-def _dz_columns(
-    acc, transform, begin, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY: tl.constexpr
-):
-    """Products [tokens, columns from first + begin on] -> dz, a block of columns at a time to save registers."""
-    if acc.shape[1] > BLOCK:
-        left, right = halves(acc)
-        middle = begin + acc.shape[1] // 2
-        _dz_columns(left, transform, begin, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
-        _dz_columns(right, transform, middle, first, inside, label, terms, scale, target, sums, dz_stride, V, ENTROPY)
-    else:
-        at = begin + tl.arange(0, BLOCK)
-        dz, _ = dz_of(acc, transform, terms, label, first + at, V, ENTROPY)
-        dz *= scale
-        where = tl.arange(0, acc.shape[0])[:, None] * dz_stride + at[None, :]
-        mask = inside[:, None] & (at < dz_stride)[None, :]
-        tl.store(target + where, rounded(dz, target.dtype.element_ty), mask=mask)
-        if sums is not None:
-            tl.store(sums + at, tl.sum(dz, 0), mask=at < dz_stride)
+        parts = columns_of(acc)
+        for j in tl.static_range(form.BN // BLOCK):
+            at = v * form.BN + j * BLOCK + tl.arange(0, BLOCK)
+            part, _ = dz_of(parts[j], transform, of_row, label, first_column + at, head.V, entropy)
+            part *= scale
+            inside = (i < capacity)[:, None] & (at < dz_stride)[None, :]
+            where = tl.arange(0, form.BM)[:, None] * dz_stride + at[None, :]  # 32 bits
+            tl.store(target + where, rounded(part, dz.dtype.element_ty), mask=inside)
+            if column_sums is not None:
+                tl.store(column_sums + m * dz_stride + at, tl.sum(part, 0), mask=at < dz_stride)
 
 
 def _dz(sweep: Sweep, tokens: TokenRange, hidden, low_rank: LowRank, slab: Slab, tile, dz, column_sums, flag):

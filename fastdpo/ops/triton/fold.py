@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, VARYING, LowRank, TokenRange, halves, logit_products, num_tokens, tile_of
+from .common import BLOCK, VARYING, LowRank, TokenRange, columns_of, logit_products, num_tokens, tile_of
 from .launch import launch
 from .stats import BlockSums, store_block
 
@@ -39,19 +39,9 @@ def fold_kernel(
             hidden, weight, head, low_rank, m * form.BM, i < n, v * form.BN, head.H, capacity, pitch, form
         )
         label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
-        _fold_blocks(acc, transform, v * BLOCKS, i, i < n, label, label_logit, sums, head.V, num_blocks)
-
-
-@triton.jit
-def _fold_blocks(products, transform, block, i, exists, label, label_logit, sums, V, num_blocks):
-    """Products [tokens i, columns from block on], one block after the other to save registers."""
-    if products.shape[1] > BLOCK:
-        left, right = halves(products)
-        middle = block + products.shape[1] // (2 * BLOCK)
-        _fold_blocks(left, transform, block, i, exists, label, label_logit, sums, V, num_blocks)
-        _fold_blocks(right, transform, middle, i, exists, label, label_logit, sums, V, num_blocks)
-    else:
-        store_block(products, transform, block, i, exists, label, label_logit, sums, V, num_blocks)
+        parts = columns_of(acc)
+        for j in tl.static_range(BLOCKS):
+            store_block(parts[j], transform, v * BLOCKS + j, i, i < n, label, label_logit, sums, head.V, num_blocks)
 
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:

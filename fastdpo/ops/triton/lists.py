@@ -53,6 +53,23 @@ class Lists(NamedTuple):
 
 
 @triton.jit
+def round_of(lists, round):
+    """[begin, end) of the round's tiles."""
+    begin = tl.load(lists.first_tile + tl.load(lists.round_block + round))
+    return begin, tl.load(lists.first_tile + tl.load(lists.round_block + round + 1))
+
+
+@triton.jit
+def pairs_of(lists, tile, begin, TILE: tl.constexpr):
+    """(block, which pairs exist, their slots in memory, their tokens) of a tile of the round that begins at `begin`."""
+    block = tl.load(lists.tile_block + tile - begin)
+    position = (tile - tl.load(lists.first_tile + block)) * TILE + tl.arange(0, TILE)
+    exists = position < tl.load(lists.lengths + block)
+    slot = (tile - begin) * TILE + tl.arange(0, TILE)
+    return block, exists, slot, tl.load(lists.tokens + slot, mask=exists, other=0)
+
+
+@triton.jit
 def _rows(kept, tokens, t, first_token, capacity):
     """(rows of tokens `t` of the range, which of them exist and have an upstream gradient)."""
     exists = t < num_tokens(tokens, first_token, capacity)

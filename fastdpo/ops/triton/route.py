@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox
 
-from ...routing import set_bytes
+from ... import routing as rule
 from ..problem import Forward
 from .common import BLOCK, VARYING, TokenRange, num_tokens
 from .launch import launch
 
-ONE = tl.constexpr(1 << 32)  # routing.ONE
-MASK = tl.constexpr((1 << 32) - 1)
+ONE = tl.constexpr(rule.ONE)
+MASK = tl.constexpr(rule.ONE - 1)
 
 
 @triton.jit
@@ -25,14 +25,14 @@ def _odds(share, own, tau):
     """int64: routing.odds. The largest fp32 below 1 is the most that a quotient may round to."""
     sure = own | ~(share < tau)
     q = tl.minimum(tl.where(sure, 0.0, share / tl.where(tau > 0, tau, 1.0)), 1.0 - 2.0**-24)
-    odds = tl.where(share == 0, 0, tl.maximum((q * 4294967296.0).to(tl.int64), 1))
+    odds = tl.where(share == 0, 0, tl.maximum((q * float(ONE)).to(tl.int64), 1))
     return tl.where(sure, ONE, odds)
 
 
 @triton.jit
 def pair_weight(share, own, tau):
     """1 / q."""
-    return tl.where(own | ~(share < tau), 1.0, 4294967296.0 / tl.maximum(_odds(share, own, tau), 1).to(tl.float32))
+    return tl.where(own | ~(share < tau), 1.0, float(ONE) / tl.maximum(_odds(share, own, tau), 1).to(tl.float32))
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def route(call, tokens: TokenRange, block_lse: Tensor, rest_lse: Tensor, result:
             most_pairs=result.most_pairs,
             num_blocks=call.num_blocks,
             bitmap_stride=result.bitmap.stride(0),
-            set_bytes=set_bytes(call.num_blocks),
+            set_bytes=rule.set_bytes(call.num_blocks),
             tau=routing.tau,
             second_tau=second,
             T=tile.m,

@@ -25,7 +25,7 @@ from .common import (
     start_products,
 )
 from .launch import launch
-from .lists import Kept, Lists
+from .lists import Kept, Lists, pairs_of, round_of
 from .route import pair_weight, second_pair_weight
 from .sweep import Sweep
 
@@ -36,7 +36,7 @@ class Sets(NamedTuple):
     listed: Kept
     inside: Tensor | None  # [M, bytes] uint8
     tau: float
-    second_tau: float | None
+    second_tau: float  # 0 where there is one set
     second: bool  # the second set is listed: nothing else is wanted
     ratio_hidden: bool  # dhidden takes the set inside
     ratio_weight: bool
@@ -52,7 +52,7 @@ class Sets(NamedTuple):
             kept,
             second if smaller and both else None,
             routing.tau,
-            routing.second_tau,
+            routing.second_tau or 0.0,  # a number always: None would be another form
             smaller and not both,
             smaller_hidden and both,
             smaller_weight and both,
@@ -87,14 +87,9 @@ def routed_dz_kernel(
     """Persistent over the round's tiles [BM pairs, 128 columns], whose slots of the results are a program's own."""
     if tl.load(lists.is_routed) == 0:
         return
-    begin = tl.load(lists.first_tile + tl.load(lists.round_block + round))
-    end = tl.load(lists.first_tile + tl.load(lists.round_block + round + 1))
+    begin, end = round_of(lists, round)
     for index in tl.range(begin + tl.program_id(0), end, form.PROGRAMS):
-        local = tl.load(lists.tile_block + index - begin)
-        position = (index - tl.load(lists.first_tile + local)) * form.BM + tl.arange(0, form.BM)
-        exists = position < tl.load(lists.lengths + local)
-        slot = (index - begin) * form.BM + tl.arange(0, form.BM)
-        t = tl.load(lists.tokens + slot, mask=exists, other=0)
+        local, exists, slot, t = pairs_of(lists, index, begin, form.BM)
         token = first_token + t
         row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
         label = tl.load(tokens.labels + token, mask=exists, other=-1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .common import BLOCK, VARYING, HiddenRows, TokenList, dot, load_rows, rounded, row_offset
 from .launch import launch
-from .lists import Lists
+from .lists import Lists, pairs_of, round_of
 from .sweep import Sweep
 
 
@@ -49,16 +49,11 @@ def routed_dhidden_kernel(
     other blocks' programs do."""
     if tl.load(lists.is_routed) == 0:
         return
-    begin = tl.load(lists.first_tile + tl.load(lists.round_block + round))
-    end = tl.load(lists.first_tile + tl.load(lists.round_block + round + 1))
+    begin, end = round_of(lists, round)
     tiles_n = tl.cdiv(H, form.BN)
     for work in tl.range(begin * tiles_n + tl.program_id(0), end * tiles_n, form.PROGRAMS):
         index, part = work // tiles_n, work % tiles_n
-        local = tl.load(lists.tile_block + index - begin)
-        position = (index - tl.load(lists.first_tile + local)) * TILE + tl.arange(0, TILE)
-        exists = position < tl.load(lists.lengths + local)
-        slot = (index - begin) * TILE + tl.arange(0, TILE)
-        t = tl.load(lists.tokens + slot, mask=exists, other=0)
+        local, exists, slot, t = pairs_of(lists, index, begin, TILE)
         slot = slot.to(tl.int64)
         c = part * form.BN + tl.arange(0, form.BN)
         product = tl.zeros((TILE, form.BN), tl.float32)

@@ -57,20 +57,29 @@ class BlockSums(NamedTuple):
         return BlockSums(*(torch.empty(shape, dtype=torch.float32, device=device) if one else None for one in wanted))
 
 
+class Sums(NamedTuple):
+    """[T] fp32: what a token's blocks, and the shards of its vocabulary, add up to."""
+
+    rest: tl.tensor  # log-sum-exp of every logit but the label's
+    mean: tl.tensor  # sum p z over these, relative to `rest`
+    lse2: tl.tensor
+    total: tl.tensor
+    before: tl.tensor
+    after: tl.tensor
+
+
+NUM_RESULTS, NUM_SUMS = tl.constexpr(len(Results._fields)), tl.constexpr(len(Sums._fields))
+
+
 @triton.jit
 def store_nothing(results, row, is_bad, skipped):
-    """Rows without a token: 0, or NaN where the label is out of range."""
-    nothing = tl.where(is_bad, float("nan"), 0.0)
-    tl.store(results.logps + row, nothing, mask=skipped)
-    tl.store(results.lse + row, nothing, mask=skipped)
-    if results.entropy is not None:
-        tl.store(results.entropy + row, nothing, mask=skipped)
-    if results.mean_logit is not None:
-        tl.store(results.mean_logit + row, nothing, mask=skipped)
-    if results.log_sum_sq_probs is not None:
-        tl.store(results.log_sum_sq_probs + row, nothing, mask=skipped)
-    if results.is_top1 is not None:
-        tl.store(results.is_top1 + row, row < 0, mask=skipped)
+    """Rows without a token: 0, or NaN (False) where the label is out of range."""
+    for j in tl.static_range(NUM_RESULTS):
+        if results[j] is not None:
+            if results[j].dtype.element_ty == tl.int1:
+                tl.store(results[j] + row, row < 0, mask=skipped)
+            else:
+                tl.store(results[j] + row, tl.where(is_bad, float("nan"), 0.0), mask=skipped)
 
 
 @triton.jit
@@ -126,13 +135,61 @@ def _add_exp(m, s, x):
     return top, s * exp(m - shift) + tl.sum(exp(x - shift[:, None]), 1)
 
 
+@triton.jit
+def _add_up(sums, first, exists, num_blocks, T: tl.constexpr, K: tl.constexpr):
+    """The Sums of tokens whose blocks begin at element `first` [T]."""
+    low, zero = tl.full((T,), float("-inf"), tl.float32), tl.zeros((T,), tl.float32)
+    m, s, m2, s2, total, mean, before, after = low, zero, low, zero, zero, zero, low, low
+    for start in range(0, num_blocks, K):
+        b = start + tl.arange(0, K)
+        inside = exists[:, None] & (b < num_blocks)[None, :]
+        at = first[:, None] + b[None, :]
+        m, s = _add_exp(m, s, tl.load(sums.lse + at, mask=inside, other=float("-inf")))
+        if sums.lse2 is not None:
+            m2, s2 = _add_exp(m2, s2, tl.load(sums.lse2 + at, mask=inside, other=float("-inf")))
+        if sums.sum is not None:
+            total += tl.sum(tl.load(sums.sum + at, mask=inside, other=0.0), 1)
+        if sums.before is not None:
+            before = tl.maximum(before, tl.max(tl.load(sums.before + at, mask=inside, other=float("-inf")), 1))
+            after = tl.maximum(after, tl.max(tl.load(sums.after + at, mask=inside, other=float("-inf")), 1))
+    rest = m + tl.log(s)
+    if sums.mean is not None:
+        for start in range(0, num_blocks, K):
+            b = start + tl.arange(0, K)
+            inside = exists[:, None] & (b < num_blocks)[None, :]
+            at = first[:, None] + b[None, :]
+            x = tl.load(sums.lse + at, mask=inside, other=float("-inf"))
+            weighted = exp(x - rest[:, None]) * (tl.load(sums.mean + at, mask=inside, other=0.0) - rest[:, None])
+            mean += tl.sum(tl.where(x == float("-inf"), 0.0, weighted), 1)
+    return Sums(rest, mean, m2 + tl.log(s2), total, before, after)
+
+
+@triton.jit
+def _store_stats(results, row, exists, sums, z, logp, row_lse, vocab_size):
+    """The statistics of tokens with the label's logit `z`."""
+    p = tl.exp(logp)
+    if results.entropy is not None:
+        others = tl.exp(sums.rest - row_lse)
+        spread = tl.where(others > 0, others * (sums.mean + sums.rest - row_lse), others)
+        tl.store(results.entropy + row, -spread - tl.where(p > 0, p * logp, p), mask=exists)
+    if results.log_sum_sq_probs is not None:
+        double = tl.maximum(sums.lse2, 2 * z)
+        shift = tl.where(double == float("-inf"), 0.0, double)
+        value = double + tl.log(tl.exp(sums.lse2 - shift) + tl.exp(2 * z - shift)) - 2 * row_lse
+        tl.store(results.log_sum_sq_probs + row, value, mask=exists)
+    if results.mean_logit is not None:
+        tl.store(results.mean_logit + row, sums.total / vocab_size, mask=exists)
+    if results.is_top1 is not None:
+        tl.store(results.is_top1 + row, (z > sums.before) & (z >= sums.after), mask=exists)
+
+
 @triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
     sums,  # BlockSums
     label_logit,  # [capacity]
-    shard,  # [6, capacity] fp32 or None: what a token's blocks sum up to, to be merged with other ranks' shards
+    shard,  # [Sums, capacity] fp32 or None: to be merged with other ranks' shards
     tokens,
-    rest_lse,  # [capacity]: log-sum-exp of every logit but the label's
+    rest_lse,  # [capacity]: Sums.rest
     results,
     first_token,
     capacity,
@@ -145,76 +202,29 @@ def finish_kernel(
 ):
     """A program sums up the blocks of its tokens, whose rows of the results it has to itself."""
     i = tl.program_id(0) * T + tl.arange(0, T)
-    token = first_token + i
     n = num_tokens(tokens, first_token, capacity)
     if tl.program_id(0) * T >= n:
         return
     exists = i < n
-    base = i.to(tl.int64)[:, None] * num_blocks
     if REDUCE:
-        m, s = tl.full((T,), float("-inf"), tl.float32), tl.zeros((T,), tl.float32)
-        m2, s2 = tl.full((T,), float("-inf"), tl.float32), tl.zeros((T,), tl.float32)
-        left, right = tl.full((T,), float("-inf"), tl.float32), tl.full((T,), float("-inf"), tl.float32)
-        total, mean = tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32)
-        for start in range(0, num_blocks, K):
-            b = start + tl.arange(0, K)
-            inside = exists[:, None] & (b < num_blocks)[None, :]
-            at = base + b[None, :]
-            m, s = _add_exp(m, s, tl.load(sums.lse + at, mask=inside, other=float("-inf")))
-            if sums.lse2 is not None:
-                m2, s2 = _add_exp(m2, s2, tl.load(sums.lse2 + at, mask=inside, other=float("-inf")))
-            if sums.sum is not None:
-                total += tl.sum(tl.load(sums.sum + at, mask=inside, other=0.0), 1)
-            if sums.before is not None:
-                left = tl.maximum(left, tl.max(tl.load(sums.before + at, mask=inside, other=float("-inf")), 1))
-                right = tl.maximum(right, tl.max(tl.load(sums.after + at, mask=inside, other=float("-inf")), 1))
-        rest = m + tl.log(s)
-        lse2 = m2 + tl.log(s2)
-        if sums.mean is not None:  # sum p z over the vocabulary but the label, relative to `rest`
-            for start in range(0, num_blocks, K):
-                b = start + tl.arange(0, K)
-                inside = exists[:, None] & (b < num_blocks)[None, :]
-                x = tl.load(sums.lse + base + b[None, :], mask=inside, other=float("-inf"))
-                mu = tl.load(sums.mean + base + b[None, :], mask=inside, other=0.0)
-                weighted = exp(x - rest[:, None]) * (mu - rest[:, None])
-                mean += tl.sum(tl.where(x == float("-inf"), 0.0, weighted), 1)
+        added = _add_up(sums, i.to(tl.int64) * num_blocks, exists, num_blocks, T, K)
         if not EMIT:
-            tl.store(shard + 0 * capacity + i, rest, mask=exists)
-            tl.store(shard + 1 * capacity + i, mean, mask=exists)
-            tl.store(shard + 2 * capacity + i, lse2, mask=exists)
-            tl.store(shard + 3 * capacity + i, total, mask=exists)
-            tl.store(shard + 4 * capacity + i, left, mask=exists)
-            tl.store(shard + 5 * capacity + i, right, mask=exists)
+            for j in tl.static_range(NUM_SUMS):
+                tl.store(shard + j * capacity + i, added[j], mask=exists)
     else:
-        rest = tl.load(shard + 0 * capacity + i, mask=exists, other=0.0)
-        mean = tl.load(shard + 1 * capacity + i, mask=exists, other=0.0)
-        lse2 = tl.load(shard + 2 * capacity + i, mask=exists, other=0.0)
-        total = tl.load(shard + 3 * capacity + i, mask=exists, other=0.0)
-        left = tl.load(shard + 4 * capacity + i, mask=exists, other=0.0)
-        right = tl.load(shard + 5 * capacity + i, mask=exists, other=0.0)
+        loaded = ()
+        for j in tl.static_range(NUM_SUMS):
+            loaded = loaded + (tl.load(shard + j * capacity + i, mask=exists, other=0.0),)
+        added = Sums(*loaded)
     if EMIT:
-        row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
+        row = tl.load(tokens.rows + first_token + i, mask=exists, other=0).to(tl.int64)
         z = tl.load(label_logit + i, mask=exists, other=0.0)
-        logp = label_logp(rest, z)
-        row_lse = tl.maximum(rest, z) + log1p(tl.exp(-tl.abs(rest - z)))
+        logp = label_logp(added.rest, z)
+        row_lse = tl.maximum(added.rest, z) + log1p(tl.exp(-tl.abs(added.rest - z)))
         tl.store(results.logps + row, logp, mask=exists)
         tl.store(results.lse + row, row_lse, mask=exists)
-        if rest_lse is not None:
-            tl.store(rest_lse + i, rest, mask=exists)
-        p = tl.exp(logp)
-        if results.entropy is not None:
-            others = tl.exp(rest - row_lse)
-            spread = tl.where(others > 0, others * (mean + rest - row_lse), others)
-            tl.store(results.entropy + row, -spread - tl.where(p > 0, p * logp, p), mask=exists)
-        if results.log_sum_sq_probs is not None:
-            double = tl.maximum(lse2, 2 * z)
-            shift = tl.where(double == float("-inf"), 0.0, double)
-            value = double + tl.log(tl.exp(lse2 - shift) + tl.exp(2 * z - shift)) - 2 * row_lse
-            tl.store(results.log_sum_sq_probs + row, value, mask=exists)
-        if results.mean_logit is not None:
-            tl.store(results.mean_logit + row, total / vocab_size, mask=exists)
-        if results.is_top1 is not None:
-            tl.store(results.is_top1 + row, (z > left) & (z >= right), mask=exists)
+        tl.store(rest_lse + i, added.rest, mask=exists)
+        _store_stats(results, row, exists, added, z, logp, row_lse, vocab_size)
 
 
 def finish(call, tokens: TokenRange, sums: BlockSums, label_logit, rest_lse, results: Results, shards) -> None:
@@ -243,13 +253,13 @@ def finish(call, tokens: TokenRange, sums: BlockSums, label_logit, rest_lse, res
     if shards is None:
         run(label_logit, None, reduce=True, emit=True)
         return
-    mine = torch.empty(6, tokens.capacity, dtype=torch.float32, device=label_logit.device)
+    mine = torch.empty(NUM_SUMS.value, tokens.capacity, dtype=torch.float32, device=label_logit.device)
     run(label_logit, mine, reduce=True, emit=False)
     run(shards.label_logit(label_logit), _merge(shards, mine), reduce=False, emit=True)
 
 
 def _merge(shards, sums: Tensor) -> Tensor:
-    """What a token's blocks sum up to on every rank -> on all (the rows of finish_kernel's `shard`)."""
+    """[Sums, capacity] of this rank's shard -> of the whole vocabulary."""
     rest, mean, lse2, total, before, after = sums
     all_rest = shards.logsumexp(rest)
     share = torch.where(rest == -torch.inf, 0.0, (rest - all_rest).exp())
