@@ -59,6 +59,11 @@ class Arguments {
   }
 
   template <class T>
+  void vector(int64_t count, const char* name, T*& pointer, int64_t& size) {
+    size = contiguous(required(take(name)), pointer, count);
+  }
+
+  template <class T>
   void matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols) {
     const py::handle x = required(take(name));
     const py::object sizes = attribute(x, torch_.shape);
@@ -217,13 +222,14 @@ class Arguments {
   }
 
   template <class T>
-  void contiguous(py::handle x, T*& to, int64_t count) const {
-    if (x.is_none()) return;
+  int64_t contiguous(py::handle x, T*& to, int64_t count) const {
+    if (x.is_none()) return 0;
     if (std::is_same_v<std::remove_const_t<T>, RowStats>) count *= kRowStatsSize;
     if (std::is_same_v<std::remove_const_t<T>, PairSums>) count *= static_cast<int64_t>(sizeof(PairSums));
     const int64_t elements = PyLong_AsLongLong(method(x, torch_.numel).ptr());
     const bool fits = elements >= count && method(x, torch_.is_contiguous).ptr() == Py_True;
     to = static_cast<T*>(pointer(x, type_of<std::remove_const_t<T>>(), fits, elements == 0));
+    return elements;
   }
 
   // `flat_too`: one dimension is num_rows rows of one column.

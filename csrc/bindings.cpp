@@ -9,9 +9,13 @@
 #include "arguments.h"
 #include "cpu/folds.h"
 #include "cpu/parallel.h"
-#include "cuda/logits.h"
 #include "shared/preference_batch.h"
 #include "shared/routing.h"
+#include "testing/logits_host.h"
+
+#ifdef FASTDPO_HAVE_CUDA
+#include "cuda/logits.h"
+#endif
 
 namespace py = pybind11;
 using namespace fastdpo;

@@ -5,6 +5,7 @@
 //   in.numbers(NAMED(x, y))                        numbers
 //   in.arrays(count, NAMED(a, b))                  contiguous tensors of the pointers' types, of `count` elements or more
 //   in.optional(count, NAMED(a, b))                ... or None, which is null
+//   in.vector(count, NAMED(a), size)               one such tensor; sets how many there are
 //   in.matrix(NAMED(a), stride, num_rows, columns) contiguous rows, `stride` apart; sets all three
 //   in.rows(NAMED(a), stride, num_rows, columns)   ... sets the stride; of so many rows and columns or more
 //   in.pairs(count, NAMED(a, b))                   tuples of a tensor or None for each side, or None for both
@@ -13,13 +14,12 @@
 #include <cstdint>
 #include <limits>
 
+#include "shared/half.h"
 #include "shared/preference_loss.h"
 
 #define NAMED(...) #__VA_ARGS__, __VA_ARGS__
 
 namespace fastdpo {
-
-enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int64_t kBlock = 128;  // vocabulary columns per block: the unit of routing
 constexpr int64_t blocks_of(int64_t num_cols) { return (num_cols + kBlock - 1) / kBlock; }
@@ -154,8 +154,9 @@ struct RouteArgs {
 // dlogp -> d(raw product), in place of the tile.
 struct GradArgs {
   Tile tile;
-  const int32_t* tokens;  // [num_rows] index into the per-token arrays below; null: row i is token i
-  const int64_t* labels;  // per token
+  const int32_t* tokens;  // [num_rows] index into the arrays below; null: row i is token i
+  int64_t num_tokens;
+  const int64_t* labels;  // [num_tokens], as the five below
   const float *lse, *logps;
   const float* coef;          // dL/dlogp
   const float* entropy;       // both null, or both given
@@ -165,9 +166,9 @@ struct GradArgs {
   template <class In> void fields(In& in) {
     tile.fields(in);
     in.optional(tile.num_rows, NAMED(tokens));
-    const int64_t count = tokens ? 0 : tile.num_rows;
-    in.arrays(count, NAMED(labels, lse, logps, coef));
-    in.optional(count, NAMED(entropy, coef_entropy));
+    in.vector(tokens ? 0 : tile.num_rows, NAMED(labels), num_tokens);
+    in.arrays(num_tokens, NAMED(lse, logps, coef));
+    in.optional(num_tokens, NAMED(entropy, coef_entropy));
     in.numbers(NAMED(num_threads));
   }
 };
@@ -177,7 +178,7 @@ struct GradArgs {
 struct RoutedGradArgs {
   GradArgs grad;
   float tau, second_tau;       // the latter of set 1, if there is one
-  const uint8_t* second_bits;  // [tokens, bytes] of set 1, or null
+  const uint8_t* second_bits;  // [num_tokens, bytes] of set 1, or null
   int64_t bitmap_stride;
   int hidden_set, weight_set;
   float* row_weight;       // scratch [2, num_rows], of each set
@@ -187,7 +188,7 @@ struct RoutedGradArgs {
   template <class In> void fields(In& in) {
     grad.fields(in);
     in.numbers(NAMED(tau, second_tau, hidden_set, weight_set));
-    in.optional_rows(NAMED(second_bits), bitmap_stride, 0, bytes_of(grad.tile.col_start / kBlock + 1));
+    in.optional_rows(NAMED(second_bits), bitmap_stride, grad.num_tokens, bytes_of(grad.tile.col_start / kBlock + 1));
     in.arrays(2 * grad.tile.num_rows, NAMED(row_weight));
     in.optional(grad.tile.num_rows * grad.tile.num_cols, NAMED(dz_hidden));
     in.optional(grad.tile.num_rows, NAMED(hidden_tokens));
@@ -250,7 +251,7 @@ struct GatherArgs {
     in.optional(num_rows, NAMED(tokens));
     in.optional(tokens ? 0 : num_rows, NAMED(rows));
     in.dtype_of("source", dtype);
-    in.rows(NAMED(source), source_stride, tokens || rows ? 0 : num_rows, num_cols);
+    in.rows(NAMED(source), source_stride, rows || tokens ? 0 : num_rows, num_cols);
     in.numbers(NAMED(num_threads));
   }
 };

@@ -170,18 +170,10 @@ void add_row(float* dst, const float* src, int64_t num_cols) {
 }
 
 void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
-  const uint16_t* half = static_cast<const uint16_t*>(src);
-  switch (type) {
-    case DType::kFloat32:
-      std::memcpy(dst, src, num_cols * sizeof(float));
-      return;
-    case DType::kBFloat16:
-      for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(BFloat16{half[i]});
-      return;
-    case DType::kFloat16:
-      for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(Float16{half[i]});
-      return;
-  }
+  by_type(type, [&](auto x) {
+    const auto* from = static_cast<const decltype(x)*>(src);
+    for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(from[i]);
+  });
 }
 
 void route_row(const RouteArgs& a, int64_t row) {

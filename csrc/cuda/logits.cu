@@ -105,33 +105,20 @@ int launch_forward(const LogitsForwardArgs& a, int device, void* stream) {
   return cudaGetLastError();
 }
 
-template <class T>
-int forward_as(const LogitsForwardArgs& a, int device, void* stream) {
-  return a.entropy ? launch_forward<T, true>(a, device, stream) : launch_forward<T, false>(a, device, stream);
-}
-template <class T>
-int backward_as(const LogitsBackwardArgs& a, int device, void* stream) {
-  return launch(a.coef_entropy ? logits_backward_kernel<T, true> : logits_backward_kernel<T, false>, a, device, stream);
-}
-
 }  // namespace
 
 int launch_logits_forward(const LogitsForwardArgs& a, int device, void* stream) {
-  switch (a.dtype) {
-    case DType::kFloat32: return forward_as<float>(a, device, stream);
-    case DType::kBFloat16: return forward_as<BFloat16>(a, device, stream);
-    case DType::kFloat16: return forward_as<Float16>(a, device, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_type(a.dtype, [&](auto x) {
+    using T = decltype(x);
+    return a.entropy ? launch_forward<T, true>(a, device, stream) : launch_forward<T, false>(a, device, stream);
+  });
 }
 
 int launch_logits_backward(const LogitsBackwardArgs& a, int device, void* stream) {
-  switch (a.dtype) {
-    case DType::kFloat32: return backward_as<float>(a, device, stream);
-    case DType::kBFloat16: return backward_as<BFloat16>(a, device, stream);
-    case DType::kFloat16: return backward_as<Float16>(a, device, stream);
-  }
-  return cudaErrorInvalidValue;
+  return by_type(a.dtype, [&](auto x) {
+    using T = decltype(x);
+    return launch(a.coef_entropy ? logits_backward_kernel<T, true> : logits_backward_kernel<T, false>, a, device, stream);
+  });
 }
 
 const char* cuda_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -21,6 +21,16 @@ struct alignas(2) Float16 {
   uint16_t bits;
 };
 
+enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// `function` of a value of that type.
+template <class Function>
+static inline auto by_type(DType dtype, Function function) {
+  if (dtype == DType::kBFloat16) return function(BFloat16{});
+  if (dtype == DType::kFloat16) return function(Float16{});
+  return function(float{});
+}
+
 FASTDPO_HD static inline float float_of(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);

@@ -4,7 +4,7 @@
 //   dx[v] = inv_temperature * (coef * ((v == label) - p[v]) - coef_entropy * p[v] * (log p[v] + entropy))
 //
 // `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of one or several blocks in cuda/logits.cu, a
-// loop in testing/logits_host.cpp, through which the tests run every line of this file without a GPU.
+// loop in testing/logits_host.h, through which the tests run every line of this file without a GPU.
 #pragma once
 
 #include <cassert>
@@ -26,8 +26,8 @@ constexpr int64_t kShortRow = kMaxThreads * kBatch;  // elements: one batch for 
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.69314718055994531;
 
-// Blocks that share a row: as many as run at once, and no more than have a batch for each thread.
-inline int64_t splits_of_row(int64_t num_rows, int64_t vocab_size, int64_t num_multiprocessors) {
+// Blocks that share a row, `splits` of both structs: as many as run at once, no more than have a batch for each thread.
+inline int64_t logits_splits(int64_t num_rows, int64_t vocab_size, int64_t num_multiprocessors) {
   const int64_t wanted = num_multiprocessors * kBlocksPerMultiprocessor / (num_rows > 0 ? num_rows : 1);
   const int64_t most = vocab_size / kShortRow;
   return wanted < 2 || most < 2 ? 1 : wanted < most ? wanted : most;

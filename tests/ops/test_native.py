@@ -17,6 +17,8 @@ C = native.EXTENSION
 if C is None:
     pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
 
+double = {"dtype": torch.float64}
+
 
 def fields(**changes) -> dict:
     """Of `sum_blocks`, whose struct has a matrix, a pointer and a number."""
@@ -58,6 +60,50 @@ def test_every_field_by_its_name():
         C.sum_blocks(**fields(block_lse=torch.zeros(3, dtype=torch.float64)))
 
 
+@pytest.mark.parametrize("strange", [5, [1.0], "block_lse"])
+def test_what_is_no_tensor_is_named(strange):
+    for name in ("block_lse", "rest_lse"):
+        with pytest.raises(TypeError, match=f"sum_blocks: {name} cannot be "):
+            C.sum_blocks(**fields(**{name: strange}))
+
+
+def test_a_flag_is_no_number():
+    with pytest.raises(TypeError, match="host_preference_backward: average cannot be None"):
+        names = ("num_pairs", "num_tokens", "ignore_index")
+        C.host_preference_backward(is_double=False, **dict.fromkeys(names, 0), ref_per_token=True, average=None)
+
+
+def test_matrices_have_the_columns_that_are_read():
+    logits, label = torch.randn(2, 300), {"labels": torch.tensor([1, 299]), "label_logit": torch.zeros(2)}
+    given = {"data": logits, "col_start": 0, "bias": None, "transform": (1.0, 0.0, 1.0), "stats": None, **label}
+    C.fold(**given, block_lse=torch.zeros(2, 3, **double), num_threads=1)
+    with pytest.raises(RuntimeError, match=r"fold: block_lse: .* would misread"):
+        C.fold(**given, block_lse=torch.zeros(2, 2, **double), num_threads=1)
+    pairs = {"coef": torch.ones(2), "num_tokens": 2, "first_block": 0, "num_threads": 1}
+    counts = torch.zeros(9, dtype=torch.int64)
+    C.count_pairs(bitmap=torch.full((2, 2), 1, dtype=torch.uint8), num_blocks=9, counts=counts, **pairs)
+    assert counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 2]
+    with pytest.raises(RuntimeError, match=r"count_pairs: bitmap: .* would misread"):
+        C.count_pairs(bitmap=torch.zeros(2, 1, dtype=torch.uint8), num_blocks=9, counts=counts, **pairs)
+
+
+def test_arrays_that_tokens_index_have_one_length():
+    tokens = torch.tensor([2, 0], dtype=torch.int32)
+    given = {"data": torch.randn(2, 128), "col_start": 0, "bias": None, "transform": (1.0, 0.0, 1.0), "tokens": tokens}
+    per_token = {name: torch.zeros(3) for name in ("lse", "logps", "coef")}
+    rest = {"labels": torch.zeros(3, dtype=torch.int64), "entropy": None, "coef_entropy": None, "num_threads": 1}
+    C.grad(**given, **per_token, **rest)
+    for name in per_token:
+        with pytest.raises(RuntimeError, match=rf"grad: {name}: .* would misread"):
+            C.grad(**given, **{**per_token, name: torch.zeros(2)}, **rest)
+
+
+@pytest.mark.skipif(not hasattr(C, "cuda_logits_forward"), reason="built without CUDA kernels")
+def test_a_gpu_gets_no_pointer_to_other_memory():
+    with pytest.raises(RuntimeError, match="cuda_logits_forward: logits: native code for cuda would misread"):
+        C.cuda_logits_forward(device=0, stream=0, logits=torch.zeros(2, 3))
+
+
 def released(x: torch.Tensor) -> torch.Tensor:
     x.untyped_storage().resize_(0)
     return x
@@ -74,7 +120,6 @@ class Wrapper(torch.Tensor):
         raise NotImplementedError
 
 
-double = {"dtype": torch.float64}
 MISREAD = {
     "released": {"rest_lse": released(torch.ones(3, **double))},
     "elsewhere": {"rest_lse": torch.ones(3, device="meta", **double)},
