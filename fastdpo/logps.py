@@ -119,7 +119,7 @@ def linear_token_stats(
         log_sum_sq_probs = (2 * logp).logsumexp(-1)
 
     Args:
-        stats: which of ``"entropy"``, ``"mean_logit"``, ``"is_top1"``, ``"log_sum_sq_probs"`` to compute.
+        stats: which fields of TokenStats to compute beside `logps`, by name; all by default.
         Everything else: as in `linear_logps`.
 
     Returns:
@@ -164,7 +164,7 @@ def token_stats(
     if torch.is_grad_enabled():
         for x in call.tensors:
             differentiable = differentiable or (x is not None and x.requires_grad)
-    arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
+    arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
     apply = super(Function, function).apply  # torch's: the class's own checks again
     if not torch.compiler.is_compiling():
         outputs = apply(*arguments)

@@ -12,6 +12,7 @@ comes back from an operator with 0 elements.
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from os import environ
 from typing import NamedTuple
@@ -48,12 +49,12 @@ class LinearLogpsFunction(Function):
         stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
         lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
         call = check_head(hidden, weight, labels, bias, lora, options)
-        arguments = (*call.tensors, call.lora_scale, options, stats, differentiable)
+        arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
         apply = super().apply
         return uncompiled(apply, *arguments) if torch.compiler.is_compiling() else apply(*arguments)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, lora_scale, options, stats, differentiable):
+    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
         ctx.set_materialize_grads(False)
         shards = None if options.vocab_group is None else VocabShards.of(options.vocab_group, weight)
         needs = Needs(*ctx.needs_input_grad[:5]) if differentiable else Needs()
@@ -220,6 +221,15 @@ def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, 
     return Gradients(*[grad if need else None for grad, need in zip(grads, needs)])
 
 
+def _check(tensors, scalars: Scalars) -> None:
+    """As the door does, of an operator's tensors: whoever calls one comes by no other."""
+    hidden, weight, bias, lora_a, lora_b, labels = tensors
+    if labels.shape != (math.prod(hidden.shape[:-1]),):
+        raise ValueError(f"labels must be the flat rows of hidden {tuple(hidden.shape)}; got {tuple(labels.shape)}")
+    lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, scalars.lora_scale)
+    check_head(hidden, weight, labels.reshape(hidden.shape[:-1]), bias, lora, HeadOptions())
+
+
 def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     """Of each field of Forward."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -235,6 +245,7 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
 def token_stats_op(*tensors, stats, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
     key, scalars = tensors[6], Scalars(**scalars)
+    _check(tensors[:6], scalars)
     if key is None:
         scalars = scalars._replace(taus=())
     result = _forward(_plain(_NAMES, tensors), key, scalars, stats)
@@ -259,6 +270,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scala
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
+    _check(tensors[:6], Scalars(**scalars))
     grads = _backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
     made = zip((grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b), tensors)
     return tuple(_absent(like, tensors[0]) if grad is None else grad for grad, like in made)

@@ -346,3 +346,27 @@ def test_the_exported_function_checks_what_the_door_checks(engine, wrong):
     fastdpo.LinearLogpsFunction.apply(*call.values())
     with pytest.raises(error, match=says):
         fastdpo.LinearLogpsFunction.apply(*(call | given).values())
+
+
+def test_the_exported_function_in_a_compiled_one():
+    """torch.compile passes by its `apply`; the operators inside check what that would have."""
+    torch._dynamo.reset()
+    head, options = small_head(N=N, V=V, H=H).leaves(torch.float32), HeadOptions(tau=0.05, seed=1)
+
+    def loss(hidden, weight, labels):
+        return fastdpo.LinearLogpsFunction.apply(hidden, weight, None, None, None, labels, options, (), True)[0].sum()
+
+    compiled = torch.compile(loss, backend="aot_eager")
+    expected = torch.autograd.grad(loss(head.hidden, head.weight, head.labels), [head.hidden, head.weight])
+    found = torch.autograd.grad(compiled(head.hidden, head.weight, head.labels), [head.hidden, head.weight])
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(Exception, match="labels must be"):
+        compiled(head.hidden, head.weight, head.labels.repeat(2))
+
+
+def test_operators_check_their_tensors():
+    inputs = operator_inputs("plain", None, False)
+    library.token_stats_op(*inputs, **SCALARS, stats=[])
+    for place, wrong in ((5, inputs[5].repeat(2)), (1, inputs[1].char()), (1, torch.zeros(300, 15))):
+        with pytest.raises((ValueError, TypeError), match=r"labels must|weight must|hidden has H"):
+            library.token_stats_op(*inputs[:place], wrong, *inputs[place + 1 :], **SCALARS, stats=[])

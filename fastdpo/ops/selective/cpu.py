@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...head import LogitTransform
 from ...routing import num_blocks
 from ...tensors import in_rows
 from ..native import EXTENSION
@@ -24,7 +25,7 @@ def _chunks(logits: Tensor):
 
 def _tile(data: Tensor, temperature: float) -> dict:
     """The fields of csrc's Tile."""
-    return {"data": data, "col_start": 0, "bias": None, "transform": (1.0, 0.0, temperature)}
+    return {"data": data, "col_start": 0, "bias": None, "transform": LogitTransform(temperature=temperature)}
 
 
 def forward(

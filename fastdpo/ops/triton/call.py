@@ -39,9 +39,8 @@ class Call:
         self.pitch = triton.cdiv(self.hidden_size * self.item_size, 16) * 16 // self.item_size  # of gathered rows
         self.columns = Columns(self.bias, self.vocab_size, self.hidden_size, self.weight.stride(0))
         self.compute = DTYPES[self.dtype]
-        scale, softcap, temperature = head.transform
-        self.transform = Transform(scale, softcap or None, 1.0 / temperature)
-        recomputing = "narrow" if self.lora_rank or softcap else "half"
+        self.transform = Transform.of(head.transform)
+        recomputing = "narrow" if self.lora_rank or self.transform.softcap is not None else "half"
         if not are_aligned(hidden, self.weight):
             self.kind = self.recomputing_kind = "unaligned"
         elif self.dtype == torch.float32:

@@ -74,6 +74,11 @@ class Transform(NamedTuple):
     softcap: float | None
     inv_temperature: float
 
+    @staticmethod
+    def of(transform) -> Transform:
+        """Of head.LogitTransform."""
+        return Transform(transform.scale, transform.softcap or None, 1.0 / transform.temperature)
+
 
 class LowRank(NamedTuple):
     """What a low-rank head adds to the products of a chunk of tokens."""
