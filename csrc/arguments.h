@@ -1,5 +1,6 @@
-// Keywords of a Python call -> the members of a struct, by the names in structs.h. The one way from a tensor to a pointer:
-// type, device and layout are looked at here, by the tensor's own attributes, since the extension knows no torch.
+// Keywords of a Python call -> the members of a struct, by the names in structs.h. The one way from a tensor to a
+// pointer: type, device, layout and size are looked at here, by the tensor's own attributes, since the extension knows
+// no torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -28,7 +29,9 @@ struct Torch {
              data_ptr = name("data_ptr"), is_contiguous = name("is_contiguous"), is_neg = name("is_neg"),
              numel = name("numel"), stride = name("stride");
 
-  static py::object name(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text)); }
+  static py::object name(const char* text) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
+  }
   static const Torch& get() {
     static const Torch* torch = new Torch();
     return *torch;
@@ -158,7 +161,9 @@ class Arguments {
   std::string here() const { return std::string(function_) + ": " + std::string(names_.back()); }
 
   // What a tensor answers; TypeError where it is none.
-  py::object attribute(py::handle x, const py::object& name) const { return answer(x, PyObject_GetAttr(x.ptr(), name.ptr())); }
+  py::object attribute(py::handle x, const py::object& name) const {
+    return answer(x, PyObject_GetAttr(x.ptr(), name.ptr()));
+  }
   py::object method(py::handle x, const py::object& name) const {
     return answer(x, PyObject_CallMethodNoArgs(x.ptr(), name.ptr()));
   }
@@ -256,11 +261,10 @@ class Arguments {
     const bool on_device = attribute(x, cuda_device_ < 0 ? torch_.is_cpu : torch_.is_cuda).ptr() == Py_True &&
                            (cuda_device_ < 0 || x.attr("device").attr("index").cast<int>() == cuda_device_);
     if (same && on_device && fits && (found || empty) && method(x, torch_.is_neg).ptr() != Py_True) return found;
-    throw std::runtime_error(
-        py::str("{}: native code for {} would misread a tensor of type {}, {} on {}, shape {}, strides {}, at {:#x} as {}")
-            .format(here(), cuda_device_ < 0 ? "cpu" : "cuda", py::type::of(x).attr("__name__"), type, x.attr("device"),
-                    py::tuple(x.attr("shape")), x.attr("stride")(), reinterpret_cast<std::uintptr_t>(found), dtype)
-            .cast<std::string>());
+    const py::str text("{}: native code for {} would misread a tensor of type {}, {} on {}, shape {}, strides {}, as {}");
+    throw std::runtime_error(text.format(here(), cuda_device_ < 0 ? "cpu" : "cuda", py::type::of(x).attr("__name__"),
+                                         type, x.attr("device"), x.attr("shape"), x.attr("stride")(), dtype)
+                                 .cast<std::string>());
   }
 
   const char* function_;
