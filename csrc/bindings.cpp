@@ -1,5 +1,5 @@
 // The only source that knows Python. Every function takes one struct of structs.h, field by field by keyword
-// (arguments.h); the caller's frame keeps the tensors alive. Every call releases the GIL.
+// (arguments.h), which it keeps alive. Every call releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -78,6 +78,8 @@ py::dict names(const Entries& entries) {
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastdpo's native kernels; csrc/structs.h says what each field means";
+
+  Torch::get();  // here, where no other thread can wait for it with the GIL in its hands
 
   m.attr("BLOCK") = kBlock;
   m.attr("ONE") = kOne;
