@@ -187,6 +187,7 @@ def test_compiled(how):
 @pytest.fixture
 def accelerator():
     accelerate = pytest.importorskip("accelerate")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)  # a trainer of another test made one
     yield accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
