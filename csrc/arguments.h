@@ -1,5 +1,6 @@
-// Keywords of a Python call -> the members of a struct, by the names in structs.h. The one way from a tensor to a pointer:
-// type, device and layout are looked at here, by the tensor's own attributes, since the extension knows no torch.
+// Keywords of a Python call -> the members of a struct, by the names in structs.h. The one way from a tensor to a
+// pointer: type, device, layout and size are looked at here, by the tensor's own attributes, since the extension knows
+// no torch.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -17,8 +18,7 @@ namespace fastdpo {
 
 namespace py = pybind11;
 
-// torch's types, and the names of what a tensor is asked; made once, when the first call comes, and never freed: the
-// interpreter may be gone before.
+// torch's types, and the names of what a tensor is asked; made once and never freed: the interpreter may be gone before.
 struct Torch {
   py::module_ torch = py::module_::import("torch");
   py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), bfloat16 = torch.attr("bfloat16"),
@@ -28,7 +28,9 @@ struct Torch {
              data_ptr = name("data_ptr"), is_contiguous = name("is_contiguous"), is_neg = name("is_neg"),
              numel = name("numel"), stride = name("stride");
 
-  static py::object name(const char* text) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text)); }
+  static py::object name(const char* text) {
+    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
+  }
   static const Torch& get() {
     static const Torch* torch = new Torch();
     return *torch;
@@ -66,7 +68,7 @@ class Arguments {
   template <class T>
   void matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols) {
     const py::handle x = required(take(name));
-    const py::object sizes = attribute(x, torch_.shape);
+    const py::object sizes = tuple_of(x, attribute(x, torch_.shape));
     if (PyTuple_GET_SIZE(sizes.ptr()) != 2) throw py::type_error(here() + " must have two dimensions");
     num_rows = item(sizes, 0), num_cols = item(sizes, 1);
     in_rows(x, pointer, stride, num_rows, num_cols);
@@ -168,7 +170,9 @@ class Arguments {
   std::string here() const { return std::string(function_) + ": " + std::string(names_.back()); }
 
   // What a tensor answers; TypeError where it is none.
-  py::object attribute(py::handle x, const py::object& name) const { return answer(x, PyObject_GetAttr(x.ptr(), name.ptr())); }
+  py::object attribute(py::handle x, const py::object& name) const {
+    return answer(x, PyObject_GetAttr(x.ptr(), name.ptr()));
+  }
   py::object method(py::handle x, const py::object& name) const {
     return answer(x, PyObject_CallMethodNoArgs(x.ptr(), name.ptr()));
   }
@@ -176,7 +180,13 @@ class Arguments {
     if (found != nullptr) return py::reinterpret_steal<py::object>(found);
     if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
     PyErr_Clear();
-    throw py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
+    throw cannot_be(x);
+  }
+  py::object tuple_of(py::handle x, const py::object& sizes) const {
+    return PyTuple_Check(sizes.ptr()) ? sizes : throw cannot_be(x);
+  }
+  py::type_error cannot_be(py::handle x) const {
+    return py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
   }
   static int64_t item(const py::object& sizes, py::ssize_t i) {
     return PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
@@ -211,7 +221,7 @@ class Arguments {
       if (std::is_same_v<T, bool> && !PyBool_Check(x.ptr())) throw py::cast_error();
       member = x.cast<T>();
     } catch (const py::cast_error&) {
-      throw py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
+      throw cannot_be(x);
     }
   }
 
@@ -246,7 +256,7 @@ class Arguments {
   template <class T>
   void in_rows(py::handle x, T*& to, int64_t& stride, int64_t num_rows, int64_t num_cols, bool flat_too = false) const {
     if (x.is_none()) return;
-    const py::object sizes = attribute(x, torch_.shape), strides = method(x, torch_.stride);
+    const py::object sizes = tuple_of(x, attribute(x, torch_.shape)), strides = tuple_of(x, method(x, torch_.stride));
     const py::ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
     bool fits = dims == 2 || (dims == 1 && flat_too), empty = false;
     if (fits) {
@@ -266,11 +276,10 @@ class Arguments {
     const bool on_device = attribute(x, cuda_device_ < 0 ? torch_.is_cpu : torch_.is_cuda).ptr() == Py_True &&
                            (cuda_device_ < 0 || x.attr("device").attr("index").cast<int>() == cuda_device_);
     if (same && on_device && fits && (found || empty) && method(x, torch_.is_neg).ptr() != Py_True) return found;
-    throw std::runtime_error(
-        py::str("{}: native code for {} would misread a tensor of type {}, {} on {}, shape {}, strides {}, at {:#x} as {}")
-            .format(here(), cuda_device_ < 0 ? "cpu" : "cuda", py::type::of(x).attr("__name__"), type, x.attr("device"),
-                    py::tuple(x.attr("shape")), x.attr("stride")(), reinterpret_cast<std::uintptr_t>(found), dtype)
-            .cast<std::string>());
+    const py::str text("{}: native code for {} would misread a tensor of type {}, {} on {}, shape {}, strides {}, as {}");
+    throw std::runtime_error(text.format(here(), cuda_device_ < 0 ? "cpu" : "cuda", py::type::of(x).attr("__name__"),
+                                         type, x.attr("device"), x.attr("shape"), x.attr("stride")(), dtype)
+                                 .cast<std::string>());
   }
 
   const char* function_;

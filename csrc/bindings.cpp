@@ -1,5 +1,5 @@
-// The only source that knows Python. Every function takes one struct of structs.h, field by field by keyword (arguments.h);
-// the callers in fastdpo/ops keep the tensors alive. Every call releases the GIL.
+// The only source that knows Python. Every function takes one struct of structs.h, field by field by keyword
+// (arguments.h), which it keeps alive. Every call releases the GIL.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -79,6 +79,8 @@ py::dict names(const Entries& entries) {
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "fastdpo's native kernels; csrc/structs.h says what each field means";
 
+  Torch::get();  // here, where no other thread can wait for it with the GIL in its hands
+
   m.attr("BLOCK") = kBlock;
   m.attr("ONE") = kOne;
   m.attr("ROW_STATS") = py::cast(std::vector<std::string>(std::begin(kRowStatsNames), std::end(kRowStatsNames)));
@@ -110,8 +112,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def<FillPairsArgs>(m, "fill_pairs", &fill_pairs);
   def<GatherArgs>(m, "gather_rows", &gather_rows);
   def<ScatterArgs>(m, "scatter_add_rows", &scatter_add_rows);
-  def_of_types<PreferenceForwardArgs>(m, "host_preference_forward", [](const auto& a) { host_preference_forward(a.batch, a.out); });
-  def_of_types<PreferenceBackwardArgs>(m, "host_preference_backward", [](const auto& a) { host_preference_backward(a.batch, a.up); });
+  def_of_types<PreferenceForwardArgs>(m, "host_preference_forward",
+                                      [](const auto& a) { host_preference_forward(a.batch, a.out); });
+  def_of_types<PreferenceBackwardArgs>(m, "host_preference_backward",
+                                       [](const auto& a) { host_preference_backward(a.batch, a.up); });
 
   def_of_lanes<LogitsForwardArgs>(m, "host_logits_forward", &host_logits_forward);
   def_of_lanes<LogitsBackwardArgs>(m, "host_logits_backward", &host_logits_backward);

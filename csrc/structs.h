@@ -1,9 +1,9 @@
-// Every struct that crosses from Python to the kernels: pointers, sizes and scalars. No tensor type crosses, so one build
-// serves every torch. Sizes and strides count elements and are 64-bit.
+// Every struct that crosses from Python to the kernels: pointers, sizes and scalars. No tensor type crosses, so one
+// build serves every torch. Sizes and strides count elements and are 64-bit.
 //
 // `fields` of a struct is the list of the keywords that a Python call gives, all of them; arguments.h reads them.
 //   in.numbers(NAMED(x, y))                        numbers
-//   in.arrays(count, NAMED(a, b))                  contiguous tensors of the pointers' types, of `count` elements or more
+//   in.arrays(count, NAMED(a, b))                  contiguous tensors of the pointers' types, `count` elements or more
 //   in.optional(count, NAMED(a, b))                ... or None, which is null
 //   in.vector(count, NAMED(a), size)               one such tensor; sets how many there are
 //   in.matrix(NAMED(a), stride, num_rows, columns) contiguous rows, `stride` apart; sets all three
@@ -66,7 +66,8 @@ struct RowStats {
   double max_before;  // largest logit left of the label
   double max_after;   // and right of it
 };
-constexpr const char* kRowStatsNames[] = {"max", "sum_exp", "sum_exp_z", "sum_exp_sq", "sum_z", "max_before", "max_after"};
+constexpr const char* kRowStatsNames[] = {"max",   "sum_exp",    "sum_exp_z", "sum_exp_sq",
+                                          "sum_z", "max_before", "max_after"};
 constexpr double kNoLogit = -std::numeric_limits<double>::infinity();
 constexpr double kNoRowStats[] = {kNoLogit, 0, 0, 0, 0, kNoLogit, kNoLogit};  // before the first block
 constexpr int64_t kRowStatsSize = sizeof(RowStats) / sizeof(double);
@@ -175,8 +176,8 @@ struct GradArgs {
   }
 };
 
-// The same for one block of kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one that was kept at `tau`,
-// 1, the smaller one inside it, or -1: not wanted. Rows of `dz_hidden` are those of its set, compacted.
+// The same for one block of kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one that was kept at
+// `tau`, 1, the smaller one inside it, or -1: not wanted. Rows of `dz_hidden` are those of its set, compacted.
 struct RoutedGradArgs {
   GradArgs grad;
   float tau, second_tau;       // the latter of set 1, if there is one

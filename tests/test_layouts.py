@@ -79,18 +79,17 @@ def test_labels_of_any_layout(engine, layout, dtype):
 
 def test_economies_of_layout_remain(monkeypatch):
     """Slices along the tokens, and heads with rows apart, are read where they lie."""
-    from fastdpo.ops.layout import laid_out
-
     from fastdpo.ops.by_token import _completion_tokens
     from fastdpo.ops.problem import Head, Rows
+    from fastdpo.tensors import in_rows
 
     states, table = torch.randn(2, 5, 16), torch.randn(130, 24)
     for hidden in (states[:, :-1], states[0, :, :12], states[:, 0]):
-        head = Head(hidden, table[:, : hidden.shape[-1]])
+        weight = table[:, : hidden.shape[-1]]
+        head = Head(in_rows(hidden), in_rows(weight, apart=True))
         rows = Rows(torch.zeros(hidden.shape[:-1].numel(), dtype=torch.int64), -100, 0, 130)
-        made, rows = laid_out(head, rows)
-        assert made.hidden is hidden and made.weight.data_ptr() == table.data_ptr()
-        tokens, _, _ = _completion_tokens(made, rows)
+        assert head.hidden is hidden and head.weight is weight
+        tokens, _, _ = _completion_tokens(head, rows)
         assert tokens.hidden.data_ptr() == hidden.data_ptr()
 
 

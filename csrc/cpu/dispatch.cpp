@@ -11,19 +11,10 @@
 
 namespace fastdpo {
 
-#ifdef FASTDPO_HAVE_AVX512
-namespace avx512 {
-extern const CpuKernels kernels;
-}
-#endif
-#ifdef FASTDPO_HAVE_AVX2
-namespace avx2 {
-extern const CpuKernels kernels;
-}
-#endif
-namespace baseline {
-extern const CpuKernels kernels;
-}
+// Of folds.cpp, as far as the compiler knows them.
+namespace avx512 { extern const CpuKernels kernels; }
+namespace avx2 { extern const CpuKernels kernels; }
+namespace baseline { extern const CpuKernels kernels; }
 
 namespace {
 
@@ -68,25 +59,36 @@ bool use_isa(const char* name) {
 
 namespace {
 
-// Rows per piece so that a piece is some tens of microseconds of work: less is not worth waking a thread for.
-int64_t grain_for(int64_t elements_per_row) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(elements_per_row, 1)); }
+// `function(begin, end)` over rows, in pieces of some tens of microseconds: less is not worth waking a thread for.
+template <class Function>
+void pieces(int64_t num_rows, int64_t elements_per_row, int num_threads, Function function) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(elements_per_row, 1));
+  parallel_for(num_rows, grain, num_threads, function);
+}
+
+template <class Function>
+void each_row(int64_t num_rows, int64_t elements_per_row, int num_threads, Function function) {
+  pieces(num_rows, elements_per_row, num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) function(row);
+  });
+}
 
 }  // namespace
 
 void fold(const FoldArgs& a) {
-  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), a.num_threads,
-               [&](int64_t begin, int64_t end) { cpu_kernels().fold_rows(a, begin, end); });
+  pieces(a.tile.num_rows, a.tile.num_cols, a.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().fold_rows(a, begin, end); });
 }
 
 void grad(const GradArgs& a) {
-  parallel_for(a.tile.num_rows, grain_for(a.tile.num_cols), a.num_threads,
-               [&](int64_t begin, int64_t end) { cpu_kernels().grad_rows(a, begin, end); });
+  pieces(a.tile.num_rows, a.tile.num_cols, a.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().grad_rows(a, begin, end); });
 }
 
 int64_t routed_grad(const RoutedGradArgs& a) {
   const Tile& tile = a.grad.tile;
-  parallel_for(tile.num_rows, grain_for(tile.num_cols), a.grad.num_threads,
-               [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
+  pieces(tile.num_rows, tile.num_cols, a.grad.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
   int64_t num_hidden = 0;
   if (a.dz_hidden) {
     const float* weight = a.row_weight + a.hidden_set * tile.num_rows;
@@ -108,40 +110,34 @@ int64_t routed_grad(const RoutedGradArgs& a) {
 }
 
 void sum_blocks(const SumBlocksArgs& a) {
-  parallel_for(a.num_rows, grain_for(a.num_blocks * 8), a.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const double* values = a.block_lse + row * a.stride;
-      double block_max = -INFINITY, total = 0.0;
-      for (int64_t i = 0; i < a.num_blocks; ++i) block_max = std::fmax(block_max, values[i]);
-      const double m = block_max == -INFINITY ? 0.0 : block_max;
-      for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(values[i] - m);
-      a.rest_lse[row] = m + std::log(total);
-    }
+  each_row(a.num_rows, a.num_blocks * 8, a.num_threads, [&](int64_t row) {
+    const double* values = a.block_lse + row * a.stride;
+    double block_max = -INFINITY, total = 0.0;
+    for (int64_t i = 0; i < a.num_blocks; ++i) block_max = std::fmax(block_max, values[i]);
+    const double m = block_max == -INFINITY ? 0.0 : block_max;
+    for (int64_t i = 0; i < a.num_blocks; ++i) total += std::exp(values[i] - m);
+    a.rest_lse[row] = m + std::log(total);
   });
 }
 
 void finish(const FinishArgs& a) {
-  parallel_for(a.num_rows, grain_for(64), a.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const LabelLogp label = label_logp(a.rest_lse[row], 0.0, a.label_logit[row]);
-      a.logps[row] = static_cast<float>(label.logp);
-      a.lse[row] = static_cast<float>(label.lse);
-      if (a.stats) finish_stats(a, row);
-    }
+  each_row(a.num_rows, 64, a.num_threads, [&](int64_t row) {
+    const LabelLogp label = label_logp(a.rest_lse[row], 0.0, a.label_logit[row]);
+    a.logps[row] = static_cast<float>(label.logp);
+    a.lse[row] = static_cast<float>(label.lse);
+    if (a.stats) finish_stats(a, row);
   });
 }
 
 void route(const RouteArgs& a) {
-  parallel_for(a.num_rows, grain_for(a.num_blocks * 8), a.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) cpu_kernels().route_row(a, row);
-  });
+  each_row(a.num_rows, a.num_blocks * 8, a.num_threads, [&](int64_t row) { cpu_kernels().route_row(a, row); });
 }
 
 void count_pairs(const CountPairsArgs& a) {
   const PairSet& set = a.set;
   std::memset(a.counts, 0, set.num_blocks * sizeof(int64_t));
   const int64_t first = set.first_block / 8, bytes = bytes_of(set.first_block + set.num_blocks) - first;
-  parallel_for(bytes, grain_for(set.num_tokens), set.num_threads, [&](int64_t begin, int64_t end) {
+  pieces(bytes, set.num_tokens, set.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = 0; token < set.num_tokens; ++token) {
       if (set.coef[token] == 0.0f) continue;
       for (int64_t byte = first + begin; byte < first + end; ++byte)
@@ -155,33 +151,30 @@ void count_pairs(const CountPairsArgs& a) {
 
 void fill_pairs(const FillPairsArgs& a) {
   const PairSet& set = a.set;
-  parallel_for(set.num_blocks, grain_for(set.num_tokens), set.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t block = set.first_block + i;
-      int32_t* out = a.tokens + a.offsets[i];
-      for (int64_t token = 0; token < set.num_tokens; ++token) {
-        const bool kept = set.bitmap[token * set.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
-        if (kept && set.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
-      }
+  each_row(set.num_blocks, set.num_tokens, set.num_threads, [&](int64_t i) {
+    const int64_t block = set.first_block + i;
+    int32_t* out = a.tokens + a.offsets[i];
+    for (int64_t token = 0; token < set.num_tokens; ++token) {
+      const bool kept = set.bitmap[token * set.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
+      if (kept && set.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
     }
   });
 }
 
 void gather_rows(const GatherArgs& a) {
   const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
-  parallel_for(a.num_rows, grain_for(a.num_cols), a.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t token = a.tokens ? a.tokens[i] : i;
-      const int64_t row = a.rows ? a.rows[token] : token;
-      const char* source = static_cast<const char*>(a.source) + row * a.source_stride * size;
-      cpu_kernels().load_row(a.out + i * a.out_stride, source, a.dtype, a.num_cols);
-    }
+  each_row(a.num_rows, a.num_cols, a.num_threads, [&](int64_t i) {
+    const int64_t token = a.tokens ? a.tokens[i] : i;
+    const int64_t row = a.rows ? a.rows[token] : token;
+    const char* source = static_cast<const char*>(a.source) + row * a.source_stride * size;
+    cpu_kernels().load_row(a.out + i * a.out_stride, source, a.dtype, a.num_cols);
   });
 }
 
 void scatter_add_rows(const ScatterArgs& a) {  // a token stands once in a list, so its row has one writer
   for (int64_t i = 0; i < a.num_rows; ++i) {
-    cpu_kernels().add_row(a.out + (a.tokens[i] - a.first_token) * a.out_stride, a.source + i * a.source_stride, a.num_cols);
+    float* row = a.out + (a.tokens[i] - a.first_token) * a.out_stride;
+    cpu_kernels().add_row(row, a.source + i * a.source_stride, a.num_cols);
   }
 }
 

@@ -89,8 +89,10 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
 }
 
 void fold_rows(const FoldArgs& a, int64_t begin, int64_t end) {
-  if (a.tile.transform.softcap != 0.0f) a.stats ? fold_rows_as<true, true>(a, begin, end) : fold_rows_as<true, false>(a, begin, end);
-  else a.stats ? fold_rows_as<false, true>(a, begin, end) : fold_rows_as<false, false>(a, begin, end);
+  if (a.tile.transform.softcap != 0.0f)
+    a.stats ? fold_rows_as<true, true>(a, begin, end) : fold_rows_as<true, false>(a, begin, end);
+  else
+    a.stats ? fold_rows_as<false, true>(a, begin, end) : fold_rows_as<false, false>(a, begin, end);
 }
 
 // z of one block -> dz/d(product) * coef terms, into dz; returns the block's mass.

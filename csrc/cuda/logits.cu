@@ -117,7 +117,8 @@ int launch_logits_forward(const LogitsForwardArgs& a, int device, void* stream) 
 int launch_logits_backward(const LogitsBackwardArgs& a, int device, void* stream) {
   return by_type(a.dtype, [&](auto x) {
     using T = decltype(x);
-    return launch(a.coef_entropy ? logits_backward_kernel<T, true> : logits_backward_kernel<T, false>, a, device, stream);
+    const auto kernel = a.coef_entropy ? logits_backward_kernel<T, true> : logits_backward_kernel<T, false>;
+    return launch(kernel, a, device, stream);
   });
 }
 

@@ -1,5 +1,5 @@
-// Logits -> log-probs and back on a GPU. Both launches return the cudaError, 0 for none; nothing is allocated and nothing
-// waits. `device` must be the one that `stream` (a cudaStream_t) belongs to.
+// Logits -> log-probs and back on a GPU. Both launches return the cudaError, 0 for none; nothing is allocated and
+// nothing waits. `device` must be the one that `stream` (a cudaStream_t) belongs to.
 #pragma once
 
 #include "structs.h"

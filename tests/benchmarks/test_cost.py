@@ -47,7 +47,7 @@ def test_exact_passes(frozen, expected):
 @pytest.mark.parametrize("frozen", [False, True])
 def test_routed_passes_follow_the_kept_pairs(frozen):
     """2 forwards, and 3 products (2 when frozen) for the kept share of pairs plus padding to the row multiple."""
-    from fastdpo.ops.cpu.gemm import ROW_MULTIPLE
+    from fastdpo.ops.cpu.operands import ROW_MULTIPLE
 
     head = peaked_head(N=512, V=8192)
     tau = 1e-2

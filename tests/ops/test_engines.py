@@ -13,7 +13,7 @@ from fastdpo.ops import engines
 UNAVAILABLE = [
     ("triton", "cpu", "3.6.0", {}, "CUDA tensors, not cpu, unless TRITON_INTERPRET=1"),
     ("triton", "mps", "3.6.0", {"TRITON_INTERPRET": "1"}, "CUDA tensors, not mps"),
-    ("triton", "cuda", None, {}, "not installed"),
+    ("triton", "cuda", None, {}, "cannot be imported"),
     ("triton", "cuda", "3.5.1", {}, "3.5.1 is older than 3.6"),
     ("triton", "cuda", "3.10.0+git", {}, None),
     ("triton", "cpu", "3.6.0", {"TRITON_INTERPRET": "1"}, None),

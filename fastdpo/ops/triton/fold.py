@@ -13,22 +13,11 @@ from .stats import BlockSums, store_block
 
 @triton.jit(do_not_specialize=VARYING)
 def fold_kernel(
-    hidden,  # [capacity, pitch] gathered tokens: TMA descriptor or pointer
-    weight,  # [V, H]: TMA descriptor or pointer
-    head,  # Columns
-    low_rank,  # LowRank
-    transform,
-    tokens,
-    label_logit,  # [capacity] fp32
-    sums,  # BlockSums
-    first_token,
-    capacity,
-    num_blocks,
-    pitch,
-    form,
+    hidden, weight, head, low_rank, transform, tokens, label_logit, sums, first_token, capacity, num_blocks, pitch, form
 ):
     """A program has tiles [BM tokens, BN columns], whose logits stay in registers, fp32; a tile's blocks of `sums` are
-    its own, and the label's logit is written by the tile that holds it."""
+    its own, and label_logit [capacity] is written by the tile that holds the label. hidden [capacity, pitch] gathered
+    and weight [V, H]: TMA descriptors or pointers; head: Columns."""
     BLOCKS: tl.constexpr = form.BN // BLOCK
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(head.V, form.BN)

@@ -87,17 +87,9 @@ def _kept(kept, row, exists, b, first_block, num_blocks):
 
 
 @triton.jit(do_not_specialize=VARYING)
-def count_kernel(
-    kept,  # Kept
-    tokens,
-    counts,  # [tiles of TOKENS tokens, num_blocks] int32
-    most,  # [tiles of TOKENS tokens] int64: pairs of all blocks, whatever the draw
-    first_token,
-    capacity,
-    first_block,
-    num_blocks,
-):
-    """A program counts the pairs of TOKENS tokens and BLOCKS blocks; those of the first blocks add `most` up."""
+def count_kernel(kept, tokens, counts, most, first_token, capacity, first_block, num_blocks):
+    """A program counts the pairs of TOKENS tokens and BLOCKS blocks into `counts` [tiles of TOKENS, num_blocks] int32;
+    those of the first blocks write `most` [tiles of TOKENS] int64, pairs of all blocks whatever the draw."""
     t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     row, exists = _rows(kept, tokens, t, first_token, capacity)

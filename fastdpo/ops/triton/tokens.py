@@ -38,19 +38,12 @@ def _is_scored(labels, coef, coef_entropy, r, num_rows, ignore_index, vocab_size
 
 
 @triton.jit(do_not_specialize=VARYING)
-def compact_kernel(
-    labels,  # [M] int32 or int64
-    coef,  # [M] fp32 or None
-    coef_entropy,  # [M] fp32 or None
-    tokens,  # TokenList, written
-    results,  # Results: filled where no token is, if there are any
-    num_rows,
-    ignore_index,
-    vocab_start,
-    vocab_size,
-):
+def compact_kernel(labels, coef, coef_entropy, tokens, results, num_rows, ignore_index, vocab_start, vocab_size):
     """A program has COMPACT rows and writes the tokens among them; it counts the rows before its own, so that no
-    second launch and no wait is needed. The last one writes the count."""
+    second launch and no wait is needed. The last one writes the count.
+
+    labels [M] int32 or int64; coef and coef_entropy [M] fp32 or None; rows of Results that are no token are filled.
+    """
     first = tl.program_id(0) * COMPACT
     before = 0
     for start in range(0, first, COMPACT):
@@ -95,17 +88,9 @@ def _copies(rows: int, columns: int) -> tuple[int, int]:
 
 
 @triton.jit(do_not_specialize=VARYING)
-def gather_kernel(
-    hidden,  # HiddenRows
-    tokens,
-    out,  # [capacity, pitch], in the type to multiply in; rows without a token and columns from H on are 0
-    flag,
-    first_token,
-    capacity,
-    H,
-    pitch,
-):
-    """A program writes a tile of `out`."""
+def gather_kernel(hidden, tokens, out, flag, first_token, capacity, H, pitch):
+    """A program writes a tile of `out` [capacity, pitch], in the type to multiply in: HiddenRows of the tokens; rows
+    without a token and columns from H on are 0."""
     if flag is not None:
         if tl.load(flag) != 0:
             return
@@ -190,18 +175,9 @@ def low_rank(call, gathered: Tensor) -> LowRank:
 
 
 @triton.jit(do_not_specialize=VARYING)
-def spread_kernel(
-    sums,  # [capacity, H] fp32, of tokens from first_token
-    tokens,
-    unscale,
-    out,  # [M, H]
-    num_rows,
-    first_token,
-    capacity,
-    H,
-):
-    """A program has a tile of `out`, and writes the rows of these tokens; with the first of them also those that are
-    no token: 0, or NaN."""
+def spread_kernel(sums, tokens, unscale, out, num_rows, first_token, capacity, H):
+    """A program has a tile of `out` [M, H] and writes the rows of these tokens from their fp32 sums [capacity, H]; with
+    the first tokens also the rows that are none: 0, or NaN."""
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token = tl.load(tokens.token_of_row + r, mask=r < num_rows, other=-3)
