@@ -102,7 +102,12 @@ class Arguments {
   template <class T>
   void pair_of_rows(const char* name, T* (&pointers)[2], int64_t& stride, int64_t num_rows, int64_t num_cols) {
     const py::handle both = take(name);
-    for (int side = 0; side < 2; ++side) in_rows(of_pair(both, side), pointers[side], stride, num_rows, num_cols, true);
+    int64_t strides[2] = {};
+    for (int side = 0; side < 2; ++side) {
+      in_rows(of_pair(both, side), pointers[side], strides[side], num_rows, num_cols, true);
+    }
+    require(!pointers[0] == !pointers[1] && strides[0] == strides[1], "both sides must be given, with one stride");
+    stride = strides[0];
   }
 
   void offsets(int64_t count, const char* name, const void*& pointer, bool& are_int32) {
@@ -143,6 +148,11 @@ class Arguments {
     options.divergence = static_cast<Divergence>(entry("divergence").cast<int>());
     for (const auto& field : kPreferenceOptionFields) options.*(field.field) = entry(field.name).cast<double>();
     if (given.size() != std::size(kPreferenceOptionFields) + 1) throw py::type_error(here() + " has unknown entries");
+  }
+
+  // TypeError for fields that do not go together.
+  void require(bool holds, const char* what) const {
+    if (!holds) throw py::type_error(std::string(function_) + ": " + what);
   }
 
   // TypeError for what no field has taken.

@@ -122,6 +122,7 @@ struct FinishArgs {
     in.numbers(NAMED(num_rows, vocab_size, num_threads));
     in.arrays(num_rows, NAMED(rest_lse, label_logit, logps, lse));
     in.optional(num_rows, NAMED(stats, entropy, mean_logit, is_top1, log_sum_sq_probs));
+    in.require(stats || !(entropy || mean_logit || is_top1 || log_sum_sq_probs), "a statistic needs stats");
   }
 };
 
@@ -170,6 +171,7 @@ struct GradArgs {
     in.vector(tokens ? 0 : tile.num_rows, NAMED(labels), num_tokens);
     in.arrays(num_tokens, NAMED(lse, logps, coef));
     in.optional(num_tokens, NAMED(entropy, coef_entropy));
+    in.require(!entropy == !coef_entropy, "entropy and coef_entropy go together");
     in.numbers(NAMED(num_threads));
   }
 };
@@ -193,6 +195,10 @@ struct RoutedGradArgs {
     in.arrays(2 * grad.tile.num_rows, NAMED(row_weight));
     in.optional(grad.tile.num_rows * grad.tile.num_cols, NAMED(dz_hidden));
     in.optional(grad.tile.num_rows, NAMED(hidden_tokens));
+    const int largest_set = hidden_set > weight_set ? hidden_set : weight_set;
+    in.require(grad.tokens && grad.tile.num_cols <= kBlock, "tokens of one block are needed");
+    in.require(largest_set == 0 || (largest_set == 1 && second_bits), "set 0 is needed, or set 1 with its second_bits");
+    in.require(!dz_hidden == !hidden_tokens && (!dz_hidden || hidden_set >= 0), "dz_hidden and hidden_tokens go together");
   }
 };
 
@@ -212,7 +218,7 @@ struct PairSet {
   }
 };
 
-// -> how many tokens each block has, of all blocks.
+// -> how many tokens each of the blocks has.
 struct CountPairsArgs {
   PairSet set;
   int64_t* counts;  // [num_blocks]

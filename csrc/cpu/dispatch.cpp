@@ -136,12 +136,15 @@ void route(const RouteArgs& a) {
 void count_pairs(const CountPairsArgs& a) {
   const PairSet& set = a.set;
   std::memset(a.counts, 0, set.num_blocks * sizeof(int64_t));
-  pieces(bytes_of(set.num_blocks), set.num_tokens, set.num_threads, [&](int64_t begin, int64_t end) {
+  const int64_t first = set.first_block / 8, bytes = bytes_of(set.first_block + set.num_blocks) - first;
+  pieces(bytes, set.num_tokens, set.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = 0; token < set.num_tokens; ++token) {
       if (set.coef[token] == 0.0f) continue;
-      for (int64_t byte = begin; byte < end; ++byte)
-        for (unsigned bits = set.bitmap[token * set.bitmap_stride + byte]; bits; bits &= bits - 1)
-          ++a.counts[byte * 8 + __builtin_ctz(bits)];
+      for (int64_t byte = first + begin; byte < first + end; ++byte)
+        for (unsigned bits = set.bitmap[token * set.bitmap_stride + byte]; bits; bits &= bits - 1) {
+          const int64_t block = byte * 8 + __builtin_ctz(bits) - set.first_block;
+          if (block >= 0 && block < set.num_blocks) ++a.counts[block];
+        }
     }
   });
 }

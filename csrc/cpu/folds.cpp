@@ -183,7 +183,7 @@ void route_row(const RouteArgs& a, int64_t row) {
   const bool two_sets = a.second_tau >= 0.0f;
   uint8_t* bits = a.bitmap + row * a.bitmap_stride;
   uint8_t* second_bits = bits + a.set_bytes;
-  std::memset(bits, 0, a.bitmap_stride);
+  std::memset(bits, 0, two_sets ? 2 * a.set_bytes : a.set_bytes);
   const double rest_lse = a.rest_lse[row];
   const int64_t label_block = a.labels[row] >= 0 ? a.labels[row] / kBlock : -1;
   const Philox4 draw = philox(a.seed, a.first_row + row);

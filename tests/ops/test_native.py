@@ -87,6 +87,62 @@ def test_matrices_have_the_columns_that_are_read():
         C.count_pairs(bitmap=torch.zeros(2, 1, dtype=torch.uint8), num_blocks=9, counts=counts, **pairs)
 
 
+def test_nothing_is_written_outside_of_the_blocks_asked_for():
+    bitmap = torch.full((3, 16), 0x55, dtype=torch.uint8)
+    rows = {"labels": torch.zeros(3, dtype=torch.int64), "most_pairs": torch.zeros(3, dtype=torch.int32)}
+    block_lse, rest_lse = torch.zeros(3, 4, **double), torch.full((3,), 1.4, **double)
+    given = {"block_lse": block_lse, "rest_lse": rest_lse, "first_row": 0, "tau": 0.5, "second_tau": -1.0, "seed": 1}
+    C.route(**given, **rows, before=None, sums=None, bitmap=bitmap[:, 4:5], num_threads=1)
+    assert (bitmap[:, :4] == 0x55).all() and (bitmap[:, 5:] == 0x55).all() and (bitmap[:, 4] < 16).all()
+    counts, bits = torch.full((8,), -1), torch.tensor([[0, 0xFF]] * 4, dtype=torch.uint8)
+    pairs = {"bitmap": bits, "coef": torch.tensor([1.0, 0.0, 2.0, 1.0]), "num_tokens": 4, "num_threads": 1}
+    C.count_pairs(**pairs, first_block=6, num_blocks=5, counts=counts)
+    assert counts.tolist() == [0, 0, 3, 3, 3, -1, -1, -1]
+
+
+ROWS = {
+    **{"data": torch.zeros(2, 128), "col_start": 0, "bias": None, "transform": (1.0, 0.0, 1.0), "num_threads": 1},
+    **{"labels": torch.zeros(2, dtype=torch.int64), "lse": torch.zeros(2), "logps": torch.zeros(2)},
+    **{"coef": torch.ones(2), "entropy": None, "coef_entropy": None},
+}
+PAIRS = {
+    **ROWS,
+    **{"tokens": torch.tensor([0, 1], dtype=torch.int32), "tau": 0.1, "second_tau": 0.5, "second_bits": None},
+    **{"hidden_set": 0, "weight_set": 0, "row_weight": torch.zeros(2, 2), "dz_hidden": None, "hidden_tokens": None},
+}
+OUTPUTS = {
+    **{"num_rows": 2, "vocab_size": 9, "rest_lse": torch.zeros(2, **double), "label_logit": torch.zeros(2)},
+    **{"stats": None, "logps": torch.zeros(2), "lse": torch.zeros(2), "entropy": None, "mean_logit": None},
+    **{"is_top1": None, "log_sum_sq_probs": None, "num_threads": 1},
+}
+APART = [
+    ("grad", {**ROWS, "tokens": None}, {"coef_entropy": torch.ones(2)}, "entropy and coef_entropy go together"),
+    ("finish", OUTPUTS, {"mean_logit": torch.zeros(2)}, "a statistic needs stats"),
+    ("routed_grad", PAIRS, {"tokens": None}, "tokens of one block"),
+    ("routed_grad", PAIRS, {"data": torch.zeros(2, 129)}, "tokens of one block"),
+    ("routed_grad", PAIRS, {"weight_set": 1}, "set 1 with its second_bits"),
+    ("routed_grad", PAIRS, {"hidden_set": -1, "weight_set": -1}, "set 0 is needed"),
+    ("routed_grad", PAIRS, {"dz_hidden": torch.zeros(2, 128)}, "dz_hidden and hidden_tokens go together"),
+]
+
+
+@pytest.mark.parametrize("function,given,changes,why", APART, ids=str)
+def test_fields_that_do_not_go_together(function, given, changes, why):
+    getattr(C, function)(**given)
+    with pytest.raises(TypeError, match=f"{function}: .*{why}"):
+        getattr(C, function)(**{**given, **changes})
+
+
+def test_both_sides_of_a_batch_lie_alike():
+    labels = torch.zeros(4, 3, dtype=torch.int64)
+    given = {"num_pairs": 2, "num_tokens": 3, "ignore_index": -100, "ref_per_token": True, "average": False}
+    for sides in ((labels[:2], labels[::2]), (labels[:2], None)):
+        with pytest.raises(TypeError, match="both sides must be given, with one stride"):
+            C.host_preference_backward(
+                is_double=False, **given, ld_alpha=-1.0, sft_weight=0.0, offsets=None, labels=sides
+            )
+
+
 def test_arrays_that_tokens_index_have_one_length():
     tokens = torch.tensor([2, 0], dtype=torch.int32)
     given = {"data": torch.randn(2, 128), "col_start": 0, "bias": None, "transform": (1.0, 0.0, 1.0), "tokens": tokens}
