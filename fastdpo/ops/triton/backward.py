@@ -11,15 +11,16 @@ from torch import Tensor
 
 from ...head import Routing
 from ..problem import Forward, Gradients, Head, Needs, Rows, Upstream
-from . import lists, memory
+from . import lists
 from .call import Call
 from .common import BLOCK
-from .exact import dlora_a, exact
+from .exact import exact
 from .launch import on_device
+from .lora_a import lora_a
 from .routed_dz import Sets, routed_dz
 from .routed_products import routed_dhidden, routed_dweight
-from .sweep import Sweep, sweeps
-from .tokens import compact, spread
+from .sweep import Sweep, parts, sweeps
+from .tokens import compact
 
 # Share of live pairs up to which the routed kernels are used, by their costs per pair in units of one exact product:
 # three gathered products of about 1.15, and rows of dhidden added at about 6, against 3. To be measured.
@@ -36,22 +37,24 @@ def backward(
     with on_device(call.device):
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
         coefs = (None, None) if routing is not None else (upstream.coef, upstream.coef_entropy)
-        tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1])
-        for sweep in sweeps(call, tokens, saved, upstream, grads, needs):
+        items = None
+        if routing is not None:
+            num_lists = sum(len(part.lists(call.num_blocks)) for part in parts(call, needs))
+            items = torch.empty(num_lists, 2, dtype=torch.int32, device=call.device)
+        tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items)
+        items = iter(() if items is None else items)
+        for sweep in sweeps(call, tokens, saved, upstream, grads, needs, routed=routing is not None):
+            out = None if sweep.dhidden is None else grads.hidden
             if routing is None:
-                exact(sweep, range(call.num_blocks), None)
+                exact(sweep, range(call.num_blocks), None, out)
             else:
-                sets, size = Sets.of(sweep, saved, routing), memory.list_blocks(sweep.tokens.capacity)
-                for first_block in range(0, call.num_blocks, size):
-                    blocks = range(first_block, min(first_block + size, call.num_blocks))
-                    listed = lists.build(sweep, sets.listed, blocks, CROSSOVER)
+                sets = Sets.of(sweep, saved, routing)
+                for blocks in sweep.part.lists(call.num_blocks):
+                    listed = lists.empty(sweep, blocks, CROSSOVER, next(items))
                     _routed(sweep, sets, listed, blocks)
-                    if CROSSOVER < 1:
-                        exact(sweep, blocks, listed.is_routed)
-            if sweep.dlow_rank is not None:
-                _through_lora_a(sweep, grads.lora_a)
-            if sweep.dhidden is not None:
-                spread(call, sweep.tokens, sweep.dhidden, sweep.unscale, grads.hidden)
+                    exact(sweep, blocks, listed.is_routed, out if blocks.stop == call.num_blocks else None)
+            if sweep.dlow_rank is not None and grads.lora_a is not None:
+                lora_a(sweep, grads.lora_a)
             del sweep  # the next one's sums take its place
     return grads
 
@@ -79,19 +82,8 @@ def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range) -> Non
     if sweep.dbias is not None:
         column_sums = torch.empty(pairs // call.pair_tile, BLOCK.value, dtype=torch.float32, device=call.device)
     for round in range(listed.rounds):
-        lists.fill(sweep, sets.listed, listed, blocks, round)
+        lists.fill(sweep, sets.listed, listed, blocks, round, CROSSOVER)
         routed_dz(sweep, sets, listed, blocks, round, dz, ratio, column_sums)
         for out, operand in sweep.by_token:
             routed_dhidden(sweep, listed, blocks, round, dz, ratio if sets.ratio_hidden else None, operand, out)
         routed_dweight(sweep, listed, blocks, round, dz, ratio if sets.ratio_weight else None, column_sums)
-
-
-def _through_lora_a(sweep: Sweep, out: Tensor | None) -> None:
-    """dz @ lora_b -> dhidden's part of it and dlora_a = lora_scale * dlow_rank.T @ hidden."""
-    call, scale = sweep.call, sweep.call.head.lora.scale
-    if sweep.dhidden is not None:
-        lora_a = call.lora_a.to(call.dtype).float()
-        sweep.dhidden.addmm_(sweep.dlow_rank[:, : call.lora_rank], lora_a, alpha=scale)
-    if out is not None:
-        sweep.dlow_rank.mul_(scale)
-        dlora_a(sweep, out)

@@ -12,7 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...routing import BLOCK
 from ..problem import Head, Rows
-from .common import Columns, Form, HiddenRows, TokenRange, Transform
+from .common import Columns, Form, TokenRange, Transform
 from .launch import Tile, are_aligned, target_of, tile
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -31,7 +31,8 @@ class Call:
             hidden = (
                 hidden.reshape(-1, *hidden.shape[-2:]) if hidden.ndim > 3 else hidden.reshape(1, -1, *hidden.shape[-1:])
             )
-        self.hidden = HiddenRows(hidden, hidden.shape[1], hidden.stride(0), hidden.stride(1))
+        self.hidden = hidden  # [outer, inner, H]
+        self.unit = tl.constexpr(16 // hidden.element_size() if are_aligned(hidden) else 1)
         _, self.weight, self.bias, self.lora_a, self.lora_b = head.inputs
         self.lora_rank = 0 if head.lora is None else self.lora_a.shape[0]
         self.low_rank_pitch = 0 if head.lora is None else max(16, triton.next_power_of_2(self.lora_rank))
@@ -65,19 +66,20 @@ class Call:
         shape = self.tile("finish", max(8, self.num_blocks))
         return shape, (triton.cdiv(min(tokens.capacity, self.num_rows - tokens.first_token), shape.m),)
 
-    def form(
-        self, shape: Tile, *operands: tuple[Tensor, int, int], compute=None, most_programs: int = 1 << 30
-    ) -> tuple:
-        """(Form of a persistent kernel, its operands): each (tensor, rows, columns) as a TMA descriptor of such boxes
-        where the machine has them and every tensor allows it. `compute`: another type than the call's."""
+    def grid(self, shape: Tile, most: int = 1 << 30) -> tuple[int]:
+        """Of a persistent kernel, whose programs are no form of it."""
+        return (min(self.target.programs * shape.per_sm, most),)
+
+    def form(self, shape: Tile, *operands: tuple[Tensor, int, int], compute=None) -> tuple:
+        """(Form of a kernel with a product, its operands): each (tensor, rows, columns) as a TMA descriptor of such
+        boxes where the machine has them and every tensor allows it. `compute`: another type than the call's."""
         taken, *_ = zip(*operands) if operands else ((),)
         tma = bool(operands) and self.target.has_tma and compute is None and are_aligned(*taken)
         if tma:
             taken = []
             for x, rows, columns in operands:
                 taken.append(TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns]))
-        programs = min(self.target.programs * shape.per_sm, most_programs)
-        numbers = (compute or self.compute, tma, shape.m, shape.n, shape.k, shape.group, programs)
+        numbers = (compute or self.compute, tma, shape.m, shape.n, shape.k, shape.group, shape.stages)
         return _form(*numbers), *taken
 
 

@@ -19,9 +19,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Triton knows them by name, so none is in a tuple. A tuple that is not there is one of Nones, and none is in another:
 # Triton 3.6 cannot compare a tuple with None, and loses the constants of an inner one.
 VARYING = (
-    *("all_blocks", "capacity", "first_block", "first_column", "first_token", "group_tiles", "ignore_index"),
-    *("last_column", "num_blocks", "num_rows", "round", "rounds", "set_bytes", "sum_tile", "summed_columns"),
-    *("tiles_per_round", "token_tiles", "vocab_size", "vocab_start"),
+    *("all_blocks", "capacity", "chunk", "first_block", "first_token", "group_tiles", "ignore_index", "inner"),
+    *("inner_stride", "last_block", "num_blocks", "num_rows", "outer_stride", "round", "rounds", "set_bytes", "share"),
+    *("slab", "steps", "tiles_per_round", "token_tiles", "vocab_size", "vocab_start"),
 )
 
 
@@ -34,20 +34,7 @@ class Form(NamedTuple):
     BN: tl.constexpr
     BK: tl.constexpr
     GROUP: tl.constexpr
-    PROGRAMS: tl.constexpr  # of the grid of a persistent kernel
-
-    @property
-    def grid(self) -> tuple[int]:
-        return (self.PROGRAMS.value,)
-
-
-class HiddenRows(NamedTuple):
-    """hidden [outer, inner, H] with the caller's strides."""
-
-    source: Tensor
-    inner: int
-    outer_stride: int
-    inner_stride: int
+    STAGES: tl.constexpr  # of its loop
 
 
 class TokenList(NamedTuple):
@@ -57,6 +44,8 @@ class TokenList(NamedTuple):
     labels: Tensor | None = None  # [M] int32, label of token i as a column of this shard; outside [0, V): on another
     token_of_row: Tensor | None = None  # [M] int32; -1: ignored, -2: label out of range
     count: Tensor | None = None  # [1] int32
+    offsets: Tensor | None = None  # [M] int64, where token i's row of hidden begins, in units
+    unit: tl.constexpr = tl.constexpr(1)  # elements: 16 bytes where rows are aligned, so that the compiler knows it
 
 
 class TokenRange(NamedTuple):
@@ -81,10 +70,12 @@ class Transform(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """What a low-rank head adds to the products of a chunk of tokens."""
+    """What a low-rank head adds to the products of a range of tokens."""
 
     product: Tensor | None = None  # [capacity, pitch] fp32: lora_scale * hidden @ lora_a.T, zero from lora_rank on
+    lora_a: Tensor | None = None  # [lora_rank, H]
     lora_b: Tensor | None = None  # [V, lora_rank]
+    scale: float = 0.0
     lora_rank: int = 0
     pitch: tl.constexpr = tl.constexpr(0)
 
@@ -193,10 +184,9 @@ def dz_of(product, transform, terms, label, column, V, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def row_offset(hidden, row):
-    """Element offset of a row of HiddenRows."""
-    row = row.to(tl.int64)
-    return (row // hidden.inner) * hidden.outer_stride + (row % hidden.inner) * hidden.inner_stride
+def hidden_offset(tokens, token, exists):
+    """Element offset of a token's row of hidden."""
+    return tl.load(tokens.offsets + token, mask=exists, other=0) * tokens.unit
 
 
 @triton.jit

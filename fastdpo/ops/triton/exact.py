@@ -1,368 +1,230 @@
-"""The backward's exact kernels: dz of a slab of blocks by a chunk of tokens [tokens, columns], then two plain products.
+"""The backward's exact kernel: dz of a slab of blocks by a chunk of tokens, then its products, in one launch that goes
+from slab to slab on the device; and rows of dhidden from their fp32 sums.
 
-In a routed call these do nothing where its `flag` says that the routed kernels do it.
+Work is cut into items, which programs take in this order:
+
+    per step (a slab and a chunk)   tiles of dz; then tiles of its products, which wait for all of that dz
+    the next step's dz              waits for all of these, as it takes their place in memory
+    at the end                      rows of dhidden, which wait for the last step
+
+In a routed call whose pairs are few there are no steps.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import (
-    BLOCK,
-    VARYING,
-    LowRank,
-    TokenRange,
-    columns_of,
-    dot,
-    dz_of,
-    load_tile,
-    logit_products,
-    num_tokens,
-    rounded,
-    row_terms,
-    store_tile,
-    tile_of,
-    tile_offsets,
-    within,
+from .common import BLOCK, INTERPRET, VARYING, num_tokens
+from .exact_tiles import (
+    COLUMNS,
+    ROWS,
+    Outputs,
+    Scales,
+    Step,
+    Work,
+    bias_tile,
+    by_token_tile,
+    dz_tile,
+    hidden_tile,
+    of_head_tile,
 )
+from .items import finished, take, wait
 from .launch import launch
-from .sweep import Sweep, gathered
-from .tokens import gather
+from .sweep import Sweep
 
 
-class Slab(NamedTuple):
-    """Columns [first_column, last_column) of the vocabulary."""
+@triton.jit
+def _fresh(x, multiple: tl.constexpr):
+    """`x`, of which the compiler knows only what it is a multiple of: it then works out addresses where they are used,
+    and not those of all items beforehand, for which there are no registers."""
+    x //= multiple
+    if not INTERPRET:
+        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+    return x * multiple
 
-    first_column: int
-    last_column: int
+
+@triton.jit
+def _tiles(rows, columns, form):
+    return tl.cdiv(rows, form.BM) * tl.cdiv(columns, form.BN)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def dz_kernel(
-    hidden,  # [capacity, pitch] gathered: TMA descriptor or pointer
-    weight,  # TMA descriptor or pointer
+def exact_kernel(
+    hidden,
+    weight,  # [V, H] in boxes [BN, BK] of dz_form: TMA descriptor or pointer
+    operand,  # [V, H] in boxes [BK, BN] of hidden_form, likewise
     head,  # Columns
-    low_rank,  # LowRank
+    low_rank,  # LowRank of the range's tokens
     transform,
     tokens,
     terms,  # RowTerms
-    dz_scale,
-    flag,
-    dz,  # [capacity, dz_stride]: columns from first_column on
-    column_sums,  # [tiles of BM tokens, dz_stride] fp32 or None: dz summed over a tile's tokens before it is rounded
-    first_token,
+    scales,
+    flag,  # [1] int32 or None: where it is not 0 there are no steps
+    work,
+    outputs,
+    num_rows,
+    first_token,  # the range
     capacity,
-    first_column,
-    last_column,
-    dz_stride,
-    pitch,
-    form,
+    first_block,
+    last_block,
+    chunk,  # tokens,
+    slab,  # and blocks of a step
+    dz_form,
+    hidden_form,
+    weight_form,
+    low_hidden_form,  # of products with the low-rank head's lora_b
+    low_weight_form,  # and its product
 ):
-    """Persistent over tiles [BM tokens, BN columns] of dz and of column_sums, each a program's own. Rows without a
-    token and columns from V on get zeros, so that the products need no masks along their sums."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
+    """A program takes one item after the other, each of which has its part of the results to itself."""
     n = num_tokens(tokens, first_token, capacity)
-    tiles_m, tiles_n = tl.cdiv(capacity, form.BM), tl.cdiv(last_column - first_column, form.BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
-        m, v = tile_of(index, tiles_m, tiles_n, form.GROUP)
-        i = m * form.BM + tl.arange(0, form.BM)
-        exists = i < n
-        depth = head.H if m * form.BM < n else 0
-        column = first_column + v * form.BN
-        acc = logit_products(hidden, weight, head, low_rank, m * form.BM, exists, column, depth, capacity, pitch, form)
-        row = tl.load(tokens.rows + first_token + i, mask=exists, other=0).to(tl.int64)
-        label = tl.load(tokens.labels + first_token + i, mask=exists, other=-1)
-        of_row = row_terms(row, exists, terms)
-        target = dz + (m * form.BM).to(tl.int64) * dz_stride
-        scale = 1.0
-        if dz_scale is not None:
-            scale = tl.load(dz_scale)
-        entropy: tl.constexpr = terms.coef_entropy is not None
-        parts = columns_of(acc)
-        for j in tl.static_range(form.BN // BLOCK):
-            at = v * form.BN + j * BLOCK + tl.arange(0, BLOCK)
-            part, _ = dz_of(parts[j], transform, of_row, label, first_column + at, head.V, entropy)
-            part *= scale
-            inside = (i < capacity)[:, None] & (at < dz_stride)[None, :]
-            where = tl.arange(0, form.BM)[:, None] * dz_stride + at[None, :]  # 32 bits
-            tl.store(target + where, rounded(part, dz.dtype.element_ty), mask=inside)
-            if column_sums is not None:
-                tl.store(column_sums + m * dz_stride + at, tl.sum(part, 0), mask=at < dz_stride)
+    chunk_tokens, columns = tl.minimum(chunk, n), slab * BLOCK
+    slabs, chunks = tl.cdiv(last_block - first_block, slab), tl.maximum(tl.cdiv(n, chunk), 1)
+    if flag is not None:
+        slabs = tl.where(tl.load(flag) != 0, 0, slabs)
+    # items of a full step, in their order; a smaller step does nothing in the last of each kind
+    num_dz = _tiles(chunk_tokens, columns, dz_form)
+    end_hidden = num_dz
+    if outputs.hidden_sums is not None:
+        end_hidden += _tiles(chunk_tokens, head.H, hidden_form)
+    end_low_rank = end_hidden
+    if outputs.low_rank_sums is not None:
+        end_low_rank += _tiles(chunk_tokens, low_rank.lora_rank, low_hidden_form)
+    end_weight = end_low_rank
+    if outputs.weight is not None:
+        end_weight += _tiles(columns, head.H, weight_form)
+    end_bias = end_weight
+    if outputs.bias is not None:
+        end_bias += tl.cdiv(columns, COLUMNS)
+    end = end_bias
+    if outputs.lora_b is not None:
+        end += _tiles(columns, low_rank.lora_rank, low_weight_form)
+    end = tl.maximum(end, 1)
+    steps = slabs * chunks
+    total = steps * end
+    if outputs.hidden is not None:
+        total += tl.cdiv(num_rows, ROWS) * tl.cdiv(head.H, COLUMNS)
+    item = take(work.done)
+    while item < total:
+        index, at = item // end, item % end
+        dz_stride = _fresh(slab, 1) * BLOCK
+        H = _fresh(head.H, work.multiple)
+        if low_rank.product is not None:
+            lora_rank = _fresh(low_rank.lora_rank, work.lora_multiple)
+        done = work.done + 1 + 2 * index
+        if item < steps * end:
+            first_column = (first_block + index // chunks * slab) * BLOCK
+            last_column = tl.minimum(tl.minimum(first_column + columns, last_block * BLOCK), head.V)
+            at_token = index % chunks * chunk
+            step = Step(
+                at_token,
+                tl.minimum(n - at_token, chunk_tokens),
+                first_column,
+                last_column,
+                chunks - 1 - index % chunks,
+            )
+            if at < num_dz:
+                if index > 0:
+                    wait(done - 1, end - num_dz)
+                if at < _tiles(step.num_tokens, last_column - first_column, dz_form):
+                    dz_tile(at, step, hidden, weight, head, H, low_rank, transform, tokens, terms, scales, work,
+                             first_token, dz_stride, dz_form)  # fmt: skip
+                finished(done)
+            else:
+                wait(done, num_dz)
+                if outputs.hidden_sums is not None:
+                    if at < end_hidden:
+                        if at - num_dz < _tiles(step.num_tokens, H, hidden_form):
+                            by_token_tile(at - num_dz, step, work, operand, outputs.hidden_sums, head.V, H,
+                                           H, head.weight_stride, dz_stride, hidden_form)  # fmt: skip
+                if outputs.low_rank_sums is not None:
+                    if (at >= end_hidden) & (at < end_low_rank):
+                        if at - end_hidden < _tiles(step.num_tokens, lora_rank, low_hidden_form):
+                            by_token_tile(at - end_hidden, step, work, low_rank.lora_b, outputs.low_rank_sums, head.V,
+                                           lora_rank, low_rank.pitch, lora_rank, dz_stride,
+                                           low_hidden_form)  # fmt: skip
+                if outputs.weight is not None:
+                    if (at >= end_low_rank) & (at < end_weight):
+                        if at - end_low_rank < _tiles(last_column - first_column, H, weight_form):
+                            of_head_tile(at - end_low_rank, step, hidden, None, tokens, work, scales, work.weight,
+                                          outputs.weight, H, first_token, dz_stride, weight_form)  # fmt: skip
+                if outputs.bias is not None:
+                    if (at >= end_weight) & (at < end_bias):
+                        bias_tile(at - end_weight, step, work, scales, outputs.bias, dz_stride, dz_form.BM)
+                if outputs.lora_b is not None:
+                    if at >= end_bias:
+                        if at - end_bias < _tiles(last_column - first_column, lora_rank, low_weight_form):
+                            of_head_tile(at - end_bias, step, low_rank.product, low_rank.pitch, tokens, work, scales,
+                                          work.lora_b, outputs.lora_b, lora_rank, first_token, dz_stride,
+                                          low_weight_form)  # fmt: skip
+                finished(done + 1)
+        else:
+            if outputs.hidden is not None:
+                if steps > 0:
+                    wait(work.done + 2 * steps, end - num_dz)
+                hidden_tile(item - steps * end, low_rank, tokens, scales, outputs, num_rows, first_token, capacity,
+                             H)  # fmt: skip
+        item = take(work.done)
 
 
-def _dz(sweep: Sweep, tokens: TokenRange, hidden, low_rank: LowRank, slab: Slab, tile, dz, column_sums, flag):
-    call = sweep.call
-    form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k))
+def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor | None) -> None:
+    """The exact gradients of these blocks, unless `flag` says that the routed kernels have made them; and with the last
+    blocks of a sweep the rows of dhidden."""
+    call, (chunk, slab) = sweep.call, sweep.part.slab
+    slab = min(slab, len(blocks))
+    narrow = "narrow" if sweep.terms.coef_entropy is not None and call.kind == "half" else None
+    tiles = [
+        call.tile("dz", kind=narrow),
+        call.tile("dhidden", call.hidden_size),
+        call.tile("dweight", call.hidden_size),
+    ]
+    low_columns = call.low_rank_pitch or 16
+    tiles += [call.tile("dhidden", low_columns, "low_rank"), call.tile("dweight", low_columns, "low_rank")]
+    for_dz, for_hidden, *_ = tiles
+    dz_form, weight = call.form(for_dz, (call.weight, for_dz.n, for_dz.k))
+    hidden_form, operand = call.form(for_hidden, (call.weight, for_hidden.k, for_hidden.n))
+    forms = [call.form(tile)[0] for tile in tiles[2:3]] + [call.form(tile, compute=tl.float32)[0] for tile in tiles[3:]]
+
+    def make(wanted: bool, *shape: int, dtype=torch.float32) -> Tensor | None:
+        return torch.empty(shape, dtype=dtype, device=call.device) if wanted else None
+
+    width, several = slab * BLOCK.value, sweep.tokens.capacity > chunk
+    work = Work(
+        sweep.done,
+        make(True, chunk, width, dtype=call.dtype),
+        make(sweep.dbias is not None, triton.cdiv(chunk, for_dz.m), width),
+        make(several and sweep.dweight is not None, width, call.hidden_size),
+        make(several and sweep.dbias is not None, width),
+        make(several and sweep.dlora_b is not None, width, call.lora_rank),
+        *(tl.constexpr(16 if size % 16 == 0 else 1) for size in (call.hidden_size, call.lora_rank)),
+    )
+    outputs = Outputs(out_hidden, sweep.dweight, sweep.dbias, sweep.dlora_b, sweep.dhidden, sweep.dlow_rank)
     launch(
-        dz_kernel,
-        form.grid,
-        tile,
-        hidden=a,
-        weight=b,
+        exact_kernel,
+        call.grid(for_dz),
+        for_dz,
+        hidden=call.hidden,
+        weight=weight,
+        operand=operand,
         head=call.columns,
-        low_rank=low_rank,
+        low_rank=sweep.low_rank,
         transform=call.transform,
         terms=sweep.terms,
-        dz_scale=sweep.dz_scale,
+        scales=Scales(sweep.dz_scale, sweep.unscale),
         flag=flag,
-        dz=dz,
-        column_sums=column_sums,
-        dz_stride=dz.shape[1],
-        pitch=call.pitch,
-        form=form,
-        **tokens._asdict(),
-        **slab._asdict(),
+        work=work,
+        outputs=outputs,
+        num_rows=call.num_rows,
+        first_block=blocks.start,
+        last_block=blocks.stop,
+        chunk=chunk,
+        slab=slab,
+        dz_form=dz_form,
+        hidden_form=hidden_form,
+        weight_form=forms[0],
+        low_hidden_form=forms[1],
+        low_weight_form=forms[2],
+        **sweep.tokens._asdict(),
     )
-
-
-@triton.jit(do_not_specialize=VARYING)
-def dhidden_kernel(
-    dz,  # [capacity, dz_stride]: TMA descriptor or pointer
-    weight,  # [V, H], or lora_b: TMA descriptor or pointer
-    tokens,
-    flag,
-    out,  # [capacity, H] fp32, added to
-    first_token,
-    capacity,
-    first_column,
-    last_column,
-    dz_stride,
-    V,
-    H,
-    weight_stride,
-    out_stride,
-    form,
-):
-    """Persistent over tiles [BM tokens, BN of H] of `out`, each a program's own: adds dz @ weight of a slab."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
-    n = num_tokens(tokens, first_token, capacity)
-    tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(H, form.BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
-        m, h = tile_of(index, tiles_m, tiles_n, form.GROUP)
-        # added to before the products, while `acc` takes no registers yet
-        inside = within(m * form.BM, h * form.BN, n, H, form.BM, form.BN)
-        offsets = tile_offsets(m * form.BM, h * form.BN, out_stride, form.BM, form.BN)
-        acc = tl.load(out + offsets, mask=inside, other=0.0)
-        for k in range(0, last_column - first_column, form.BK):
-            a = load_tile(dz, m * form.BM, k, capacity, dz_stride, dz_stride, form.BM, form.BK, form.TMA)
-            b = load_tile(weight, first_column + k, h * form.BN, V, H, weight_stride, form.BK, form.BN, form.TMA)
-            acc = dot(a, b, acc, form.COMPUTE)
-        store_tile(out, acc, m * form.BM, h * form.BN, n, H, out_stride)
-
-
-def _dhidden(sweep: Sweep, tokens: TokenRange, dz: Tensor, weight: Tensor, slab: Slab, out: Tensor, flag) -> None:
-    call, low_rank = sweep.call, weight is sweep.call.lora_b
-    tile = call.tile("dhidden", weight.shape[1], "low_rank" if low_rank else None)
-    compute = tl.float32 if low_rank else None
-    form, a, b = call.form(tile, (dz, tile.m, tile.k), (weight, tile.k, tile.n), compute=compute)
-    launch(
-        dhidden_kernel,
-        form.grid,
-        tile,
-        dz=a,
-        weight=b,
-        flag=flag,
-        out=out,
-        dz_stride=dz.shape[1],
-        V=call.vocab_size,
-        H=weight.shape[1],
-        weight_stride=weight.stride(0),
-        out_stride=out.stride(0),
-        form=form,
-        **tokens._asdict(),
-        **slab._asdict(),
-    )
-
-
-@triton.jit(do_not_specialize=VARYING)
-def dweight_kernel(
-    dz,  # [capacity, dz_stride]: TMA descriptor or pointer
-    column_sums,  # of dz_kernel
-    hidden,  # [capacity, pitch], gathered, or LowRank.product: TMA descriptor or pointer
-    tokens,
-    flag,
-    unscale,
-    partial,  # [columns, H] fp32, or None: sums over the tokens before `first_token`
-    partial_bias,  # [columns] fp32, or None
-    out,  # [V, H], or None
-    out_bias,  # [V], or None
-    first_token,
-    capacity,
-    first_column,
-    last_column,
-    dz_stride,
-    H,
-    pitch,
-    out_stride,
-    sum_tile,  # tokens of one row of column_sums
-    summed_columns,  # of `partial` that hold a sum already
-    LAST: tl.constexpr,  # write `out`, else `partial`
-    form,
-):
-    """dz.T @ hidden of a slab, persistent over tiles [BM columns, BN of H], each a program's own; those of the first BN
-    of H write the bias. The capacity is a multiple of BK, and rows without a token are zero."""
-    if flag is not None:
-        if tl.load(flag) != 0:
-            return
-    n = num_tokens(tokens, first_token, capacity)
-    tiles_m, tiles_n = tl.cdiv(last_column - first_column, form.BM), tl.cdiv(H, form.BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
-        m, h = tile_of(index, tiles_m, tiles_n, form.GROUP)
-        acc = tl.zeros((form.BM, form.BN), tl.float32)
-        if partial is not None:
-            inside = within(m * form.BM, h * form.BN, summed_columns, H, form.BM, form.BN)
-            acc = tl.load(partial + tile_offsets(m * form.BM, h * form.BN, H, form.BM, form.BN), mask=inside, other=0.0)
-        for k in range(0, n, form.BK):
-            a = load_tile(dz, k, m * form.BM, capacity, dz_stride, dz_stride, form.BK, form.BM, form.TMA)
-            b = load_tile(hidden, k, h * form.BN, capacity, pitch, pitch, form.BK, form.BN, form.TMA)
-            acc = dot(a.T, b, acc, form.COMPUTE)
-        if out is not None:
-            if LAST:
-                if unscale is not None:
-                    acc *= tl.load(unscale)
-                store_tile(out, acc, first_column + m * form.BM, h * form.BN, last_column, H, out_stride)
-            else:
-                store_tile(partial, acc, m * form.BM, h * form.BN, last_column - first_column, H, H)
-        if out_bias is not None:
-            if h == 0:
-                v = m * form.BM + tl.arange(0, form.BM)
-                column = first_column + v
-                mine = column < last_column
-                total = tl.zeros((form.BM,), tl.float32)
-                for index in range(0, tl.cdiv(n, sum_tile)):
-                    total += tl.load(column_sums + index * dz_stride + v, mask=mine, other=0.0)
-                if partial_bias is not None:
-                    total += tl.load(partial_bias + v, mask=v < summed_columns, other=0.0)
-                if LAST:
-                    if unscale is not None:
-                        total *= tl.load(unscale)
-                    tl.store(out_bias + column, rounded(total, out_bias.dtype.element_ty), mask=mine)
-                else:
-                    tl.store(partial_bias + v, total, mask=mine)
-
-
-def _dweight(
-    sweep: Sweep,
-    tokens: TokenRange,
-    dz: Tensor,
-    hidden: Tensor,
-    slab: Slab,
-    out: Tensor | None,
-    partial: Tensor | None,
-    *,
-    ends: tuple[bool, bool],
-    flag=None,
-    kind="dweight",
-    column_sums=None,
-    sum_tile=0,
-    out_bias=None,
-    partial_bias=None,
-) -> None:
-    """dz.T @ hidden of a chunk of tokens, the first or the last by `ends` of those that `partial` sums up."""
-    call = sweep.call
-    columns = call.hidden_size if out is None else out.shape[1]
-    low_rank = kind == "dlora_a" or hidden.dtype != call.dtype
-    tile = call.tile(kind, columns, "low_rank" if low_rank else None)
-    compute = tl.float32 if low_rank else None
-    form, a, b = call.form(tile, (dz, tile.k, tile.m), (hidden, tile.k, tile.n), compute=compute)
-    launch(
-        dweight_kernel,
-        form.grid,
-        tile,
-        dz=a,
-        column_sums=column_sums,
-        hidden=b,
-        flag=flag,
-        unscale=sweep.unscale,
-        partial=partial,
-        partial_bias=partial_bias,
-        out=out,
-        out_bias=out_bias,
-        dz_stride=dz.stride(0),
-        H=columns,
-        pitch=hidden.stride(0),
-        out_stride=0 if out is None else out.stride(0),
-        sum_tile=sum_tile,
-        summed_columns=0 if ends[0] else slab.last_column - slab.first_column,
-        LAST=ends[1],
-        form=form,
-        **tokens._asdict(),
-        **slab._asdict(),
-    )
-
-
-def exact(sweep: Sweep, blocks: range, flag: Tensor | None) -> None:
-    """Chunks of tokens by slabs of blocks; a slab's gradients are summed over several chunks in fp32."""
-    call, everything, (size, step) = sweep.call, sweep.tokens, sweep.slab
-    tile = call.tile("dz", kind="narrow" if sweep.terms.coef_entropy is not None and call.kind == "half" else None)
-    chunks = range(0, everything.capacity, size)
-    several = sweep.of_head and len(chunks) > 1
-    step = min(step, len(blocks))
-    slabs = range(blocks.start, blocks.stop, step)
-
-    def sums(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=call.device) if wanted else None
-
-    width = step * BLOCK.value
-    dz = torch.empty(size, width, dtype=call.dtype, device=call.device)
-    column_sums = sums(sweep.dbias is not None, triton.cdiv(size, tile.m), width)
-    partial = sums(several and sweep.dweight is not None, width, call.hidden_size)
-    partial_bias = sums(several and sweep.dbias is not None, width)
-    partial_lora = sums(several and sweep.dlora_b is not None, width, call.lora_rank)
-    order = (
-        [(at, slab) for slab in slabs for at in chunks] if several else [(at, slab) for at in chunks for slab in slabs]
-    )
-    held = None
-    for at, slab in order:
-        rows = min(size, everything.capacity - at)  # a range need not be whole chunks
-        tokens = TokenRange(everything.tokens, everything.first_token + at, rows)
-        slab = Slab(slab * BLOCK.value, min(min(slab + step, blocks.stop) * BLOCK.value, call.vocab_size))
-        if held != at:
-            held, hidden, chunk = at, gather(call, tokens, flag), dz[:rows]
-            low_rank = sweep.low_rank
-            if low_rank.product is not None:
-                low_rank = low_rank._replace(product=low_rank.product[at : at + rows])
-        _dz(sweep, tokens, hidden, low_rank, slab, tile, chunk, column_sums, flag)
-        for out, operand in sweep.by_token:
-            _dhidden(sweep, tokens, chunk, operand, slab, out[at : at + rows], flag)
-        ends = (at == chunks[0], at == chunks[-1])
-        if sweep.dweight is not None or sweep.dbias is not None:
-            _dweight(
-                sweep,
-                tokens,
-                chunk,
-                hidden,
-                slab,
-                sweep.dweight,
-                partial,
-                ends=ends,
-                flag=flag,
-                column_sums=column_sums,
-                sum_tile=tile.m,
-                out_bias=sweep.dbias,
-                partial_bias=partial_bias,
-            )
-        if sweep.dlora_b is not None:
-            _dweight(sweep, tokens, chunk, low_rank.product, slab, sweep.dlora_b, partial_lora, ends=ends, flag=flag)
-
-
-def dlora_a(sweep: Sweep, out: Tensor) -> None:
-    """dlow_rank.T @ hidden, chunk by chunk in fp32; padding rows of both are zero."""
-    call, first = sweep.call, sweep.tokens.first_token
-    slab = Slab(0, call.lora_rank)
-    for part, rows in gathered(call, sweep.tokens):
-        at = part.first_token - first
-        ends = (part.first_token == 0, part.first_token + part.capacity >= call.num_rows)
-        chunk = sweep.dlow_rank[at : at + part.capacity]
-        _dweight(sweep, part, chunk, rows, slab, out, sweep.lora_a_sums, ends=ends, kind="dlora_a")
-        if ends[1]:
-            break

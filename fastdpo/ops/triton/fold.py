@@ -21,7 +21,7 @@ def fold_kernel(
     BLOCKS: tl.constexpr = form.BN // BLOCK
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(head.V, form.BN)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, v = tile_of(index, tiles_m, tiles_n, form.GROUP)
         i = m * form.BM + tl.arange(0, form.BM)
         acc = logit_products(
@@ -37,10 +37,10 @@ def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logi
     """Gathered hidden of these tokens -> `sums` of every block and label_logit [capacity]."""
     tile = call.tile("fold")
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
-    form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k), most_programs=tiles)
+    form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k))
     launch(
         fold_kernel,
-        form.grid,
+        call.grid(tile, most=tiles),
         tile,
         hidden=a,
         weight=b,

@@ -172,7 +172,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "fp32": {80: Tile(128, 128, 16, 8, 3), 90: Tile(128, 128, 32, 8, 2), 100: Tile(128, 128, 32, 8, 2)},
         "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
-    "dlora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
+    "lora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
     "low_rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
     "finish": {"half": {80: Tile(1, 2048, 0, 4, 2)}},
@@ -215,7 +215,7 @@ _INTERPRETED = {
     "dz": Tile(128, 256, 64, 4, 1, group=2),
     "dhidden": Tile(64, 64, 128, 4, 1, group=2),
     "dweight": Tile(512, 64, 64, 4, 1, group=2),
-    "dlora_a": Tile(16, 64, 64, 4, 1),
+    "lora_a": Tile(16, 64, 64, 4, 1),
     "low_rank": Tile(64, 16, 64, 4, 1),
     "finish": Tile(64, 1024, 0, 4, 2),
     "routed_dz": Tile(128, 128, 64, 4, 1),

@@ -9,7 +9,6 @@ would not be the exact gradient any more.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,11 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import VARYING, num_tokens
+from .items import finished, take, wait
 from .launch import launch
 from .sweep import Sweep
 
-TOKENS = tl.constexpr(128)  # of one program, and of one row of `running`
-BLOCKS = tl.constexpr(32)  # of one program
+TOKENS = tl.constexpr(128)  # of one row of `running`, and of an item that fills lists
+BLOCKS = tl.constexpr(32)  # of an item that fills lists
+COUNTED = tl.constexpr(8)  # blocks of an item that counts, whose bits are one byte of a row; it has
+TILES = tl.constexpr(8)  # rows of `running` at a time
+CLEARED = tl.constexpr(4096)  # numbers at a time
 
 
 class Kept(NamedTuple):
@@ -37,8 +40,10 @@ class Kept(NamedTuple):
 class Lists(NamedTuple):
     """The pairs of a range of tokens by a range of blocks. Sizes are bounds: the true ones are on the device."""
 
+    items: Tensor  # [2] int32: items taken of the launch that counts, and of those that count done
     running: Tensor  # [ceil(capacity / TOKENS), num_blocks] int32, pairs of a block up to this many tokens, inclusive
-    lengths: Tensor  # [num_blocks] int32
+    lengths: Tensor  # [num_blocks] int32: the last row of `running`
+    most: Tensor  # [1] int64, pairs of all blocks of the vocabulary, whatever the draw
     first_tile: Tensor  # [num_blocks + 1] int32
     round_block: Tensor  # [rounds + 1] int32, first block of each round
     is_routed: Tensor  # [1] int32: few enough pairs live for the routed kernels to pay
@@ -50,6 +55,14 @@ class Lists(NamedTuple):
     @property
     def rounds(self) -> int:
         return len(self.round_block) - 1
+
+
+class Cleared(NamedTuple):
+    """What a routed sweep sets to zero with its first launch."""
+
+    done: Tensor  # int32, of exact.py
+    hidden: Tensor | None  # fp32 sums
+    low_rank: Tensor | None
 
 
 @triton.jit
@@ -79,139 +92,168 @@ def _rows(kept, tokens, t, first_token, capacity):
 
 @triton.jit
 def _kept(kept, row, exists, b, first_block, num_blocks):
-    """[TOKENS, BLOCKS] int32: which pairs are kept."""
+    """[tokens, blocks] int32: which pairs are kept."""
     inside = exists[:, None] & (b < num_blocks)[None, :]
     bit = first_block + b
     byte = tl.load(kept.bitmap + row[:, None] * kept.stride + (bit // 8)[None, :], mask=inside, other=0).to(tl.int32)
     return (byte >> (bit % 8)[None, :]) & 1
 
 
-@triton.jit(do_not_specialize=VARYING)
-def count_kernel(kept, tokens, counts, most, first_token, capacity, first_block, num_blocks):
-    """A program counts the pairs of TOKENS tokens and BLOCKS blocks into `counts` [tiles of TOKENS, num_blocks] int32;
-    those of the first blocks write `most` [tiles of TOKENS] int64, pairs of all blocks whatever the draw."""
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    row, exists = _rows(kept, tokens, t, first_token, capacity)
-    pairs = tl.sum(_kept(kept, row, exists, b, first_block, num_blocks), 0)
-    tl.store(counts + tl.program_id(0) * num_blocks + b, pairs, mask=b < num_blocks)
-    if tl.program_id(1) == 0:
-        tl.store(most + tl.program_id(0), tl.sum(tl.load(kept.most_pairs + row, mask=exists, other=0).to(tl.int64), 0))
+@triton.jit
+def _clear(target, size, share, shares):
+    """One of `shares` parts of `size` zeros."""
+    at = tl.cast(share, tl.int64) * CLEARED
+    while at < size:
+        i = at + tl.arange(0, CLEARED)
+        tl.store(target + i, tl.zeros((CLEARED,), target.dtype.element_ty), mask=i < size)
+        at += shares * CLEARED
+
+
+@triton.jit
+def _count(at, kept, tokens, lists, first_token, capacity, first_block, num_blocks):
+    """Of COUNTED blocks and all tokens into `running`; the first blocks' also sums up `most`."""
+    b = at * COUNTED + tl.arange(0, COUNTED)
+    token_tiles = tl.cdiv(capacity, TOKENS)
+    length, most = tl.zeros((COUNTED,), tl.int32), tl.zeros((1,), tl.int64)
+    for first in range(0, token_tiles, TILES):
+        row, exists = _rows(kept, tokens, first * TOKENS + tl.arange(0, TILES * TOKENS), first_token, capacity)
+        pairs = _kept(kept, row, exists, b, first_block, num_blocks)
+        pairs = tl.sum(tl.reshape(pairs, (TILES, TOKENS, COUNTED)), 1)
+        tile = first + tl.arange(0, TILES)
+        inside = (tile < token_tiles)[:, None] & (b < num_blocks)[None, :]
+        running = lists.running + tile[:, None] * num_blocks + b[None, :]
+        tl.store(running, length[None, :] + tl.cumsum(pairs, 0), mask=inside)
+        length += tl.sum(pairs, 0)
+        if at == 0:
+            most += tl.sum(tl.load(kept.most_pairs + row, mask=exists, other=0).to(tl.int64), 0)
+    if at == 0:
+        tl.store(lists.most + tl.arange(0, 1), most)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def plan_kernel(
-    lists,
-    most,  # [token tiles] int64
+def list_kernel(
+    kept,
     tokens,
-    first_token,
-    capacity,
-    num_blocks,
-    all_blocks,
-    token_tiles,
+    lists,
+    cleared,
+    steps,  # numbers of cleared.done
+    H,
+    pitch,
+    round,
     rounds,
     tiles_per_round,
     crossover,
+    first_token,
+    capacity,
+    first_block,
+    num_blocks,
+    all_blocks,
     TILE: tl.constexpr,
-    B: tl.constexpr,
-    T: tl.constexpr,
+    B: tl.constexpr,  # all blocks of the lists, at least
 ):
-    """One program: every block's tiles, which blocks make a round, and whether the lists are used."""
-    b = tl.arange(0, B)
-    length = tl.load(lists.running + (token_tiles - 1) * num_blocks + b, mask=b < num_blocks, other=0)
-    tl.store(lists.lengths + b, length, mask=b < num_blocks)
-    tiles = tl.cdiv(length, TILE)
+    """A program has one item. In the first round these are first COUNTED blocks each, whose pairs are counted, while
+    `cleared` is cleared; then TOKENS tokens by BLOCKS blocks, whose pairs are written, if the round has any of them, to
+    where the pairs of earlier tokens end. The first pair of a tile names the tile's block.
+
+    Every program finds out which blocks make the round, and whether the lists are used; one of them writes it down.
+    """
+    counting = tl.where(round == 0, tl.cdiv(num_blocks, COUNTED), 0)
+    at = tl.program_id(0)
+    if counting > 0:
+        at = take(lists.items)
+        if at < counting:
+            _clear(cleared.done, steps, at, counting)
+            if cleared.hidden is not None:
+                _clear(cleared.hidden, tl.cast(capacity, tl.int64) * H, at, counting)
+            if cleared.low_rank is not None:
+                _clear(cleared.low_rank, tl.cast(capacity, tl.int64) * pitch, at, counting)
+            _count(at, kept, tokens, lists, first_token, capacity, first_block, num_blocks)
+            finished(lists.items + 1)
+            return
+        wait(lists.items + 1, counting)
+    at -= counting
+    all_b = tl.arange(0, B)
+    tiles = tl.cdiv(tl.load(lists.lengths + all_b, mask=all_b < num_blocks, other=0), TILE)
     end = tl.cumsum(tiles, 0)
-    begin = end - tiles
-    tl.store(lists.first_tile + b, begin, mask=b < num_blocks)
-    tl.store(lists.first_tile + num_blocks, tl.sum(tiles, 0))
+    begin = tl.where(all_b < num_blocks, end - tiles, 2147483647)
     n = num_tokens(tokens, first_token, capacity)
-    t = tl.arange(0, T)
-    live = tl.sum(tl.load(most + t, mask=t < token_tiles, other=0), 0)
-    tl.store(lists.is_routed, (live.to(tl.float32) <= crossover * n.to(tl.float32) * all_blocks).to(tl.int32))
-    for r in range(0, rounds):
-        tl.store(lists.round_block + r, tl.sum(((begin < r * tiles_per_round) & (b < num_blocks)).to(tl.int32), 0))
-    tl.store(lists.round_block + rounds, num_blocks)
-
-
-@triton.jit(do_not_specialize=VARYING)
-def fill_kernel(kept, tokens, lists, round, first_token, capacity, first_block, num_blocks, TILE: tl.constexpr):
-    """A program writes the pairs of TOKENS tokens and BLOCKS blocks, if the round has any of these, to where the pairs
-    of earlier tokens end. The first pair of a tile names the tile's block."""
-    if tl.load(lists.is_routed) == 0:
+    routed = (tl.load(lists.most).to(tl.float32) <= crossover * n.to(tl.float32) * all_blocks).to(tl.int32)
+    if (round == 0) & (at == 0):
+        tl.store(lists.first_tile + all_b, begin, mask=all_b < num_blocks)
+        tl.store(lists.first_tile + num_blocks, tl.sum(tiles, 0))
+        tl.store(lists.is_routed, routed)
+        for r in range(0, rounds):
+            tl.store(lists.round_block + r, tl.sum((begin < r * tiles_per_round).to(tl.int32), 0))
+        tl.store(lists.round_block + rounds, num_blocks)
+    low = tl.sum((begin < round * tiles_per_round).to(tl.int32), 0)
+    high = num_blocks
+    if round + 1 < rounds:
+        high = tl.sum((begin < (round + 1) * tiles_per_round).to(tl.int32), 0)
+    groups = tl.cdiv(num_blocks, BLOCKS)
+    token_tile, first = at // groups, at % groups * BLOCKS
+    if (routed == 0) | (first >= high) | (first + BLOCKS <= low):
         return
-    low, high = tl.load(lists.round_block + round), tl.load(lists.round_block + round + 1)
-    if (tl.program_id(1) * BLOCKS >= high) | (tl.program_id(1) * BLOCKS + BLOCKS <= low):
-        return
-    t = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    b = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    t = token_tile * TOKENS + tl.arange(0, TOKENS)
+    b = first + tl.arange(0, BLOCKS)
     row, exists = _rows(kept, tokens, t, first_token, capacity)
     pairs = _kept(kept, row, exists, b, first_block, num_blocks)
     pairs = tl.where(((b >= low) & (b < high))[None, :], pairs, 0)
-    tile = tl.load(lists.first_tile + b, mask=b < num_blocks, other=0) - tl.load(lists.first_tile + low)
+    own = tl.cdiv(tl.load(lists.lengths + b, mask=b < num_blocks, other=0), TILE)
+    before = tl.sum(tl.where(all_b < first, tiles, 0), 0) - tl.sum(tl.where(all_b < low, tiles, 0), 0)
+    tile = before + tl.cumsum(own, 0) - own
     mine = tl.sum(pairs, 0)
-    before = tl.load(lists.running + tl.program_id(0) * num_blocks + b, mask=b < num_blocks, other=0) - mine
-    position = before[None, :] + tl.cumsum(pairs, 0) - pairs
+    start = tl.load(lists.running + token_tile * num_blocks + b, mask=b < num_blocks, other=0) - mine
+    position = start[None, :] + tl.cumsum(pairs, 0) - pairs
     slot = tile[None, :] * TILE + position
     tl.store(lists.tokens + slot, (t[:, None] + b[None, :] * 0), mask=pairs != 0)
     starts = (pairs != 0) & (position % TILE == 0)
     tl.store(lists.tile_block + tile[None, :] + position // TILE, (b[None, :] + t[:, None] * 0), mask=starts)
 
 
-def build(sweep: Sweep, kept: Kept, blocks: range, crossover: float) -> Lists:
-    """Lists of no round yet: three launches, and one more to fill every round."""
+def empty(sweep: Sweep, blocks: range, crossover: float, items: Tensor) -> Lists:
+    """Lists whose pairs are not counted yet; `items` [2] int32: zeros."""
     capacity, num_blocks, all_blocks = sweep.tokens.capacity, len(blocks), sweep.call.num_blocks
     tile = sweep.call.pair_tile
     max_pairs = min(capacity * num_blocks, int(crossover * capacity * all_blocks))
-    tiles_per_round = max(1, sweep.routed_pairs // tile)
-    rounds = (max_pairs // tile + num_blocks) // tiles_per_round + 1
-    tiles = tiles_per_round + triton.cdiv(capacity, tile)  # in memory
-    token_tiles = triton.cdiv(capacity, TOKENS.value)
-    shapes = ((token_tiles, num_blocks), num_blocks, num_blocks + 1, rounds + 1, 1, tiles, tiles * tile)
-    device = kept.coef.device
-    lists = Lists(*map(partial(torch.empty, dtype=torch.int32, device=device), shapes))
-    most = torch.empty(token_tiles, dtype=torch.int64, device=device)
-    launch(
-        count_kernel,
-        (token_tiles, triton.cdiv(num_blocks, BLOCKS.value)),
-        kept=kept,
-        counts=lists.running,
-        most=most,
-        first_block=blocks.start,
-        num_blocks=num_blocks,
-        **sweep.tokens._asdict(),
-    )
-    lists.running.cumsum_(0, dtype=torch.int32)
-    launch(
-        plan_kernel,
-        (1,),
-        lists=lists,
-        most=most,
-        num_blocks=num_blocks,
-        all_blocks=all_blocks,
-        token_tiles=token_tiles,
-        rounds=rounds,
-        tiles_per_round=tiles_per_round,
-        crossover=crossover,
-        TILE=tile,
-        B=max(16, triton.next_power_of_2(num_blocks)),
-        T=max(16, triton.next_power_of_2(token_tiles)),
-        **sweep.tokens._asdict(),
-    )
-    return lists
+    rounds = (max_pairs // tile + num_blocks) // _tiles_per_round(sweep) + 1
+    tiles = _tiles_per_round(sweep) + triton.cdiv(capacity, tile)  # in memory
+
+    def make(*shape: int, dtype=torch.int32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=items.device)
+
+    running = make(triton.cdiv(capacity, TOKENS.value), num_blocks)
+    most = make(1, dtype=torch.int64)
+    sizes = (num_blocks + 1, rounds + 1, 1, tiles, tiles * tile)
+    return Lists(items, running, running[-1], most, *map(make, sizes))
 
 
-def fill(sweep: Sweep, kept: Kept, lists: Lists, blocks: range, round: int) -> None:
-    """Lists the round's pairs, in place of another's."""
+def _tiles_per_round(sweep: Sweep) -> int:
+    return max(1, sweep.routed_pairs // sweep.call.pair_tile)
+
+
+def fill(sweep: Sweep, kept: Kept, lists: Lists, blocks: range, round: int, crossover: float) -> None:
+    """Lists the round's pairs, in place of another's; in the first round they are counted too, and with the first of a
+    sweep's lists its sums are cleared."""
     token_tiles, num_blocks = lists.running.shape
+    counting = triton.cdiv(num_blocks, COUNTED.value) if round == 0 else 0
+    sums = (sweep.dhidden, sweep.dlow_rank) if blocks.start == 0 else (None, None)
     launch(
-        fill_kernel,
-        (token_tiles, triton.cdiv(num_blocks, BLOCKS.value)),
+        list_kernel,
+        (counting + token_tiles * triton.cdiv(num_blocks, BLOCKS.value),),
         kept=kept,
         lists=lists,
+        cleared=Cleared(sweep.done, *sums),
+        steps=len(sweep.done),
+        H=sweep.call.hidden_size,
+        pitch=sweep.call.low_rank_pitch,
         round=round,
+        rounds=lists.rounds,
+        tiles_per_round=_tiles_per_round(sweep),
+        crossover=crossover,
         first_block=blocks.start,
         num_blocks=num_blocks,
+        all_blocks=sweep.call.num_blocks,
         TILE=sweep.call.pair_tile,
+        B=max(16, triton.next_power_of_2(num_blocks)),
         **sweep.tokens._asdict(),
     )

@@ -5,6 +5,8 @@ q is an integer, a fraction of 2^32, so that its running sum does not see tiles,
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,29 @@ from .launch import launch
 
 ONE = tl.constexpr(rule.ONE)
 MASK = tl.constexpr(rule.ONE - 1)
+
+
+class Draw(NamedTuple):
+    """One call's choice of pairs."""
+
+    seed: Tensor | None = None  # 0-d int64
+    tau: float | None = None
+    second_tau: float | None = None  # None: one set
+    bitmap: Tensor | None = None  # [M, sets * set_bytes]: pairs kept at tau, then those of them in the smaller set
+    most_pairs: Tensor | None = None  # [M] int32
+    before: Tensor | None = None  # [2, capacity] int64: odds of both sets on lower shards
+    sums: Tensor | None = None  # [2, capacity] int64: what this shard adds to them
+
+    @staticmethod
+    def of(routing, saved: Forward) -> Draw:
+        return (
+            NOTHING_ROUTED
+            if routing is None
+            else Draw(routing.seed, routing.tau, routing.second_tau, saved.bitmap, saved.most_pairs)
+        )
+
+
+NOTHING_ROUTED = Draw()
 
 
 @triton.jit
@@ -58,44 +83,33 @@ def _store_bits(target, kept, exists, num_bytes, T: tl.constexpr, K: tl.constexp
     tl.store(target + at[None, :], byte.to(tl.uint8), mask=exists[:, None] & (at < num_bytes)[None, :])
 
 
-@triton.jit(do_not_specialize=VARYING)
-def route_kernel(
-    block_lse,  # [capacity, num_blocks]
-    rest_lse,  # [capacity]
-    tokens,
-    seed,  # 0-d int64
-    before,  # [2, capacity] int64 or None: odds of both sets on lower shards
-    sums,  # [2, capacity] int64 or None: what this shard adds to them
-    bitmap,  # [M, bitmap_stride]: set_bytes of pairs kept at tau, then as many of those in the smaller set
-    most_pairs,  # [M] int32
-    first_token,
+@triton.jit
+def route_tokens(
+    draw,
+    block_lse,
+    rest,
+    label,
+    token,
+    i,
+    row,
+    exists,
     capacity,
     num_blocks,
-    bitmap_stride,
     set_bytes,
-    tau,
-    second_tau,  # None: one set
-    T: tl.constexpr,  # tokens of a program
-    K: tl.constexpr,  # blocks at a time
+    T: tl.constexpr,
+    K: tl.constexpr,
 ):
-    """A program goes along all blocks of T tokens, whose rows of the results it has to itself."""
-    i = tl.program_id(0) * T + tl.arange(0, T)
-    token = first_token + i
-    n = num_tokens(tokens, first_token, capacity)
-    if tl.program_id(0) * T >= n:
-        return
-    exists = i < n
-    label = tl.load(tokens.labels + token, mask=exists, other=-1)
+    """The bits and most_pairs of T tokens: `i` in block_lse [capacity, num_blocks], with `rest` [T] the log-sum-exp of
+    their tails, whose rows of the results are the program's own."""
     own_block = tl.where(label < 0, -1, label // BLOCK)
-    row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
-    rest = tl.load(rest_lse + i, mask=exists, other=0.0)
+    SETS: tl.constexpr = 1 if draw.second_tau is None else 2
     counter = token.to(tl.uint32)
     zero = counter * 0
-    word, second_word, _, _ = philox(tl.load(seed), counter, zero, zero, zero)
+    word, second_word, _, _ = philox(tl.load(draw.seed), counter, zero, zero, zero)
     sum, second_sum = word.to(tl.int64), second_word.to(tl.int64)
-    if before is not None:
-        sum = (sum + tl.load(before + i, mask=exists, other=0)) & MASK
-        second_sum = (second_sum + tl.load(before + capacity + i, mask=exists, other=0)) & MASK
+    if draw.before is not None:
+        sum = (sum + tl.load(draw.before + i, mask=exists, other=0)) & MASK
+        second_sum = (second_sum + tl.load(draw.before + capacity + i, mask=exists, other=0)) & MASK
     start, second_start = sum, second_sum
     total = tl.zeros((T,), tl.int64)
     for first in range(0, num_blocks, K):
@@ -104,48 +118,64 @@ def route_kernel(
         x = tl.load(block_lse + i.to(tl.int64)[:, None] * num_blocks + b[None, :], mask=inside, other=float("-inf"))
         share = tl.exp(x - rest[:, None])
         own = b[None, :] == own_block[:, None]
-        odds = tl.where(inside, _odds(share, own, tau), 0)
+        odds = tl.where(inside, _odds(share, own, draw.tau), 0)
         total += tl.sum(odds, 1)
         kept, sum = _take(odds, sum)
-        target = bitmap + row[:, None] * bitmap_stride + first // 8
+        target = draw.bitmap + row[:, None] * (SETS * set_bytes) + first // 8
         _store_bits(target, kept, exists, set_bytes - first // 8, T, K)
-        if second_tau is not None:
-            second = tl.where(kept, _odds(tl.maximum(share, tau), own, second_tau), 0)
+        if draw.second_tau is not None:
+            second = tl.where(kept, _odds(tl.maximum(share, draw.tau), own, draw.second_tau), 0)
             taken, second_sum = _take(second, second_sum)
             _store_bits(target + set_bytes, taken, exists, set_bytes - first // 8, T, K)
-    tl.store(most_pairs + row, ((total + MASK) >> 32).to(tl.int32), mask=exists)
-    if sums is not None:
-        tl.store(sums + i, (sum - start) & MASK, mask=exists)
-        tl.store(sums + capacity + i, (second_sum - second_start) & MASK, mask=exists)
+    tl.store(draw.most_pairs + row, ((total + MASK) >> 32).to(tl.int32), mask=exists)
+    if draw.sums is not None:
+        tl.store(draw.sums + i, (sum - start) & MASK, mask=exists)
+        tl.store(draw.sums + capacity + i, (second_sum - second_start) & MASK, mask=exists)
 
 
-def route(call, tokens: TokenRange, block_lse: Tensor, rest_lse: Tensor, result: Forward, routing, shards) -> None:
-    """The bits and most_pairs of these tokens. A shard goes through its blocks once more for each set of pairs, after
-    the ranks have exchanged the odds that come before theirs."""
-    second = routing.second_tau
+@triton.jit(do_not_specialize=VARYING)
+def route_kernel(
+    draw,
+    block_lse,  # [capacity, num_blocks]
+    rest_lse,  # [capacity]
+    tokens,
+    first_token,
+    capacity,
+    num_blocks,
+    set_bytes,
+    T: tl.constexpr,  # tokens of a program
+    K: tl.constexpr,  # blocks at a time
+):
+    """A program goes along all blocks of T tokens."""
+    i = tl.program_id(0) * T + tl.arange(0, T)
+    token = first_token + i
+    n = num_tokens(tokens, first_token, capacity)
+    if tl.program_id(0) * T >= n:
+        return
+    exists = i < n
+    label = tl.load(tokens.labels + token, mask=exists, other=-1)
+    row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
+    rest = tl.load(rest_lse + i, mask=exists, other=0.0)
+    route_tokens(draw, block_lse, rest, label, token, i, row, exists, capacity, num_blocks, set_bytes, T, K)
+
+
+def route(call, tokens: TokenRange, block_lse: Tensor, rest_lse: Tensor, draw: Draw, shards) -> None:
+    """The bits and most_pairs of these tokens on a shard of the vocabulary, which goes through its blocks once more for
+    each set of pairs, after the ranks have exchanged the odds that come before theirs; elsewhere `finish` does it."""
+    before, sums = (torch.zeros(2, tokens.capacity, dtype=torch.int64, device=call.device) for _ in range(2))
     tile, grid = call.token_rows(tokens)
-    before = sums = None
-    if shards is not None:
-        before, sums = (torch.zeros(2, tokens.capacity, dtype=torch.int64, device=call.device) for _ in range(2))
-    for known in range(1 if shards is None else 2 if second is None else 3):
+    for known in range(2 if draw.second_tau is None else 3):
         if known:
             before[known - 1] = shards.sum_before(sums[known - 1])
         launch(
             route_kernel,
             grid,
             tile,
+            draw=draw._replace(before=before, sums=sums),
             block_lse=block_lse,
             rest_lse=rest_lse,
-            seed=routing.seed,
-            before=before,
-            sums=sums,
-            bitmap=result.bitmap,
-            most_pairs=result.most_pairs,
             num_blocks=call.num_blocks,
-            bitmap_stride=result.bitmap.stride(0),
             set_bytes=rule.set_bytes(call.num_blocks),
-            tau=routing.tau,
-            second_tau=second,
             T=tile.m,
             K=tile.n,
             **tokens._asdict(),

@@ -17,10 +17,10 @@ from .common import (
     dot,
     dz_of,
     expm1,
+    hidden_offset,
     load_rows,
     load_tile,
     rounded,
-    row_offset,
     row_terms,
     start_products,
 )
@@ -88,16 +88,16 @@ def routed_dz_kernel(
     if tl.load(lists.is_routed) == 0:
         return
     begin, end = round_of(lists, round)
-    for index in tl.range(begin + tl.program_id(0), end, form.PROGRAMS):
+    for index in tl.range(begin + tl.program_id(0), end, tl.num_programs(0)):
         local, exists, slot, t = pairs_of(lists, index, begin, form.BM)
         token = first_token + t
         row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
         label = tl.load(tokens.labels + token, mask=exists, other=-1)
-        offsets = row_offset(hidden, row)
+        offsets = hidden_offset(tokens, token, exists)
         block = first_block + local
         acc = start_products(head, low_rank, t, exists, block * BLOCK, form.COMPUTE, form.BM, BLOCK)
         for k in range(0, head.H, form.BK):
-            a = load_rows(hidden.source, offsets, exists, k, head.H, form.BK)
+            a = load_rows(hidden, offsets, exists, k, head.H, form.BK)
             b = load_tile(weight, block * BLOCK, k, head.V, head.H, head.weight_stride, BLOCK, form.BK, form.TMA)
             acc = dot(a, b.T, acc, form.COMPUTE)
         column = block * BLOCK + tl.arange(0, BLOCK)
@@ -134,7 +134,7 @@ def routed_dz(
     form, weight = call.form(tile, (call.weight, BLOCK.value, tile.k))
     launch(
         routed_dz_kernel,
-        form.grid,
+        call.grid(tile),
         tile,
         hidden=call.hidden,
         weight=weight,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, VARYING, HiddenRows, TokenList, dot, load_rows, rounded, row_offset
+from .common import BLOCK, VARYING, TokenList, dot, hidden_offset, load_rows, rounded
 from .launch import launch
 from .lists import Lists, pairs_of, round_of
 from .sweep import Sweep
@@ -51,7 +51,7 @@ def routed_dhidden_kernel(
         return
     begin, end = round_of(lists, round)
     tiles_n = tl.cdiv(H, form.BN)
-    for work in tl.range(begin * tiles_n + tl.program_id(0), end * tiles_n, form.PROGRAMS):
+    for work in tl.range(begin * tiles_n + tl.program_id(0), end * tiles_n, tl.num_programs(0)):
         index, part = work // tiles_n, work % tiles_n
         local, exists, slot, t = pairs_of(lists, index, begin, TILE)
         slot = slot.to(tl.int64)
@@ -139,11 +139,11 @@ def routed_dhidden(
         "form": form,
     }
     if not ordered:
-        launch(routed_dhidden_kernel, form.grid, tile, **arguments)
+        launch(routed_dhidden_kernel, call.grid(tile), tile, **arguments)
         return
     token_tiles, num_blocks = lists.running.shape
     parts = triton.cdiv(columns, tile.n)
-    group_tiles = triton.cdiv(token_tiles * parts, form.PROGRAMS.value)
+    group_tiles = triton.cdiv(token_tiles * parts, call.grid(tile)[0])
     grid = (parts, triton.cdiv(token_tiles, group_tiles))
     sizes = {"num_blocks": num_blocks, "token_tiles": token_tiles, "group_tiles": group_tiles}
     launch(ordered_dhidden_kernel, grid, tile, **arguments, **sizes)
@@ -154,8 +154,8 @@ def routed_dweight_kernel(
     dz,  # of routed_dz_kernel, as the two that follow
     ratio,
     column_sums,
-    hidden,  # HiddenRows, of LowRank.product in one outer row where `tokens` is empty
-    tokens,  # empty: token i of the range is row i of `hidden`
+    hidden,  # or LowRank.product [capacity, pitch], where `tokens` is empty
+    tokens,
     lists,
     unscale,
     out,  # [V, H], or None
@@ -165,6 +165,7 @@ def routed_dweight_kernel(
     first_block,
     V,
     H,
+    pitch,
     out_stride,
     TILE: tl.constexpr,
     form,
@@ -190,12 +191,11 @@ def routed_dweight_kernel(
         if ratio is not None:
             scale = tl.load(ratio + slot, mask=exists, other=0.0)[:, None]
             a = rounded(tl.where(scale == 0, 0.0, a.to(tl.float32) * scale), a.dtype)
-        if tokens.rows is not None:
-            t = tl.load(tokens.rows + first_token + t, mask=exists, other=0)
-            offsets = row_offset(hidden, t)
+        if tokens.offsets is not None:
+            offsets = hidden_offset(tokens, first_token + t, exists)
         else:
-            offsets = t.to(tl.int64) * hidden.inner_stride
-        b = load_rows(hidden.source, offsets, exists, tl.program_id(0) * form.BN, H, form.BN)
+            offsets = t.to(tl.int64) * pitch
+        b = load_rows(hidden, offsets, exists, tl.program_id(0) * form.BN, H, form.BN)
         acc = dot(a.T, b, acc, form.COMPUTE)
     if unscale is not None:
         acc *= tl.load(unscale)
@@ -242,6 +242,7 @@ def routed_dweight(
             first_block=blocks.start,
             V=call.vocab_size,
             H=columns,
+            pitch=call.low_rank_pitch,
             out_stride=0 if out is None else out.stride(0),
             TILE=call.pair_tile,
             form=form,
@@ -257,5 +258,4 @@ def routed_dweight(
             out_bias=sweep.dbias,
         )
     if sweep.dlora_b is not None:
-        low_rank = HiddenRows(sweep.low_rank.product, 1, 0, call.low_rank_pitch)
-        product(low_rank, TokenList(), sweep.dlora_b, call.lora_rank, kind="low_rank", compute=tl.float32)
+        product(sweep.low_rank.product, TokenList(), sweep.dlora_b, call.lora_rank, kind="low_rank", compute=tl.float32)

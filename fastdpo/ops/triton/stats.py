@@ -13,8 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...routing import set_bytes
 from .common import BLOCK, VARYING, TokenRange, exp, logit, num_tokens
 from .launch import launch
+from .route import NOTHING_ROUTED, Draw, route_tokens
 
 
 class Results(NamedTuple):
@@ -189,12 +191,14 @@ def finish_kernel(
     label_logit,  # [capacity]
     shard,  # [Sums, capacity] fp32 or None: to be merged with other ranks' shards
     tokens,
-    rest_lse,  # [capacity]: Sums.rest
+    rest_lse,  # [capacity]: Sums.rest, or None
     results,
+    draw,  # the pairs that the backward computes
     first_token,
     capacity,
     num_blocks,
     vocab_size,
+    set_bytes,
     REDUCE: tl.constexpr,  # sum the blocks up (False: `shard` holds the merged sums)
     EMIT: tl.constexpr,  # write results (False: write `shard`)
     T: tl.constexpr,  # tokens of a program
@@ -223,14 +227,24 @@ def finish_kernel(
         row_lse = tl.maximum(added.rest, z) + log1p(tl.exp(-tl.abs(added.rest - z)))
         tl.store(results.logps + row, logp, mask=exists)
         tl.store(results.lse + row, row_lse, mask=exists)
-        tl.store(rest_lse + i, added.rest, mask=exists)
+        if rest_lse is not None:
+            tl.store(rest_lse + i, added.rest, mask=exists)
+        if draw.seed is not None:
+            token = first_token + i
+            label = tl.load(tokens.labels + token, mask=exists, other=-1)
+            route_tokens(
+                draw, sums.lse, added.rest, label, token, i, row, exists, capacity, num_blocks, set_bytes, T, K
+            )
         _store_stats(results, row, exists, added, z, logp, row_lse, vocab_size)
 
 
-def finish(call, tokens: TokenRange, sums: BlockSums, label_logit, rest_lse, results: Results, shards) -> None:
-    """Sums of the blocks -> results, and rest_lse [capacity]: of all ranks where there are `shards`."""
+def finish(
+    call, tokens: TokenRange, sums: BlockSums, label_logit, results: Results, draw: Draw, shards=None
+) -> Tensor | None:
+    """Sums of the blocks -> results and, on one rank, the pairs of `draw`. With `shards` results are of all ranks', and
+    Sums.rest [capacity] comes back for `route`."""
 
-    def run(label_logit: Tensor, shard: Tensor | None, *, reduce: bool, emit: bool) -> None:
+    def run(label_logit: Tensor, shard: Tensor | None, *, reduce: bool, emit: bool, rest_lse=None) -> None:
         tile, grid = call.token_rows(tokens)
         launch(
             finish_kernel,
@@ -242,8 +256,10 @@ def finish(call, tokens: TokenRange, sums: BlockSums, label_logit, rest_lse, res
             shard=shard,
             rest_lse=rest_lse,
             results=results,
+            draw=draw if shards is None else NOTHING_ROUTED,
             num_blocks=call.num_blocks,
             vocab_size=call.rows.vocab_size,
+            set_bytes=set_bytes(call.num_blocks),
             REDUCE=reduce,
             EMIT=emit,
             T=tile.m,
@@ -252,10 +268,12 @@ def finish(call, tokens: TokenRange, sums: BlockSums, label_logit, rest_lse, res
 
     if shards is None:
         run(label_logit, None, reduce=True, emit=True)
-        return
+        return None
     mine = torch.empty(NUM_SUMS.value, tokens.capacity, dtype=torch.float32, device=label_logit.device)
     run(label_logit, mine, reduce=True, emit=False)
-    run(shards.label_logit(label_logit), _merge(shards, mine), reduce=False, emit=True)
+    rest_lse = torch.empty_like(label_logit)
+    run(shards.label_logit(label_logit), _merge(shards, mine), reduce=False, emit=True, rest_lse=rest_lse)
+    return rest_lse
 
 
 def _merge(shards, sums: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,17 +15,34 @@ from ..problem import Forward, Gradients, Needs, Upstream
 from . import memory
 from .call import Call
 from .common import LowRank, RowTerms, TokenList, TokenRange
-from .tokens import gather, low_rank
+from .tokens import low_rank
+
+
+class Part(NamedTuple):
+    """Of which tokens a sweep is, and for which gradients."""
+
+    first_token: int
+    capacity: int
+    slab: tuple[int, int]  # of the exact kernel: (tokens of a chunk, blocks)
+    of_hidden: bool
+    of_head: bool
+
+    def lists(self, num_blocks: int) -> list[range]:
+        """Blocks whose pairs are counted together."""
+        size = memory.list_blocks(self.capacity)
+        return [range(first, min(first + size, num_blocks)) for first in range(0, num_blocks, size)]
 
 
 @dataclass(frozen=True)
 class Sweep:
     call: Call
+    part: Part
     tokens: TokenRange
     terms: RowTerms
     dz_scale: Tensor | None  # [] fp32: dz is multiplied by it before it is rounded,
     unscale: Tensor | None  # and its products by this
     low_rank: LowRank
+    done: Tensor  # int32, of exact.py: as the sums that follow, zeros; of a routed call, once its pairs are counted
     dhidden: Tensor | None  # [capacity, H] fp32 sums
     dlow_rank: Tensor | None  # [capacity, pitch] fp32 sums: dz @ lora_b
     # gradients of the head, where the sweep has all tokens
@@ -31,7 +50,6 @@ class Sweep:
     dbias: Tensor | None
     dlora_b: Tensor | None
     lora_a_sums: Tensor | None  # [lora_rank, H] fp32, of all sweeps
-    slab: tuple[int, int]  # of the exact path: (tokens of a chunk, blocks)
     routed_pairs: int  # of the routed path, in memory at once
 
     @property
@@ -45,10 +63,24 @@ class Sweep:
         return not (self.dweight is None and self.dbias is None and self.dlora_b is None)
 
 
-def sweeps(
-    call: Call, tokens: TokenList, saved: Forward, upstream: Upstream, grads: Gradients, needs: Needs
-) -> Iterator[Sweep]:
+def parts(call: Call, needs: Needs) -> list[Part]:
     """For dhidden as many as its sums need, of a range of tokens each; one more for the head where one was not all."""
+    item, sums = call.item_size, 4 * (call.hidden_size + call.low_rank_pitch)
+    size, fits = memory.range_size(call.num_rows, item, sums)
+    joint, found = needs.of_hidden and needs.of_weight and fits, []
+    if needs.of_hidden:
+        slab = memory.hidden_slab(size, item, sums)
+        found = [Part(first, size, slab, True, joint) for first in range(0, call.num_rows, size)]
+    if needs.of_weight and not joint:
+        everything = triton.cdiv(call.num_rows, 128) * 128
+        found.append(Part(0, everything, memory.weight_slab(everything, item, sums), False, True))
+    return found
+
+
+def sweeps(
+    call: Call, tokens: TokenList, saved: Forward, upstream: Upstream, grads: Gradients, needs: Needs, *, routed: bool
+) -> Iterator[Sweep]:
+    """Of every one of the `parts`."""
     terms = RowTerms(
         saved.logps,
         saved.lse,
@@ -60,51 +92,29 @@ def sweeps(
     lora_a_sums = None
     if needs.lora_a:
         lora_a_sums = torch.empty(call.lora_rank, call.hidden_size, dtype=torch.float32, device=call.device)
-    row, item, sums = call.pitch * call.item_size, call.item_size, 4 * (call.hidden_size + call.low_rank_pitch)
-    size, fits = memory.range_size(call.num_rows, row, sums)
-    joint = needs.of_hidden and needs.of_weight and fits
+    sums = 4 * (call.hidden_size + call.low_rank_pitch)
+    make = partial(torch.empty if routed else torch.zeros, device=call.device)
 
-    def sweep(first: int, capacity: int, slab: tuple[int, int], *, hidden: bool, head: bool) -> Sweep:
-        def by_token(columns: int, wanted: bool) -> Tensor | None:
-            return torch.zeros(capacity, columns, dtype=torch.float32, device=call.device) if wanted else None
+    def by_token(capacity: int, columns: int, wanted: bool) -> Tensor | None:
+        return make(capacity, columns, dtype=torch.float32) if wanted else None
 
-        part = TokenRange(tokens, first, capacity)
-        return Sweep(
+    for part in parts(call, needs):
+        tokens_of_part = TokenRange(tokens, part.first_token, part.capacity)
+        steps = triton.cdiv(part.capacity, part.slab[0]) * triton.cdiv(call.num_blocks, part.slab[1])
+        yield Sweep(
             call,
             part,
+            tokens_of_part,
             terms,
             *scales,
-            _low_rank(call, part),
-            by_token(call.hidden_size, hidden and needs.hidden),
-            by_token(call.low_rank_pitch, hidden and call.lora_a is not None),
-            *((grads.weight, grads.bias, grads.lora_b) if head else (None, None, None)),
+            low_rank(call, tokens_of_part),
+            make(1 + 2 * steps, dtype=torch.int32),
+            by_token(part.capacity, call.hidden_size, part.of_hidden and needs.hidden),
+            by_token(part.capacity, call.low_rank_pitch, part.of_hidden and call.lora_a is not None),
+            *((grads.weight, grads.bias, grads.lora_b) if part.of_head else (None, None, None)),
             lora_a_sums,
-            slab,
-            memory.routed_pairs(capacity * sums * hidden, item),
+            memory.routed_pairs(part.capacity * sums * part.of_hidden, call.item_size),
         )
-
-    if needs.of_hidden:
-        slab = memory.hidden_slab(size, row, item, sums, joint=joint)
-        for first in range(0, call.num_rows, size):
-            yield sweep(first, size, slab, hidden=True, head=joint)
-    if needs.of_weight and not joint:
-        everything = triton.cdiv(call.num_rows, 128) * 128
-        yield sweep(0, everything, memory.weight_slab(everything, row, item, sums), hidden=False, head=True)
-
-
-def gathered(call: Call, tokens: TokenRange) -> Iterator[tuple[TokenRange, Tensor]]:
-    """(part of these tokens, its rows), a bounded number at a time."""
-    size = min(memory.multiple(memory.HIDDEN // (call.pitch * call.item_size), 128), tokens.capacity)
-    for at in range(0, tokens.capacity, size):
-        part = TokenRange(tokens.tokens, tokens.first_token + at, min(size, tokens.capacity - at))
-        yield part, gather(call, part)
-
-
-def _low_rank(call: Call, tokens: TokenRange) -> LowRank:
-    if call.lora_a is None:
-        return LowRank()
-    parts = [low_rank(call, rows) for _, rows in gathered(call, tokens)]
-    return parts[0]._replace(product=torch.cat([part.product for part in parts])) if len(parts) > 1 else parts[0]
 
 
 def _scales(upstream: Upstream, compute_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

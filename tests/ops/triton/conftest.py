@@ -16,7 +16,7 @@ def small_workspaces(monkeypatch):
     """A few tokens, blocks and pairs at a time, as a large problem has them."""
     sums = 128 * 48 * 4  # of 128 tokens
     workspace = sums + 128 * 128 * 2 * 3
-    sizes = {"FORWARD_HIDDEN": 1, "SUMS": sums, "HIDDEN": 1, "WORKSPACE": workspace, "LISTS": 4 * 128 * 6}
+    sizes = {"FORWARD_HIDDEN": 1, "SUMS": sums, "WORKSPACE": workspace, "LISTS": 4 * 128 * 6}
     from fastdpo.ops.triton import memory
 
     for name, size in sizes.items():

@@ -37,14 +37,25 @@ def build(kept, coef, count, first_token, capacity, first_block, num_blocks, mos
     most_rows[shuffled] = (kept.sum(1) if most is None else most).int()
     tokens = TokenList(rows=shuffled.int().to(DEVICE), count=torch.tensor([count], dtype=torch.int32, device=DEVICE))
     sweep = SimpleNamespace(
-        call=SimpleNamespace(pair_tile=tile, num_blocks=BLOCKS),
+        call=SimpleNamespace(pair_tile=tile, num_blocks=BLOCKS, hidden_size=5, low_rank_pitch=16),
         tokens=TokenRange(tokens, first_token, capacity),
         routed_pairs=1000,
+        done=torch.full((9,), 7, dtype=torch.int32, device=DEVICE),
+        dhidden=torch.full((capacity, 5), 7.0, device=DEVICE),
+        dlow_rank=None,
     )
     pairs = pair_lists.Kept(bitmap, bitmap.stride(0), most_rows.to(DEVICE), coef_rows.to(DEVICE))
     blocks = range(first_block, first_block + num_blocks)
-    lists = pair_lists.build(sweep, pairs, blocks, crossover)
-    return lambda round: pair_lists.fill(sweep, pairs, lists, blocks, round), lists
+    items = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    lists = pair_lists.empty(sweep, blocks, crossover, items)
+    pair_lists.fill(sweep, pairs, lists, blocks, 0, crossover)
+    assert not sweep.done.any() and sweep.dhidden.any() == (first_block > 0)
+
+    def fill(round):
+        items.zero_()
+        pair_lists.fill(sweep, pairs, lists, blocks, round, crossover)
+
+    return fill, lists
 
 
 @pytest.mark.parametrize("ranges", [(128, 512, 5, 61), (0, 768, 0, 77), (640, 128, 32, 1)], ids=str)

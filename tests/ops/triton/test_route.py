@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 import triton
 import triton.language as tl
@@ -29,11 +31,12 @@ def test_bits_of_two_sets():
     bitmap = torch.zeros(N, 2 * one, dtype=torch.uint8, device=DEVICE)
     most_pairs = torch.zeros(N, dtype=torch.int32, device=DEVICE)
     saved = Forward(None, None, bitmap=bitmap, most_pairs=most_pairs)
+    first_shard = SimpleNamespace(sum_before=torch.zeros_like)
     tokens, rest_lse = compact(call), torch.zeros(N, device=DEVICE)
     for first in (0, 16, 32):
         part = TokenRange(tokens, first, 16)
         block_lse = torch.nn.functional.pad(share[first : first + 16].log(), (0, 0, 0, max(0, first + 16 - N)))
-        wing.route(call, part, block_lse.to(DEVICE), rest_lse[:16], saved, rule, None)
+        wing.route(call, part, block_lse.to(DEVICE), rest_lse[:16], wing.Draw.of(rule, saved), first_shard)
     expected, most = routing.route(share, labels, rule.taus, 17, torch.arange(N))
     bits = [routing.unpack_bits(x.cpu(), 16 * one) for x in (bitmap, expected)]
     assert (bits[0] != bits[1]).sum() <= 0.01 * bits[1].sum()  # rounding of a share moves later borders a little

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from triton_case import DEVICE
 
@@ -42,26 +43,37 @@ def test_tokens_of_labels_and_of_upstream_gradients():
     coef, coef_entropy = torch.zeros(2, N)
     coef[::3], coef_entropy[::5] = 1.0, 1.0
     few = (scored & ((coef != 0) | (coef_entropy != 0))).nonzero()[:, 0]
-    tokens = wing.compact(call, None, coef.to(DEVICE), coef_entropy.to(DEVICE))
+    tokens = wing.compact(call, coef=coef.to(DEVICE), coef_entropy=coef_entropy.to(DEVICE))
     assert torch.equal(tokens.rows[: tokens.count.item()].cpu(), few.int())
 
 
-def test_gathered_rows_and_spread_sums():
+def test_gathered_rows():
     labels = torch.randint(0, V, (N,))
     labels[::2], labels[9] = -100, V
     call = call_of(labels)
     tokens = wing.compact(call)
     rows = ((labels >= 0) & (labels < V)).nonzero()[:, 0]
     flat = call.head.hidden.reshape(N, H).cpu()
-    out = torch.full((N, H), 5.0, device=DEVICE)
     for first in (0, 640):
         part = TokenRange(tokens, first, 640)
         mine = rows[first : first + 640]
-        gathered = wing.gather(call, part)
-        assert gathered.shape == (640, call.pitch) and not gathered[len(mine) :].any() and not gathered[:, H:].any()
+        gathered = torch.full((640, call.pitch), 5.0, device=DEVICE)
+        if first:
+            wing.gather(call, part, gathered)
+        else:
+            wing.compact(call, first=gathered)
         assert torch.equal(gathered[: len(mine), :H].cpu(), flat[mine])
-        sums = gathered[:, :H].contiguous()
-        wing.spread(call, part, sums, torch.tensor(2.0, device=DEVICE), out)
-    expected = torch.zeros(N, H)
-    expected[rows], expected[9] = 2 * flat[rows], torch.nan
-    torch.testing.assert_close(out.cpu(), expected, equal_nan=True)
+        assert (gathered[len(mine) :] == 5.0).all() and not gathered[: len(mine), H:].any()
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_rows_without_a_token_keep_no_pair(sets):
+    labels = torch.randint(0, V, (N,))
+    labels[torch.rand(N) < 0.4], labels[9] = -100, V
+    call = call_of(labels)
+    bitmap = torch.full((N, sets * 3), 255, dtype=torch.uint8, device=DEVICE)
+    most_pairs = torch.full((N,), 7, dtype=torch.int32, device=DEVICE)
+    wing.compact(call, pairs=wing.Pairs(bitmap, most_pairs))
+    scored = ((labels >= 0) & (labels < V)).to(DEVICE)
+    assert not bitmap[~scored].any() and not most_pairs[~scored].any()
+    assert (bitmap[scored] == 255).all() and (most_pairs[scored] == 7).all()
