@@ -4,11 +4,8 @@ the floor that they set on a GPU's time.
 python -m tools.count_step --head head.safetensors [--tokens 8192 --vocab 128256 --hidden-size 4096 --gpu H200]
 
 Policy and reference forward, and the backward. Live pairs are those of the head's distributions, scaled to a larger
-vocabulary in one of two ways:
-
-    same    a token has as many live blocks as on the head, among more blocks
-    split   every column of the head becomes several, of equal probability: candidates then lie in more blocks than a
-            trained model's do, so this is an upper bound
+vocabulary as `tools/live.py` says. With --table, --dense or --rates instead the tables of docs/costs.md: expected times
+of many shapes on every GPU, what dense products for a backward's heavy blocks would change, and the GPUs' rates.
 
 No GPU is needed, and no time is measured.
 """
@@ -17,31 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
-
-import torch
-from torch import Tensor
+from collections.abc import Iterator
 
 from benchmarks import inputs
 from fastdpo.head import taus
-from fastdpo.routing import BLOCK, ONE, keep, num_blocks, odds
-from tools.cost_model import GPUS, Gpu, Shape, StepCost, dhidden_through_cache, step_cost
-
-
-def live_pairs(head: inputs.HeadInputs, shape: Shape, tau: float, scaling: str, seed: int = 0) -> Tensor:
-    """[num_blocks] tokens out of shape.num_tokens that keep each block, drawn by the rule of fastdpo/routing.py."""
-    blocks, head_size = num_blocks(shape.vocab_size), head.weight.shape[0]
-    width = shape.vocab_size / head_size if scaling == "split" else 1.0
-    block_of = (torch.arange(head_size) * width).long() // BLOCK
-    weight = head.weight.float()
-    g = torch.Generator().manual_seed(seed)
-    counts = torch.zeros(int(block_of[-1]) + 1, dtype=torch.float64)
-    for hidden, labels in zip(head.hidden.float().split(512), head.labels.split(512)):
-        tail = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf).softmax(-1)
-        share = torch.zeros(len(tail), len(counts)).index_add_(1, block_of, tail)
-        own = torch.zeros_like(share, dtype=torch.bool).scatter_(1, block_of[labels][:, None], True)
-        counts += keep(odds(share, own, tau), torch.randint(ONE, (len(share),), generator=g)).sum(0)
-    stretched = counts[(torch.arange(blocks) * len(counts) / blocks).long()]
-    return stretched * (counts.sum() / stretched.sum()) * (shape.num_tokens / len(head.labels))
+from tools import cost_tables
+from tools.cost_model import Shape, StepCost, dhidden_through_cache, step_cost
+from tools.gpus import GPUS, Gpu
+from tools.live import SCALINGS, live_pairs
 
 
 def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
@@ -56,6 +36,18 @@ def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
     return rows
 
 
+def _tables(args: argparse.Namespace) -> Iterator[str]:
+    if args.rates:
+        yield from cost_tables.rate_tables()
+    if args.table or args.dense:
+        head, shapes = inputs.load(args.head), cost_tables.SHAPES
+        shapes = tuple(Shape(*x) for x in args.shape) if args.shape else shapes
+        if args.table:
+            yield from cost_tables.step_tables(head, shapes, args.table)
+        if args.dense:
+            yield from cost_tables.dense_tables(head, shapes)
+
+
 def main() -> None:
     from fastdpo.ops.triton.launch import Target
 
@@ -67,7 +59,14 @@ def main() -> None:
     parser.add_argument("--capability", type=int, default=90, help="of the GPU whose tiles are counted")
     parser.add_argument("--multiprocessors", type=int, default=132)
     parser.add_argument("--gpu", choices=GPUS, default="H200", help="whose rates make the floor")
+    parser.add_argument("--table", choices=SCALINGS, nargs="?", const="same", help="expected times of all shapes")
+    parser.add_argument("--dense", action="store_true", help="what dense products for heavy blocks would change")
+    parser.add_argument("--rates", action="store_true", help="the GPUs' rates and their sources")
+    parser.add_argument("--shape", type=int, nargs=3, action="append", help="of these tables, instead of the usual")
     args = parser.parse_args()
+    if args.table or args.dense or args.rates:
+        print("\n".join(_tables(args)))
+        return
     head = inputs.load(args.head)
     shape = Shape(args.tokens, args.vocab, args.hidden_size)
     target = Target(args.capability, args.multiprocessors)
