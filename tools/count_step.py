@@ -21,18 +21,21 @@ from fastdpo.head import taus
 from tools import cost_tables
 from tools.cost_model import Shape, StepCost, dhidden_through_cache, step_cost
 from tools.gpus import GPUS, Gpu
+from tools.kernel_costs import Cost
 from tools.live import SCALINGS, live_pairs
+
+COLUMNS = ["kernel", "passes", "GB", "L2 GB", "launches", "floor ms", "expected ms", "bound by"]
 
 
 def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
-    def row(name: str, flops: float, traffic: float, launches: int, floor: float) -> list[str]:
-        return [name, f"{flops / shape.one_pass:.4f}", f"{traffic / 1e9:.2f}", str(launches), f"{floor * 1e3:.3f}"]
+    def row(name: str, cost: Cost, floor: float, expected: float, bound: str = "") -> list[str]:
+        counts = f"{cost.flops / shape.one_pass:.4f}", f"{cost.bytes / 1e9:.2f}", f"{cost.l2 / 1e9:.2f}"
+        return [name, *counts, str(cost.launches), f"{floor * 1e3:.3f}", f"{expected * 1e3:.3f}", bound]
 
-    rows = [row(name, one.flops, one.bytes, one.launches, one.floor(gpu)) for name, one in step.kernels.items()]
-    launches = step.other_launches.total()
-    rows.append(row("torch's own: " + ", ".join(step.other_launches), 0, 0, launches, launches * gpu.launch))
-    total = step.total()
-    rows.append(row("total", total.flops, total.bytes, total.launches, step.floor(gpu)))
+    rows = [row(name, x, x.floor(gpu), x.expected(gpu), x.bound(gpu)) for name, x in step.kernels.items()]
+    others = Cost(launches=step.other_launches.total())
+    rows.append(row("torch's own: " + ", ".join(step.other_launches), others, others.floor(gpu), others.expected(gpu)))
+    rows.append(row("total", step.total(), step.floor(gpu), step.expected(gpu)))
     return rows
 
 
@@ -56,9 +59,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--capability", type=int, default=90, help="of the GPU whose tiles are counted")
-    parser.add_argument("--multiprocessors", type=int, default=132)
-    parser.add_argument("--gpu", choices=GPUS, default="H200", help="whose rates make the floor")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="H200", help="whose tiles are counted and whose rates make times"
+    )
     parser.add_argument("--table", choices=SCALINGS, nargs="?", const="same", help="expected times of all shapes")
     parser.add_argument("--dense", action="store_true", help="what dense products for heavy blocks would change")
     parser.add_argument("--rates", action="store_true", help="the GPUs' rates and their sources")
@@ -69,10 +72,11 @@ def main() -> None:
         return
     head = inputs.load(args.head)
     shape = Shape(args.tokens, args.vocab, args.hidden_size)
-    target = Target(args.capability, args.multiprocessors)
+    gpu = GPUS[args.gpu]
+    target = Target(gpu.capability, gpu.multiprocessors)
     results = {}
     for frozen in (False, True):
-        for backward, scaling in (("routed", "same"), ("routed", "split"), ("exact", None)):
+        for backward, scaling in (*(("routed", scaling) for scaling in SCALINGS), ("exact", None)):
             tau = taus(None, not frozen)
             live = live_hidden = None
             title = f"{backward} backward, {'frozen' if frozen else 'trained'} head"
@@ -81,21 +85,21 @@ def main() -> None:
                 per_token = [f"{(x.sum() / shape.num_tokens).item():.1f}" for x in (live_hidden, live)]
                 title += f", live blocks per token of {len(live)} ({scaling}): {per_token[0]} for dhidden"
                 title += "" if frozen else f", {per_token[1]} for dweight"
-            step = step_cost(shape, live, live_hidden, frozen=frozen, backward=backward, tau=None, target=target)
-            print(
-                f"\n{title}\n(N, V, H) = ({args.tokens}, {args.vocab}, {args.hidden_size}), bf16, sm_{args.capability}"
-            )
-            gpu = GPUS[args.gpu]
-            for row in [["kernel", "passes", "GB", "launches", "floor ms"], *rows_of(step, shape, gpu)]:
-                print(f"  {row[0][:60]:60} {row[1]:>8} {row[2]:>9} {row[3]:>9} {row[4]:>9}")
+            options = {"frozen": frozen, "backward": backward, "tau": None, "target": target, "cache": gpu.cache}
+            step = step_cost(shape, live, live_hidden, **options)
+            print(f"\n{title}\n(N, V, H) = {cost_tables.sizes(shape)}, bf16, {args.gpu}")
+            for name, *numbers in [COLUMNS, *rows_of(step, shape, gpu)]:
+                print(f"  {name[:50]:50}" + "".join(f"{x:>12}" for x in numbers))
             total, products = step.total(), 2 * shape.one_pass / gpu.flops
-            print(f"  floor over two plain products ({products * 1e3:.3f} ms): {step.floor(gpu) / products:.3f}")
+            floor, expected = step.floor(gpu) / products, step.expected(gpu) / products
+            print(f"  over two plain products ({products * 1e3:.3f} ms): floor {floor:.3f}, expected {expected:.3f}")
             results[title] = {
                 "passes": total.flops / shape.one_pass,
                 "bytes": total.bytes,
                 "launches": total.launches,
                 "floor ms": step.floor(gpu) * 1e3,
-                "floor over two products": step.floor(gpu) / products,
+                "floor over two products": floor,
+                "expected over two products": expected,
                 "kernels": {name: vars(cost) for name, cost in step.kernels.items()},
             }
     moved = dhidden_through_cache(shape, live_pairs(head, shape, taus(None, False)[0], "same"), target)
@@ -106,7 +110,7 @@ def main() -> None:
     print(f"through the L2 cache; ordered over atomics {moved['ordered'] / moved['atomics']:.2f}")
     results["dhidden, bytes through the L2 cache"] = moved
     if args.output:
-        shown = {"head": head.name, **{k: v for k, v in vars(args).items() if k not in ("output", "head")}}
+        shown = {"head": head.name, **{k: getattr(args, k) for k in ("tokens", "vocab", "hidden_size", "gpu")}}
         document = {"inputs": shown, "environment": inputs.environment(), "results": results}
         args.output.write_text(json.dumps(document, indent=1) + "\n")
 
