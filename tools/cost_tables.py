@@ -100,7 +100,8 @@ def dense_tables(head: HeadInputs, shapes: tuple[Shape, ...]) -> Iterator[str]:
 
 def rate_tables() -> Iterator[str]:
     def number(value: float) -> str:
-        return f"{value:.3g}" if value >= 1e6 or value < 1 else f"{value:g}"
+        unit = next((unit for unit in (12, 9, 6) if value >= 10**unit), None)
+        return f"{value:g}" if unit is None else f"{value / 10**unit:.4g}e{unit}"
 
     fields = list(next(iter(SOURCES.values())))
     own = [field for field in fields if len({source[field] for source in SOURCES.values()}) > 1]

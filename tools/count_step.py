@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from pathlib import Path
 
 from benchmarks import inputs
 from fastdpo.head import taus
@@ -39,16 +39,28 @@ def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
     return rows
 
 
-def _tables(args: argparse.Namespace) -> Iterator[str]:
-    if args.rates:
-        yield from cost_tables.rate_tables()
-    if args.table or args.dense:
-        head, shapes = inputs.load(args.head), cost_tables.SHAPES
-        shapes = tuple(Shape(*x) for x in args.shape) if args.shape else shapes
-        if args.table:
-            yield from cost_tables.step_tables(head, shapes, args.table)
-        if args.dense:
-            yield from cost_tables.dense_tables(head, shapes)
+def _tables(args: argparse.Namespace) -> dict[str, list[str]]:
+    """By name, those that are asked for: lines."""
+    shapes = tuple(Shape(*x) for x in args.shape or ()) or cost_tables.SHAPES
+    found = {}
+    if args.table or args.dense or args.docs:
+        head = inputs.load(args.head)
+    if args.table or args.docs:
+        found["table"] = list(cost_tables.step_tables(head, shapes, args.table or "same"))
+    if args.dense or args.docs:
+        found["dense"] = list(cost_tables.dense_tables(head, shapes[:1] if args.docs else shapes))
+    if args.rates or args.docs:
+        found["rates"] = list(cost_tables.rate_tables())
+    return found
+
+
+def write_docs(path: Path, tables: dict[str, list[str]]) -> None:
+    """Each table between its mark and the next end."""
+    text = path.read_text()
+    for name, lines in tables.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        text = "\n".join([f"{before}<!-- {name} -->", *lines, f"<!-- end -->{rest.partition('<!-- end -->')[2]}"])
+    path.write_text(text)
 
 
 def main() -> None:
@@ -65,10 +77,14 @@ def main() -> None:
     parser.add_argument("--table", choices=SCALINGS, nargs="?", const="same", help="expected times of all shapes")
     parser.add_argument("--dense", action="store_true", help="what dense products for heavy blocks would change")
     parser.add_argument("--rates", action="store_true", help="the GPUs' rates and their sources")
+    parser.add_argument("--docs", type=Path, help="write all three into this file, docs/costs.md")
     parser.add_argument("--shape", type=int, nargs=3, action="append", help="of these tables, instead of the usual")
     args = parser.parse_args()
-    if args.table or args.dense or args.rates:
-        print("\n".join(_tables(args)))
+    if tables := _tables(args):
+        if args.docs:
+            write_docs(args.docs, tables)
+        else:
+            print("\n".join(line for lines in tables.values() for line in lines))
         return
     head = inputs.load(args.head)
     shape = Shape(args.tokens, args.vocab, args.hidden_size)

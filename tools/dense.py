@@ -27,7 +27,8 @@ class Plan:
     """How a backward would be done; as it is by default."""
 
     dense: float = 1.0  # blocks that more than this share of the tokens keep go through dense products
-    pair_tile: int | None = None  # pairs of a work tile
+    pair_tile: int | None = None  # pairs of a work tile,
+    long: int = 0  # of lists of so many pairs
     sums: int | None = None  # bytes of fp32 dhidden of a range of tokens
 
 
@@ -83,7 +84,7 @@ def backward(shape: Shape, live: Tensor, gpu: Gpu, plan: Plan = Plan(), *, froze
         found = tile(kernel, target, "half")
         return Tile(m or found.m, found.n, found.k, found.group, found.per_sm)
 
-    pair_tile = plan.pair_tile or form("routed_dz").m
+    short = form("routed_dz").m
     heavy = live > plan.dense * shape.num_tokens
     columns, light = BLOCK * int(heavy.sum()), torch.where(heavy, 0.0, live)
     kernels: dict[str, Cost] = {}
@@ -100,7 +101,13 @@ def backward(shape: Shape, live: Tensor, gpu: Gpu, plan: Plan = Plan(), *, froze
         wanted = {"dz": True, "dhidden": sweep.hidden, "dweight": sweep.head}
         wanted = [name for name, is_wanted in wanted.items() if is_wanted]
         for name in wanted if lengths.sum() > 0 else ():
-            add(f"routed_{name}", (lengths, n), None if name == "dweight" else pair_tile, cache=gpu.cache)
+            if name == "dweight":
+                add("routed_dweight", (lengths, n), cache=gpu.cache)
+                continue
+            is_long = lengths >= plan.long
+            for lists, m in ((is_long, plan.pair_tile or short), (~is_long, short)):
+                if (lengths * lists).sum() > 0:
+                    add(f"routed_{name}", (lengths * lists, n), m, cache=gpu.cache)
         held = n * 4 * h if sweep.hidden else n * h * item
         for width in slabs_of(columns, n, item, held) if columns else ():
             for name in wanted:
@@ -110,12 +117,12 @@ def backward(shape: Shape, live: Tensor, gpu: Gpu, plan: Plan = Plan(), *, froze
 
 PLANS = {
     "as it is": Plan(),
-    "128 pairs": Plan(pair_tile=128),
-    "sums 32 MB": Plan(sums=32 << 20),
-    "both": Plan(pair_tile=128, sums=32 << 20),
+    "tiles of 128 pairs": Plan(pair_tile=128),
+    "tiles of 128 for lists from 256 on": Plan(pair_tile=128, long=256),
+    "sums of 32 MB": Plan(sums=32 << 20),
     **{f"dense > {f:g}": Plan(dense=f) for f in FRACTIONS},
-    "128 pairs, dense > 0.5": Plan(0.5, 128),
-    "all, dense > 0.5": Plan(0.5, 128, 32 << 20),
+    "dense > 0.5, tiles of 128 from 256 on": Plan(0.5, 128, 256),
+    "the same, sums of 32 MB": Plan(0.5, 128, 256, 32 << 20),
 }
 
 

@@ -32,9 +32,9 @@ class Gpu:
 
 
 GPUS = {
-    "A100": Gpu(250e12, 1.70e12, 2e-6, 5.4e12, 28e6, 108, 1.41e9, 2048, 80),
+    "A100": Gpu(250e12, 1.73e12, 2e-6, 5.4e12, 28e6, 108, 1.41e9, 2048, 80),
     "H100": Gpu(728e12, 3.0e12, 2e-6, 9.7e12, 40e6, 132, 1.98e9, 4096, 90),
-    "H200": Gpu(785e12, 4.3e12, 2e-6, 9.7e12, 44e6, 132, 1.98e9, 4096, 90),
+    "H200": Gpu(785e12, 3.9e12, 2e-6, 9.7e12, 44e6, 132, 1.98e9, 4096, 90),
     "B200": Gpu(1672e12, 6.8e12, 2e-6, 13e12, 100e6, 148, 1.97e9, 8192, 100),
     "RTX 4090": Gpu(157e12, 0.92e12, 2e-6, 4.9e12, 58e6, 128, 2.52e9, 512, 89),
     "RTX 5090": Gpu(224e12, 1.6e12, 2e-6, 6.2e12, 77e6, 170, 2.41e9, 512, 120),
@@ -52,20 +52,20 @@ SOURCES: dict[str, dict[str, str]] = {
     "A100": {
         "flops": "estimated: 80% of the data sheet's 312e12; 268e12 is published for the best of many shapes "
         "(stas00/ml-engineering)",
-        "bandwidth": "estimated: 85% of the data sheet; gpu-benches reads 1.73e12",
+        "bandwidth": f"{_BENCHES}, gpu-l2-cache/a100_80.txt, reading far more than the cache holds",
         "l2": f"{_BENCHES}, gpu-l2-cache/a100_80.txt",
         "cache": f"{_BENCHES}: half the rate beyond 28 to 36 MB of the 40, each half of the chip keeps copies",
     },
     "H100": {
         "flops": "published: 42 ms for three products of 8192 x 4096 x 151936 (huggingface/trl#7244); 720e12 by "
         "SemiAnalysis, 794e12 for the best of many shapes (stas00/ml-engineering)",
-        "bandwidth": "estimated: 90% of the data sheet's 3.35e12",
+        "bandwidth": "estimated: 90% of the data sheet's 3.35e12; the H200's share would be 2.7e12",
         "l2": "estimated: the H200's, which is the same chip; gpu-benches has 6.9e12 for the PCIe card at 350 W",
         "cache": "estimated: 80% of the data sheet's 50 MB; gpu-benches sees 36 MB on the PCIe card",
     },
     "H200": {
-        "flops": "published: 770e12 to 800e12 by linkedin/Liger-Kernel",
-        "bandwidth": "estimated: 90% of the data sheet's 4.8e12; gpu-benches has 3.9e12 written, 3.5e12 mixed",
+        "flops": "published: 763e12 and 787e12 by linkedin/Liger-Kernel (peer_costs.py)",
+        "bandwidth": f"{_BENCHES}, gpu-l2-cache and gpu-stream, h200.txt: reading, and writing; 81% of the data sheet",
         "l2": f"{_BENCHES}, gpu-l2-cache/h200.txt, 10 to 40 MB",
         "cache": f"{_BENCHES}: the rate falls beyond 44 MB",
     },

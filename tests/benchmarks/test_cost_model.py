@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -169,3 +170,21 @@ def test_the_tables_are_printed(capsys, monkeypatch):
         assert all(any(name in line for line in lines) for name in GPUS)
     assert cost_tables.folds_of(GPUS["A100"]) != cost_tables.folds_of(H100)
     assert math.isfinite(H100.clock)
+
+
+def test_tables_replace_those_in_the_docs(tmp_path):
+    from tools.count_step import write_docs
+
+    page = tmp_path / "costs.md"
+    page.write_text("a\n<!-- table -->\nold\n<!-- end -->\nb\n<!-- rates -->\n<!-- end -->\nc\n")
+    for lines in (["new", "er"], ["newer"]):
+        write_docs(page, {"table": lines, "rates": ["x"]})
+        expected = ["a", "<!-- table -->", *lines, "<!-- end -->", "b", "<!-- rates -->", "x", "<!-- end -->", "c"]
+        assert page.read_text().splitlines() == expected
+
+
+def test_the_page_has_a_place_for_every_table():
+    page = (Path(__file__).parents[2] / "docs" / "costs.md").read_text()
+    for name in ("table", "dense", "rates"):
+        inside = page.partition(f"<!-- {name} -->")[2].partition("<!-- end -->")[0]
+        assert all(gpu in inside for gpu in GPUS)
