@@ -1,9 +1,9 @@
 """Operations, bytes and launches of every kernel of a step, from the launches the Triton engine makes and the number
 of live pairs. Nothing runs: the engine's launches are recorded on tensors without storage.
 
-A *pass* is 2 N V H operations, one lm_head product. Tiles count whole: padding is paid for. Bytes are those that come
-from or go to device memory: of rows that are used again and again, as many as the L2 cache does not hold. A GPU's rates
-turn the counts into a floor: the time in which no kernel is faster than its operations or its bytes allow.
+A *pass* is 2 N V H operations, one lm_head product. `kernel_costs.py` says what a kernel of given sizes costs, and what
+is assumed; this file takes the sizes from the launches. With a GPU's rates (`gpus.py`) the counts become a floor, the
+time in which no kernel is faster than its operations and its bytes of memory allow, and an expected time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-BLOCK = 128
-CACHE = 40e6  # bytes of rows that stay in the L2 cache beside what streams through it; H100 has 50 MB, H200 60 MB
-
-
-def _missed(used: float, distinct: float) -> float:
-    """Bytes from memory of `used` bytes in rows of `distinct` bytes altogether, used in no particular order."""
-    return min(distinct, used) + max(0.0, used - distinct) * max(0.0, 1 - CACHE / distinct)
+from tools import kernel_costs
+from tools.gpus import Gpu
+from tools.kernel_costs import BLOCK, EPILOGUES, Cost, Epilogue, Tile
 
 
 @dataclass
@@ -37,37 +33,6 @@ class Shape:
         return 2.0 * self.num_tokens * self.vocab_size * self.hidden_size
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What a machine reaches on its best day: measured on it, not its data sheet."""
-
-    flops: float  # per second, of a large plain bf16 product
-    bandwidth: float  # bytes per second, read and written, of a large copy
-    launch: float = 2e-6  # seconds between two kernels that do nothing
-
-
-# Where none is at hand to measure. H100 and H200: published times of plain products (42 ms for three of
-# 8192 x 4096 x 151936; 770 to 800 TFLOP/s), copies at 90% of the data sheet; A100: 80% and 85% of its data sheet.
-GPUS = {"A100": Gpu(250e12, 1.70e12), "H100": Gpu(728e12, 3.0e12), "H200": Gpu(785e12, 4.3e12)}
-
-
-@dataclass
-class Cost:
-    flops: float = 0.0  # of matrix products
-    bytes: float = 0.0
-    launches: int = 0
-
-    def floor(self, gpu: Gpu) -> float:
-        """Seconds."""
-        return max(self.flops / gpu.flops, self.bytes / gpu.bandwidth) + self.launches * gpu.launch
-
-    def __iadd__(self, other: Cost) -> Cost:
-        self.flops += other.flops
-        self.bytes += other.bytes
-        self.launches += other.launches
-        return self
-
-
 @dataclass
 class StepCost:
     kernels: dict[str, Cost] = field(default_factory=dict)
@@ -82,6 +47,9 @@ class StepCost:
     def floor(self, gpu: Gpu) -> float:
         """Seconds: kernels run one after the other."""
         return sum(cost.floor(gpu) for cost in self.kernels.values()) + self.other_launches.total() * gpu.launch
+
+    def expected(self, gpu: Gpu) -> float:
+        return sum(cost.expected(gpu) for cost in self.kernels.values()) + self.other_launches.total() * gpu.launch
 
 
 class _CountTorch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -147,8 +115,18 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     return launches, torch_calls
 
 
-def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **options) -> StepCost:
-    """`live` [num_blocks]: how many of the tokens keep each block at the smaller tau, and at dhidden's; None: exact."""
+def step_cost(
+    shape: Shape,
+    live: Tensor | None,
+    live_hidden: Tensor | None,
+    *,
+    cache: float = Gpu.cache,
+    epilogues: dict[str, Epilogue] = EPILOGUES,
+    multicast: int = 1,
+    **options,
+) -> StepCost:
+    """`live` [num_blocks]: how many of the tokens keep each block at the smaller tau, and at dhidden's; None: exact.
+    `cache`, `epilogues` and `multicast`, of the fold: kernel_costs.py. The rest: `record`."""
     launches, torch_calls = record(shape, **options)
     launches = list(_bound(launches))
     sweeps_of_hidden = {}  # lists by whether they are dhidden's alone: then the larger tau's pairs are in them
@@ -159,7 +137,8 @@ def step_cost(shape: Shape, live: Tensor | None, live_hidden: Tensor | None, **o
     step = StepCost(other_launches=torch_calls)
     for name, bound in launches:
         alone = "lengths" in bound and sweeps_of_hidden.get(id(bound["lengths"]), False)
-        cost = _COSTS[name](bound, shape, live_hidden if alone else live)
+        call = _Launch(bound, shape, live_hidden if alone else live, options["target"].programs, cache, multicast)
+        cost = Cost() if call.does_nothing else _COSTS[name](call, epilogues.get(name))
         cost.launches = 1
         step.kernels.setdefault(name, Cost())
         step.kernels[name] += cost
@@ -180,166 +159,105 @@ def _bound(launches: list[tuple]):
         yield kernel.__name__.removesuffix("_kernel"), bound
 
 
-def _tokens(a: dict, shape: Shape) -> int:
-    return max(0, min(shape.num_tokens - a["first_token"], a["capacity"]))
+@dataclass(frozen=True)
+class _Launch:
+    """The sizes in a launch's arguments."""
+
+    arguments: dict
+    shape: Shape
+    live: Tensor | None
+    multiprocessors: int
+    cache: float
+    multicast: int
+
+    def __getitem__(self, name: str):
+        return self.arguments[name]
+
+    @property
+    def does_nothing(self) -> bool:
+        """An exact kernel of a routed call whose pairs are few; a round after the first, which stands for all."""
+        exact = self.arguments.get("flag") is not None and self.live is not None
+        return exact or self.arguments.get("round", 0) != 0
+
+    @property
+    def tokens(self) -> int:
+        """Of the launch's range, those that there are."""
+        return max(0, min(self.shape.num_tokens - self["first_token"], self["capacity"]))
+
+    @property
+    def columns(self) -> int:
+        return self["last_column"] - self["first_column"]
+
+    @property
+    def item(self) -> int:
+        return self.shape.dtype.itemsize
+
+    def tile(self, m: str = "BM") -> Tile:
+        a = self.arguments
+        per_sm = a["PROGRAMS"] // self.multiprocessors
+        return Tile(a.get(m, a["BM"]), a["BN"], a["BK"], a["GROUP"], max(1, per_sm))
+
+    @property
+    def common(self) -> tuple[int, int]:
+        return self.multiprocessors, self.item
+
+    @property
+    def listed(self) -> int:
+        """Tokens that the list covers."""
+        a = self.arguments
+        capacity = BLOCK * a["running"].shape[0] if "running" in a else a["of_range"]
+        return max(1, min(self.shape.num_tokens - a.get("first_token", 0), capacity))
+
+    @property
+    def lengths(self) -> Tensor:
+        """Pairs per block of the tokens in range, if they are spread evenly."""
+        a = self.arguments
+        blocks = a["running"].shape[1] if "running" in a else a["lengths"].shape[0]
+        share = self.listed / self.shape.num_tokens
+        return (self.live[a["first_block"] : a["first_block"] + blocks].double() * share).ceil()
 
 
-def _padded(n: float, tile: int) -> float:
-    return -(-n // tile) * tile
+def _fold(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.fold(a.tokens, a["V"], a["H"], a.tile()._replace(multicast=a.multicast), *a.common, epilogue)
 
 
-def _does_nothing(a: dict, live: Tensor | None) -> bool:
-    """An exact kernel of a routed call whose pairs are few."""
-    return a["flag"] is not None and live is not None
+def _dz(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.dz(a.tokens, a.columns, a["H"], a.tile(), *a.common, epilogue)
 
 
-def _fold(a, shape, live):
-    m, n = _padded(_tokens(a, shape), a["BM"]), _padded(a["V"], a["BN"])
-    item = shape.dtype.itemsize
-    groups = -(-m // (a["BM"] * a["GROUP"]))
-    # per group of token tiles the head is read once; the tokens stay in the cache
-    traffic = item * (groups * a["V"] * a["H"] + m * a["H"]) + 4 * m * a["num_blocks"]
-    return Cost(2.0 * m * n * a["H"], traffic)
+def _dhidden(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.dhidden(a.tokens, a.columns, a["H"], a.tile(), *a.common, epilogue)
 
 
-def _dz(a, shape, live):
-    if _does_nothing(a, live):
-        return Cost()
-    m, columns = _padded(_tokens(a, shape), a["BM"]), _padded(a["last_column"] - a["first_column"], a["BN"])
-    item = shape.dtype.itemsize
-    return Cost(2.0 * m * columns * a["H"], item * (columns * a["H"] + m * a["H"] + m * columns))
+def _dweight(a: _Launch, epilogue: Epilogue) -> Cost:
+    partial = 4 * ((a["summed_columns"] > 0) + (not a["LAST"]))
+    sizes = a.tokens, a.columns, a["H"], a.tile()
+    return kernel_costs.dweight(*sizes, *a.common, epilogue, partial=partial, last=a["LAST"])
 
 
-def _dhidden(a, shape, live):
-    if _does_nothing(a, live):
-        return Cost()
-    n, columns = _tokens(a, shape), a["last_column"] - a["first_column"]
-    m, h, item = _padded(n, a["BM"]), _padded(a["H"], a["BN"]), shape.dtype.itemsize
-    return Cost(2.0 * m * columns * h, item * (m * columns + columns * h) + 8 * n * a["H"])
+def _pairs(a: _Launch, m: str = "BM") -> tuple:
+    return a.lengths, a.listed, a["H"], a.tile(m), *a.common
 
 
-def _dweight(a, shape, live):
-    if _does_nothing(a, live):
-        return Cost()
-    n, m = _padded(_tokens(a, shape), a["BK"]), _padded(a["last_column"] - a["first_column"], a["BM"])
-    item, sums = shape.dtype.itemsize, 4 * ((a["summed_columns"] > 0) + (not a["LAST"]))
-    return Cost(
-        2.0 * m * n * _padded(a["H"], a["BN"]), item * n * (m + a["H"]) + (item * a["LAST"] + sums) * m * a["H"]
-    )
+def _routed_dz(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.routed_dz(*_pairs(a), epilogue, a.cache)
 
 
-def _lengths(a, shape, live, first_token, capacity, blocks) -> Tensor:
-    """Pairs per block of the tokens in range, if they are spread evenly."""
-    share = max(0, min(shape.num_tokens - first_token, capacity)) / shape.num_tokens
-    return (live[a["first_block"] : a["first_block"] + blocks].double() * share).ceil()
+def _routed_dhidden(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.routed_dhidden(*_pairs(a, "TILE"), epilogue, a.cache)
 
 
-def _routed(a, shape, live) -> tuple[Tensor, Tensor, float]:
-    """(pairs, padded pairs) per block and tiles of this launch's list; the first round stands for all of them."""
-    blocks = a["running"].shape[1] if "running" in a else a["lengths"].shape[0]
-    lengths = _lengths(a, shape, live, a["first_token"], a.get("capacity", shape.num_tokens), blocks)
-    return lengths, (lengths / a.get("TILE", a["BM"])).ceil() * a.get("TILE", a["BM"]), a["round"] == 0
+def _ordered_dhidden(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.ordered_dhidden(*_pairs(a), EPILOGUES["routed_dhidden"], a.cache, groups=a["grid"][1])
 
 
-def _range(a: dict, shape: Shape) -> int:
-    """Tokens that the list covers."""
-    return max(1, min(shape.num_tokens - a.get("first_token", 0), _capacity(a)))
+def _routed_dweight(a: _Launch, epilogue: Epilogue) -> Cost:
+    return kernel_costs.routed_dweight(*_pairs(a), epilogue, a.cache)
 
 
-def _routed_dz(a, shape, live):
-    lengths, padded, first = _routed(a | {"capacity": _capacity(a)}, shape, live)
-    if not first:
-        return Cost()
-    pairs, item = padded.sum().item(), shape.dtype.itemsize
-    touched = (lengths > 0).sum().item() * BLOCK * a["H"]
-    rows = _missed(item * lengths.sum().item() * a["H"], item * _range(a, shape) * a["H"])
-    return Cost(2.0 * pairs * BLOCK * a["H"], rows + item * (touched + pairs * BLOCK))
-
-
-def _capacity(a: dict) -> int:
-    """Tokens of the range that a list covers."""
-    return BLOCK * a["running"].shape[0] if "running" in a else a["of_range"]
-
-
-def _routed_dhidden(a, shape, live):
-    first_token = a.get("first_token", 0)
-    lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": first_token}, shape, live)
-    if not first:
-        return Cost()
-    pairs, item = padded.sum().item(), shape.dtype.itemsize
-    touched = (lengths > 0).sum().item() * BLOCK * a["H"]
-    # rows are added in memory: read and written
-    added = _missed(8 * lengths.sum().item() * a["H"], 8 * _range(a, shape) * a["H"])
-    return Cost(2.0 * pairs * BLOCK * _padded(a["H"], a["BN"]), item * (pairs * BLOCK + touched) + added)
-
-
-def _ordered_dhidden(a, shape, live):
-    lengths, _, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live)
-    if not first:
-        return Cost()
-    item, columns = shape.dtype.itemsize, _padded(a["H"], a["BN"])
-    touched = (lengths > 0).sum().item() * BLOCK * a["H"]
-    added = _missed(8 * lengths.sum().item() * a["H"], 8 * _range(a, shape) * a["H"])
-    pairs = (_ordered_shares(a, lengths) / a["BM"]).ceil().sum().item() * a["BM"]
-    return Cost(2.0 * pairs * BLOCK * columns, item * (lengths.sum().item() * BLOCK + touched) + added)
-
-
-def _ordered_shares(a: dict, lengths: Tensor) -> Tensor:
-    """[groups, blocks] pairs."""
-    groups = a["grid"][1]
-    return torch.poisson((lengths / groups).expand(groups, -1), generator=torch.Generator().manual_seed(0))
-
-
-def dhidden_through_cache(shape: Shape, live_hidden: Tensor, target) -> dict[str, float]:
-    """Bytes that adding up the routed dhidden moves between the L2 cache and the multiprocessors, with atomics and in
-    order, whose adding counts as a read and a write both ways.
-
-    Where rows of fp32 sums stay in the L2 cache this, not memory, is what bounds the two kernels.
-    """
-    moved = {}
-    before = torch.are_deterministic_algorithms_enabled()
-    for name, ordered in (("atomics", False), ("ordered", True)):
-        torch.use_deterministic_algorithms(ordered)
-        launches, _ = record(shape, frozen=True, backward="routed", tau=None, target=target, parts=("backward",))
-        torch.use_deterministic_algorithms(before)
-        moved[name] = 0.0
-        for kernel, a in _bound(launches):
-            if kernel not in ("routed_dhidden", "ordered_dhidden"):
-                continue
-            lengths, padded, first = _routed(a | {"capacity": _capacity(a), "first_token": 0}, shape, live_hidden)
-            if first:
-                parts, item, pairs = -(-a["H"] // a["BN"]), shape.dtype.itemsize, lengths.sum().item()
-                reads_of_blocks = padded.sum().item() / a.get("TILE", a["BM"])
-                if ordered:  # a program reads its part of a block once, if it has pairs there
-                    reads_of_blocks = (_ordered_shares(a, lengths) > 0).sum().item()
-                operands = parts * item * BLOCK * (pairs + reads_of_blocks * a["BN"])
-                moved[name] += operands + 8 * pairs * a["H"]
-    return moved
-
-
-def _routed_dweight(a, shape, live):
-    lengths, _, first = _routed(a | {"capacity": _capacity(a)}, shape, live)
-    if not first:
-        return Cost()
-    item = shape.dtype.itemsize
-    depth = ((lengths / a["BK"]).ceil() * a["BK"]).sum().item()
-    columns = _padded(a["H"], a["BN"])
-    written = a["lengths"].shape[0] * BLOCK * a["H"]
-    rows = _missed(item * depth * columns, item * _range(a, shape) * a["H"])
-    return Cost(2.0 * depth * BLOCK * columns, rows + item * (depth * BLOCK + written))
-
-
-def _fill(a, shape, live):
-    """The first round stands for all of them, as in the kernels that read its lists."""
-    read = a["capacity"] * a["stride"] + 4 * a["running"].numel()
-    return Cost(0.0, float(read)) if a["round"] == 0 else Cost()
-
-
-def _rows(bytes_per_row):
-    def cost(a, shape, live):
-        return Cost() if a.get("flag") is not None and live is not None else Cost(0.0, float(bytes_per_row(a, shape)))
-
-    return cost
+def _moves(size):
+    """A kernel that only moves so many bytes, all of them through the cache."""
+    return lambda a, _: Cost(bytes=float(size(a)), l2=float(size(a)))
 
 
 _COSTS = {
@@ -351,13 +269,26 @@ _COSTS = {
     "routed_dhidden": _routed_dhidden,
     "ordered_dhidden": _ordered_dhidden,
     "routed_dweight": _routed_dweight,
-    "compact": _rows(lambda a, s: 30 * s.num_tokens),
-    "gather": _rows(lambda a, s: 2 * s.dtype.itemsize * a["capacity"] * a["pitch"]),
-    "low_rank": _rows(lambda a, s: a["capacity"] * (s.dtype.itemsize * a["pitch"] + 4 * a["R"])),
-    "finish": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + 20)),
-    "route": _rows(lambda a, s: min(a["capacity"], s.num_tokens) * (4 * a["num_blocks"] + a["bitmap_stride"] + 8)),
-    "count": _rows(lambda a, s: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),
-    "plan": _rows(lambda a, s: 4 * a["running"].numel()),
-    "fill": _fill,
-    "spread": _rows(lambda a, s: a["capacity"] * a["H"] * (4 + s.dtype.itemsize)),
+    "compact": _moves(lambda a: 30 * a.shape.num_tokens),
+    "gather": _moves(lambda a: 2 * a.item * a["capacity"] * a["pitch"]),
+    "low_rank": _moves(lambda a: a["capacity"] * (a.item * a["pitch"] + 4 * a["R"])),
+    "finish": _moves(lambda a: a.tokens * (4 * a["num_blocks"] + 20)),
+    "route": _moves(lambda a: a.tokens * (4 * a["num_blocks"] + a["bitmap_stride"] + 8)),
+    "count": _moves(lambda a: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),
+    "plan": _moves(lambda a: 4 * a["running"].numel()),
+    "fill": _moves(lambda a: a["capacity"] * a["stride"] + 4 * a["running"].numel()),
+    "spread": _moves(lambda a: a["capacity"] * a["H"] * (4 + a.item)),
 }
+
+
+def dhidden_through_cache(shape: Shape, live_hidden: Tensor, target) -> dict[str, float]:
+    """Bytes that adding up the routed dhidden moves between the L2 cache and the multiprocessors, with atomics and in
+    order. Where rows of fp32 sums stay in the L2 cache this, not memory, is what bounds the two kernels."""
+    moved = {}
+    before = torch.are_deterministic_algorithms_enabled()
+    for name, kernel in (("atomics", "routed_dhidden"), ("ordered", "ordered_dhidden")):
+        torch.use_deterministic_algorithms(kernel == "ordered_dhidden")
+        options = {"frozen": True, "backward": "routed", "tau": None, "target": target, "parts": ("backward",)}
+        moved[name] = step_cost(shape, live_hidden, live_hidden, **options).kernels[kernel].l2
+        torch.use_deterministic_algorithms(before)
+    return moved

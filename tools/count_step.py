@@ -4,11 +4,8 @@ the floor that they set on a GPU's time.
 python -m tools.count_step --head head.safetensors [--tokens 8192 --vocab 128256 --hidden-size 4096 --gpu H200]
 
 Policy and reference forward, and the backward. Live pairs are those of the head's distributions, scaled to a larger
-vocabulary in one of two ways:
-
-    same    a token has as many live blocks as on the head, among more blocks
-    split   every column of the head becomes several, of equal probability: candidates then lie in more blocks than a
-            trained model's do, so this is an upper bound
+vocabulary as `tools/live.py` says. With --table, --dense or --rates instead the tables of docs/costs.md: expected times
+of many shapes on every GPU, what dense products for a backward's heavy blocks would change, and the GPUs' rates.
 
 No GPU is needed, and no time is measured.
 """
@@ -17,43 +14,53 @@ from __future__ import annotations
 
 import argparse
 import json
-
-import torch
-from torch import Tensor
+from pathlib import Path
 
 from benchmarks import inputs
 from fastdpo.head import taus
-from fastdpo.routing import BLOCK, ONE, keep, num_blocks, odds
-from tools.cost_model import GPUS, Gpu, Shape, StepCost, dhidden_through_cache, step_cost
+from tools import cost_tables
+from tools.cost_model import Shape, StepCost, dhidden_through_cache, step_cost
+from tools.gpus import GPUS, Gpu
+from tools.kernel_costs import Cost
+from tools.live import SCALINGS, live_pairs
 
-
-def live_pairs(head: inputs.HeadInputs, shape: Shape, tau: float, scaling: str, seed: int = 0) -> Tensor:
-    """[num_blocks] tokens out of shape.num_tokens that keep each block, drawn by the rule of fastdpo/routing.py."""
-    blocks, head_size = num_blocks(shape.vocab_size), head.weight.shape[0]
-    width = shape.vocab_size / head_size if scaling == "split" else 1.0
-    block_of = (torch.arange(head_size) * width).long() // BLOCK
-    weight = head.weight.float()
-    g = torch.Generator().manual_seed(seed)
-    counts = torch.zeros(int(block_of[-1]) + 1, dtype=torch.float64)
-    for hidden, labels in zip(head.hidden.float().split(512), head.labels.split(512)):
-        tail = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf).softmax(-1)
-        share = torch.zeros(len(tail), len(counts)).index_add_(1, block_of, tail)
-        own = torch.zeros_like(share, dtype=torch.bool).scatter_(1, block_of[labels][:, None], True)
-        counts += keep(odds(share, own, tau), torch.randint(ONE, (len(share),), generator=g)).sum(0)
-    stretched = counts[(torch.arange(blocks) * len(counts) / blocks).long()]
-    return stretched * (counts.sum() / stretched.sum()) * (shape.num_tokens / len(head.labels))
+COLUMNS = ["kernel", "passes", "GB", "L2 GB", "launches", "floor ms", "expected ms", "bound by"]
 
 
 def rows_of(step: StepCost, shape: Shape, gpu: Gpu) -> list[list[str]]:
-    def row(name: str, flops: float, traffic: float, launches: int, floor: float) -> list[str]:
-        return [name, f"{flops / shape.one_pass:.4f}", f"{traffic / 1e9:.2f}", str(launches), f"{floor * 1e3:.3f}"]
+    def row(name: str, cost: Cost, floor: float, expected: float, bound: str = "") -> list[str]:
+        counts = f"{cost.flops / shape.one_pass:.4f}", f"{cost.bytes / 1e9:.2f}", f"{cost.l2 / 1e9:.2f}"
+        return [name, *counts, str(cost.launches), f"{floor * 1e3:.3f}", f"{expected * 1e3:.3f}", bound]
 
-    rows = [row(name, one.flops, one.bytes, one.launches, one.floor(gpu)) for name, one in step.kernels.items()]
-    launches = step.other_launches.total()
-    rows.append(row("torch's own: " + ", ".join(step.other_launches), 0, 0, launches, launches * gpu.launch))
-    total = step.total()
-    rows.append(row("total", total.flops, total.bytes, total.launches, step.floor(gpu)))
+    rows = [row(name, x, x.floor(gpu), x.expected(gpu), x.bound(gpu)) for name, x in step.kernels.items()]
+    others = Cost(launches=step.other_launches.total())
+    rows.append(row("torch's own: " + ", ".join(step.other_launches), others, others.floor(gpu), others.expected(gpu)))
+    rows.append(row("total", step.total(), step.floor(gpu), step.expected(gpu)))
     return rows
+
+
+def _tables(args: argparse.Namespace) -> dict[str, list[str]]:
+    """By name, those that are asked for: lines."""
+    shapes = tuple(Shape(*x) for x in args.shape or ()) or cost_tables.SHAPES
+    found = {}
+    if args.table or args.dense or args.docs:
+        head = inputs.load(args.head)
+    if args.table or args.docs:
+        found["table"] = list(cost_tables.step_tables(head, shapes, args.table or "same"))
+    if args.dense or args.docs:
+        found["dense"] = list(cost_tables.dense_tables(head, shapes[:1] if args.docs else shapes))
+    if args.rates or args.docs:
+        found["rates"] = list(cost_tables.rate_tables())
+    return found
+
+
+def write_docs(path: Path, tables: dict[str, list[str]]) -> None:
+    """Each table between its mark and the next end."""
+    text = path.read_text()
+    for name, lines in tables.items():
+        before, _, rest = text.partition(f"<!-- {name} -->\n")
+        text = "\n".join([f"{before}<!-- {name} -->", *lines, f"<!-- end -->{rest.partition('<!-- end -->')[2]}"])
+    path.write_text(text)
 
 
 def main() -> None:
@@ -64,16 +71,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--hidden-size", type=int, default=4096)
-    parser.add_argument("--capability", type=int, default=90, help="of the GPU whose tiles are counted")
-    parser.add_argument("--multiprocessors", type=int, default=132)
-    parser.add_argument("--gpu", choices=GPUS, default="H200", help="whose rates make the floor")
+    parser.add_argument(
+        "--gpu", choices=GPUS, default="H200", help="whose tiles are counted and whose rates make times"
+    )
+    parser.add_argument("--table", choices=SCALINGS, nargs="?", const="same", help="expected times of all shapes")
+    parser.add_argument("--dense", action="store_true", help="what dense products for heavy blocks would change")
+    parser.add_argument("--rates", action="store_true", help="the GPUs' rates and their sources")
+    parser.add_argument("--docs", type=Path, help="write all three into this file, docs/costs.md")
+    parser.add_argument("--shape", type=int, nargs=3, action="append", help="of these tables, instead of the usual")
     args = parser.parse_args()
+    if tables := _tables(args):
+        if args.docs:
+            write_docs(args.docs, tables)
+        else:
+            print("\n".join(line for lines in tables.values() for line in lines))
+        return
     head = inputs.load(args.head)
     shape = Shape(args.tokens, args.vocab, args.hidden_size)
-    target = Target(args.capability, args.multiprocessors)
+    gpu = GPUS[args.gpu]
+    target = Target(gpu.capability, gpu.multiprocessors)
     results = {}
     for frozen in (False, True):
-        for backward, scaling in (("routed", "same"), ("routed", "split"), ("exact", None)):
+        for backward, scaling in (*(("routed", scaling) for scaling in SCALINGS), ("exact", None)):
             tau = taus(None, not frozen)
             live = live_hidden = None
             title = f"{backward} backward, {'frozen' if frozen else 'trained'} head"
@@ -82,21 +101,21 @@ def main() -> None:
                 per_token = [f"{(x.sum() / shape.num_tokens).item():.1f}" for x in (live_hidden, live)]
                 title += f", live blocks per token of {len(live)} ({scaling}): {per_token[0]} for dhidden"
                 title += "" if frozen else f", {per_token[1]} for dweight"
-            step = step_cost(shape, live, live_hidden, frozen=frozen, backward=backward, tau=None, target=target)
-            print(
-                f"\n{title}\n(N, V, H) = ({args.tokens}, {args.vocab}, {args.hidden_size}), bf16, sm_{args.capability}"
-            )
-            gpu = GPUS[args.gpu]
-            for row in [["kernel", "passes", "GB", "launches", "floor ms"], *rows_of(step, shape, gpu)]:
-                print(f"  {row[0][:60]:60} {row[1]:>8} {row[2]:>9} {row[3]:>9} {row[4]:>9}")
+            options = {"frozen": frozen, "backward": backward, "tau": None, "target": target, "cache": gpu.cache}
+            step = step_cost(shape, live, live_hidden, **options)
+            print(f"\n{title}\n(N, V, H) = {cost_tables.sizes(shape)}, bf16, {args.gpu}")
+            for name, *numbers in [COLUMNS, *rows_of(step, shape, gpu)]:
+                print(f"  {name[:50]:50}" + "".join(f"{x:>12}" for x in numbers))
             total, products = step.total(), 2 * shape.one_pass / gpu.flops
-            print(f"  floor over two plain products ({products * 1e3:.3f} ms): {step.floor(gpu) / products:.3f}")
+            floor, expected = step.floor(gpu) / products, step.expected(gpu) / products
+            print(f"  over two plain products ({products * 1e3:.3f} ms): floor {floor:.3f}, expected {expected:.3f}")
             results[title] = {
                 "passes": total.flops / shape.one_pass,
                 "bytes": total.bytes,
                 "launches": total.launches,
                 "floor ms": step.floor(gpu) * 1e3,
-                "floor over two products": step.floor(gpu) / products,
+                "floor over two products": floor,
+                "expected over two products": expected,
                 "kernels": {name: vars(cost) for name, cost in step.kernels.items()},
             }
     moved = dhidden_through_cache(shape, live_pairs(head, shape, taus(None, False)[0], "same"), target)
@@ -107,7 +126,7 @@ def main() -> None:
     print(f"through the L2 cache; ordered over atomics {moved['ordered'] / moved['atomics']:.2f}")
     results["dhidden, bytes through the L2 cache"] = moved
     if args.output:
-        shown = {"head": head.name, **{k: v for k, v in vars(args).items() if k not in ("output", "head")}}
+        shown = {"head": head.name, **{k: getattr(args, k) for k in ("tokens", "vocab", "hidden_size", "gpu")}}
         document = {"inputs": shown, "environment": inputs.environment(), "results": results}
         args.output.write_text(json.dumps(document, indent=1) + "\n")
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tools.cost_model import GPUS, Cost, Gpu, Shape
+from tools.cost_model import Shape
+from tools.gpus import GPUS, Gpu
+from tools.kernel_costs import Cost
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class Algorithm:
         """Products and elementwise work one after the other, as separate kernels do them."""
         cost = self.cost(shape, **parts)
         return cost.flops / gpu.flops + cost.bytes / gpu.bandwidth
+
+    def step(self, shape: Shape, gpu: Gpu) -> float:
+        """Of a policy's forward and backward and a reference's forward."""
+        return self.seconds(shape, gpu) + self.seconds(shape, gpu, backward=False)
 
 
 ALGORITHMS = {

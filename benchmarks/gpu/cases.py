@@ -18,7 +18,8 @@ from torch import Tensor
 from benchmarks.gpu.timing import interleaved, kernel_times, launches_of
 from benchmarks.inputs import HeadInputs, lifted, load, synthetic_head
 from benchmarks.peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
-from tools.cost_model import STEP, Gpu, Shape, StepCost, step_cost
+from tools.cost_model import STEP, Shape, StepCost, step_cost
+from tools.gpus import Gpu
 
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
 LAUNCHES = ("step", "frozen step", "loss")  # groups of which every contender's launches are counted

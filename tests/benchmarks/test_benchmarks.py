@@ -281,7 +281,7 @@ def test_the_share_of_pairs_is_that_of_the_routing_rule():
 
 
 def test_published_times_are_reproduced_from_pass_counts():
-    from tools.cost_model import GPUS
+    from tools.gpus import GPUS
     from tools.peer_costs import ALGORITHMS, PUBLISHED
 
     ratios = {}
@@ -296,7 +296,8 @@ def test_published_times_are_reproduced_from_pass_counts():
 @pytest.mark.parametrize("frozen", [False, True])
 def test_counted_costs_follow_the_live_pairs(frozen):
     from fastdpo.ops.triton.launch import Target
-    from tools.cost_model import GPUS, Shape, step_cost
+    from tools.cost_model import Shape, step_cost
+    from tools.gpus import GPUS
 
     shape, options = Shape(4096, 32000, 2048), {"frozen": frozen, "tau": None, "target": Target(90, 132)}
     few, many = (
