@@ -138,7 +138,7 @@ def step_cost(
     for name, bound in launches:
         alone = "lengths" in bound and sweeps_of_hidden.get(id(bound["lengths"]), False)
         call = _Launch(bound, shape, live_hidden if alone else live, options["target"].programs, cache, multicast)
-        cost = Cost() if call.does_nothing else _COSTS[name](call, epilogues.get(name))
+        cost = Cost() if call.is_later_round else _COSTS[name](call, epilogues)
         cost.launches = 1
         step.kernels.setdefault(name, Cost())
         step.kernels[name] += cost
@@ -154,7 +154,7 @@ def _bound(launches: list[tuple]):
             if name in arguments:
                 bound |= {key: getattr(x, "value", x) for key, x in arguments[name]._asdict().items()}
         if "lengths" in bound:
-            tokens_of.setdefault(id(bound["lengths"]), bound.get("capacity"))  # the plan comes first
+            tokens_of.setdefault(id(bound["lengths"]), bound.get("capacity"))  # they are made first
             bound["of_range"] = tokens_of[id(bound["lengths"])]
         yield kernel.__name__.removesuffix("_kernel"), bound
 
@@ -174,10 +174,9 @@ class _Launch:
         return self.arguments[name]
 
     @property
-    def does_nothing(self) -> bool:
-        """An exact kernel of a routed call whose pairs are few; a round after the first, which stands for all."""
-        exact = self.arguments.get("flag") is not None and self.live is not None
-        return exact or self.arguments.get("round", 0) != 0
+    def is_later_round(self) -> bool:
+        """Of the routed kernels: the first stands for all."""
+        return self.arguments.get("round", 0) != 0
 
     @property
     def tokens(self) -> int:
@@ -185,16 +184,12 @@ class _Launch:
         return max(0, min(self.shape.num_tokens - self["first_token"], self["capacity"]))
 
     @property
-    def columns(self) -> int:
-        return self["last_column"] - self["first_column"]
-
-    @property
     def item(self) -> int:
         return self.shape.dtype.itemsize
 
-    def tile(self, m: str = "BM") -> Tile:
-        a = self.arguments
-        per_sm = a["PROGRAMS"] // self.multiprocessors
+    def tile(self, m: str = "BM", form=None) -> Tile:
+        a = self.arguments if form is None else {key: getattr(x, "value", x) for key, x in form._asdict().items()}
+        per_sm = self["grid"][0] // self.multiprocessors if len(self["grid"]) == 1 else 1
         return Tile(a.get(m, a["BM"]), a["BN"], a["BK"], a["GROUP"], max(1, per_sm))
 
     @property
@@ -217,42 +212,47 @@ class _Launch:
         return (self.live[a["first_block"] : a["first_block"] + blocks].double() * share).ceil()
 
 
-def _fold(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.fold(a.tokens, a["V"], a["H"], a.tile()._replace(multicast=a.multicast), *a.common, epilogue)
+def _fold(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
+    tile = a.tile()._replace(multicast=a.multicast)
+    return kernel_costs.fold(a.tokens, a["V"], a["H"], tile, *a.common, epilogues["fold"])
 
 
-def _dz(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.dz(a.tokens, a.columns, a["H"], a.tile(), *a.common, epilogue)
-
-
-def _dhidden(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.dhidden(a.tokens, a.columns, a["H"], a.tile(), *a.common, epilogue)
-
-
-def _dweight(a: _Launch, epilogue: Epilogue) -> Cost:
-    partial = 4 * ((a["summed_columns"] > 0) + (not a["LAST"]))
-    sizes = a.tokens, a.columns, a["H"], a.tile()
-    return kernel_costs.dweight(*sizes, *a.common, epilogue, partial=partial, last=a["LAST"])
+def _exact(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
+    """Its steps, unless the pairs of a routed call are few; and rows of dhidden."""
+    whole, outputs, H = Cost(), a["outputs"], a["H"]
+    if outputs.hidden is not None:
+        moved = a["capacity"] * H * (4 + a.item)
+        whole.plus(bytes=moved, l2=moved)
+    if a["flag"] is not None and a.live is not None:
+        return whole
+    chunks, width = -(-a.tokens // a["chunk"]), a["slab"] * BLOCK
+    last_column = min(a["last_block"] * BLOCK, a["V"])
+    for first in range(a["first_block"] * BLOCK, last_column, width):
+        columns = min(width, last_column - first)
+        for chunk in range(chunks):
+            tokens = min(a["chunk"], a.tokens - chunk * a["chunk"])
+            sizes, common = (tokens, columns, H), a.common
+            whole += kernel_costs.dz(*sizes, a.tile(form=a["dz_form"]), *common, epilogues["dz"])
+            if outputs.hidden_sums is not None:
+                whole += kernel_costs.dhidden(*sizes, a.tile(form=a["hidden_form"]), *common, epilogues["dhidden"])
+            if outputs.weight is not None:
+                last = chunk == chunks - 1
+                partial = 4 * ((chunk > 0) + (not last))
+                tile, epilogue = a.tile(form=a["weight_form"]), epilogues["dweight"]
+                whole += kernel_costs.dweight(*sizes, tile, *common, epilogue, partial=partial, last=last)
+    return whole
 
 
 def _pairs(a: _Launch, m: str = "BM") -> tuple:
     return a.lengths, a.listed, a["H"], a.tile(m), *a.common
 
 
-def _routed_dz(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.routed_dz(*_pairs(a), epilogue, a.cache)
+def _routed(name: str, m: str = "BM"):
+    return lambda a, epilogues: getattr(kernel_costs, name)(*_pairs(a, m), epilogues[name], a.cache)
 
 
-def _routed_dhidden(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.routed_dhidden(*_pairs(a, "TILE"), epilogue, a.cache)
-
-
-def _ordered_dhidden(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.ordered_dhidden(*_pairs(a), EPILOGUES["routed_dhidden"], a.cache, groups=a["grid"][1])
-
-
-def _routed_dweight(a: _Launch, epilogue: Epilogue) -> Cost:
-    return kernel_costs.routed_dweight(*_pairs(a), epilogue, a.cache)
+def _ordered_dhidden(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
+    return kernel_costs.ordered_dhidden(*_pairs(a), epilogues["routed_dhidden"], a.cache, groups=a["grid"][1])
 
 
 def _moves(size):
@@ -262,22 +262,15 @@ def _moves(size):
 
 _COSTS = {
     "fold": _fold,
-    "dz": _dz,
-    "dhidden": _dhidden,
-    "dweight": _dweight,
-    "routed_dz": _routed_dz,
-    "routed_dhidden": _routed_dhidden,
+    "exact": _exact,
+    "routed_dz": _routed("routed_dz"),
+    "routed_dhidden": _routed("routed_dhidden", "TILE"),
     "ordered_dhidden": _ordered_dhidden,
-    "routed_dweight": _routed_dweight,
-    "compact": _moves(lambda a: 30 * a.shape.num_tokens),
+    "routed_dweight": _routed("routed_dweight"),
+    "compact": _moves(lambda a: 30 * a.shape.num_tokens + 2 * a.item * a["capacity"] * a["pitch"]),
     "gather": _moves(lambda a: 2 * a.item * a["capacity"] * a["pitch"]),
-    "low_rank": _moves(lambda a: a["capacity"] * (a.item * a["pitch"] + 4 * a["R"])),
-    "finish": _moves(lambda a: a.tokens * (4 * a["num_blocks"] + 20)),
-    "route": _moves(lambda a: a.tokens * (4 * a["num_blocks"] + a["bitmap_stride"] + 8)),
-    "count": _moves(lambda a: a["capacity"] * a["stride"] + 4 * a["counts"].numel()),
-    "plan": _moves(lambda a: 4 * a["running"].numel()),
-    "fill": _moves(lambda a: a["capacity"] * a["stride"] + 4 * a["running"].numel()),
-    "spread": _moves(lambda a: a["capacity"] * a["H"] * (4 + a.item)),
+    "finish": _moves(lambda a: a.tokens * (4 * a["num_blocks"] * (1 + (a["draw"].seed is not None)) + 20)),
+    "list": _moves(lambda a: 2 * (a["capacity"] * a["stride"] + 4 * a["running"].numel())),
 }
 
 

@@ -43,7 +43,7 @@ def sweeps(shape: Shape, frozen: bool, sums: int | None = None) -> list[Sweep]:
     from fastdpo.ops.triton import memory
 
     n, h, item = shape.num_tokens, shape.hidden_size, shape.dtype.itemsize
-    size, joint = memory.range_size(n, h * item, 4 * h)
+    size, joint = memory.range_size(n, item, 4 * h)
     if sums is not None and size * 4 * h > sums:
         size, joint = memory.multiple(sums // (4 * h), BLOCK), False
     joint = joint and not frozen
@@ -108,7 +108,7 @@ def backward(shape: Shape, live: Tensor, gpu: Gpu, plan: Plan = Plan(), *, froze
             for lists, m in ((is_long, plan.pair_tile or short), (~is_long, short)):
                 if (lengths * lists).sum() > 0:
                     add(f"routed_{name}", (lengths * lists, n), m, cache=gpu.cache)
-        held = n * 4 * h if sweep.hidden else n * h * item
+        held = n * 4 * h if sweep.hidden else 0
         for width in slabs_of(columns, n, item, held) if columns else ():
             for name in wanted:
                 add(name, (n, width))
