@@ -140,24 +140,26 @@ def expm1(x):
 
 
 @triton.jit
-def logit(product, transform):
-    """The logit z of hidden . weight + bias."""
-    y = product * transform.scale
-    if transform.softcap is not None:
-        t = tl.exp2(tl.abs(y) * (-2.0 * LOG2E / transform.softcap))
-        t = (1.0 - t) / (1.0 + t)
-        y = transform.softcap * tl.where(y < 0, -t, t)
-    return y * transform.inv_temperature
+def squashed(product, transform):
+    """hidden . weight + bias, or under a softcap the tanh of its share: a logit is this times `unit`."""
+    if transform.softcap is None:
+        return product
+    else:
+        t = tl.exp2(tl.abs(product) * (-2.0 * LOG2E / transform.softcap * tl.abs(transform.scale)))
+        t = (1.0 - t) * (1.0 / (1.0 + t))
+        return tl.where((product < 0) != (transform.scale < 0), -t, t)
 
 
 @triton.jit
-def logit_slope(z, transform):
-    """dz/dproduct, from z."""
-    slope = transform.scale * transform.inv_temperature
-    if transform.softcap is not None:
-        t = z * (1.0 / (transform.softcap * transform.inv_temperature))
-        slope *= 1.0 - t * t
-    return slope
+def unit(transform):
+    """Of a logit. Folded into one number, as the scales of `product` are: each is a multiplication per logit."""
+    return (transform.scale if transform.softcap is None else transform.softcap) * transform.inv_temperature
+
+
+@triton.jit
+def logit(product, transform):
+    """The logit z of hidden . weight + bias."""
+    return squashed(product, transform) * unit(transform)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .common import BLOCK, VARYING, LowRank, TokenRange, columns_of, logit_products, num_tokens, tile_of
 from .launch import launch
-from .stats import BlockSums, store_block
+from .stats import BlockSums, labels_of_blocks, store_block
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -28,9 +28,13 @@ def fold_kernel(
             hidden, weight, head, low_rank, m * form.BM, i < n, v * form.BN, head.H, capacity, pitch, form
         )
         label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
+        labels = labels_of_blocks(label, v * BLOCKS, BLOCKS)
         parts = columns_of(acc)
         for j in tl.static_range(BLOCKS):
-            store_block(parts[j], transform, v * BLOCKS + j, i, i < n, label, label_logit, sums, head.V, num_blocks)
+            here = (labels >> (16 * j)) & 0xFFFF
+            store_block(
+                parts[j], transform, v * BLOCKS + j, i, i < n, label, here, label_logit, sums, head.V, num_blocks
+            )
 
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:
