@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import heapq
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 Instruction = tuple[int, str, str]  # address, mnemonic with all its parts, operands; a predicate begins the operands
+State = tuple[int, int, bool]
 
 EXPONENTIAL = "MUFU.EX2"
 ENDS = {"EXIT", "RET", "BRX", "BRXU", "KILL", "BPT"}  # nothing goes on here
@@ -18,11 +20,10 @@ ENDS = {"EXIT", "RET", "BRX", "BRXU", "KILL", "BPT"}  # nothing goes on here
 
 @dataclass(frozen=True)
 class TilePath:
-    """Instructions of one thread."""
+    """Instructions of one thread, by mnemonic."""
 
-    epilogue: int  # from the main loop's end to the next tile
-    start: int  # of a tile: its place, its accumulator, the first loads
-    exponentials: int
+    epilogue: dict[str, int]  # from the main loop's end to the next tile
+    start: dict[str, int]  # of a tile: its place, its accumulator, the first loads
 
 
 def is_conditional(operands: str) -> bool:
@@ -47,25 +48,34 @@ def tile_path(code: list[Instruction], loop: list[Instruction], exponentials: in
             found.append(index + 1)
         return [one for one in found if one < len(code)]
 
-    # (instructions, of them before the jump back to the next tile, exponentials), by instruction and exponentials
-    queue: list[tuple[int, int, int, int, bool]] = []
+    # By instruction, exponentials so far, and whether the jump back to the next tile is behind: how one came there.
+    came_from: dict[State, State | None] = {}
+    queue: list[tuple[int, State, State | None]] = []
     for index in inside:
         for after in following(index):
             if after not in inside:
-                heapq.heappush(queue, (0, 0, after, 0, False))
-    seen = set()
+                heapq.heappush(queue, (0, (after, 0, False), None))
     while queue:
-        count, before, index, exponents, is_back = heapq.heappop(queue)
+        count, state, previous = heapq.heappop(queue)
+        index, exponents, is_next = state
+        if state in came_from:
+            continue
+        came_from[state] = previous
         if index in inside:
             if exponents >= exponentials:
-                return TilePath(before if is_back else count, count - before if is_back else 0, exponents)
+                return _counted(code, came_from, previous)
             continue
-        if (index, exponents, is_back) in seen:
-            continue
-        seen.add((index, exponents, is_back))
         exponents = min(exponents + code[index][1].startswith(EXPONENTIAL), exponentials)
         for after in following(index):
-            back = not is_back and after <= index and exponents >= exponentials
-            at = count + 1 if back else before
-            heapq.heappush(queue, (count + 1, at, after, exponents, is_back or back))
+            is_back = after <= index and exponents >= exponentials
+            heapq.heappush(queue, (count + 1, (after, exponents, is_next or is_back), state))
     return None
+
+
+def _counted(code: list[Instruction], came_from: dict[State, State | None], state: State | None) -> TilePath:
+    epilogue, start = Counter(), Counter()
+    while state is not None:
+        index, _, is_next = state
+        (start if is_next else epilogue)[code[index][1]] += 1
+        state = came_from[state]
+    return TilePath(dict(epilogue), dict(start))

@@ -146,14 +146,18 @@ def squashed(product, transform):
         return product
     else:
         t = tl.exp2(tl.abs(product) * (-2.0 * LOG2E / transform.softcap * tl.abs(transform.scale)))
-        t = (1.0 - t) * (1.0 / (1.0 + t))
-        return tl.where((product < 0) != (transform.scale < 0), -t, t)
+        t = (1.0 - t) / (1.0 + t)
+        sign = product.to(tl.uint32, bitcast=True) & 0x80000000
+        return (t.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def unit(transform):
-    """Of a logit. Folded into one number, as the scales of `product` are: each is a multiplication per logit."""
-    return (transform.scale if transform.softcap is None else transform.softcap) * transform.inv_temperature
+    """All scales in one number: each would be a multiplication per logit."""
+    size = transform.scale
+    if transform.softcap is not None:
+        size = tl.where(size < 0, -transform.softcap, transform.softcap)
+    return size * transform.inv_temperature
 
 
 @triton.jit
@@ -163,35 +167,74 @@ def logit(product, transform):
 
 
 @triton.jit
-def row_terms(row, exists, terms):
-    """What dz takes from its rows: (row has a gradient, lse, coef, dz of the label's logit, two for the entropy's)."""
-    c = tl.load(terms.coef + row, mask=exists, other=0.0)
-    row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
-    # 1 - p[label] from log p, before any rounding
-    own = c * -expm1(tl.load(terms.logps + row, mask=exists, other=0.0))
-    active = c != 0
-    ce, shift = c, c
-    if terms.coef_entropy is not None:
-        ce = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
-        shift = ce * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
-        active = active | (ce != 0)
-    return active, row_lse, c, own, ce, shift
+def times_slope(dz, x, transform):
+    """dz times what is not the same for all logits in dz/dproduct, from `x` of squashed."""
+    if transform.softcap is not None:
+        dz *= tl.fma(-x, x, 1.0)
+    return dz
 
 
 @triton.jit
-def dz_of(product, transform, terms, label, column, V, ENTROPY: tl.constexpr):
-    """(dz, p without the label's) of a tile of products, fp32; `terms` of row_terms."""
-    z = logit(product, transform)
-    slope = logit_slope(z, transform)
-    active, row_lse, c, own, ce, shift = terms
-    is_label = column[None, :] == label[:, None]
-    p = exp(z - row_lse[:, None])
-    dz = tl.where(is_label, own[:, None], -c[:, None] * p)
+def rows_in_blocks(label, everywhere, first_column, BLOCKS: tl.constexpr):
+    """How many rows have their label in each of BLOCKS blocks of columns, or are `everywhere`: 16 bits a block."""
+    tl.static_assert(BLOCKS <= 2)
+    at = label - first_column
+    here = (at >= 0) & (at < BLOCKS * BLOCK)
+    rows = tl.where(here, 1 << (tl.where(here, at, 0) // BLOCK * 16), 0)
+    return tl.sum(tl.where(everywhere, 0x10001, rows), 0)
+
+
+@triton.jit
+def is_plain(rows, block: tl.constexpr, first_column, V):
+    """No row needs a mask in this block of rows_in_blocks, and all of its columns exist: a branch for whole programs."""
+    return (((rows >> (16 * block)) & 0xFFFF) == 0) & (first_column + (block + 1) * BLOCK <= V)
+
+
+@triton.jit
+def row_terms(row, exists, terms, transform, dz_scale):
+    """What dz takes from its rows: (row has a gradient, shift of the exponent, factors of p, of the label and of p * x,
+    the entropy's factor of p). All scales are in them, and what `shift` was rounded by."""
+    c = tl.load(terms.coef + row, mask=exists, other=0.0)
+    row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
+    active, ce, se = c != 0, c, c
+    if terms.coef_entropy is not None:
+        ce = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
+        se = ce * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
+        active = active | (ce != 0)
+    shift = row_lse * LOG2E
+    scale = transform.scale * transform.inv_temperature
+    if dz_scale is not None:
+        scale *= tl.load(dz_scale)
+    # 1 - p[label] from log p, before any rounding
+    own = c * -expm1(tl.load(terms.logps + row, mask=exists, other=0.0)) * scale
+    of_p = tl.fma(row_lse, LOG2E, -shift) * (scale / LOG2E) - scale
+    shift = tl.where(active, shift, float("inf"))  # p is 0
+    return active, shift, c * of_p, own, ce * unit(transform) * of_p, se * of_p
+
+
+@triton.jit
+def probabilities(product, transform, shift):
+    """(p, x of squashed) of products: one fused multiplication and one exponential each."""
+    x = squashed(product, transform)
+    return tl.exp2(tl.fma(x, unit(transform) * LOG2E, -shift[:, None])), x
+
+
+@triton.jit
+def dz_of(product, transform, terms, label, column, V, is_plain, ENTROPY: tl.constexpr):
+    """dz of a tile of products, fp32; `terms` of row_terms."""
+    active, shift, c, own, cx, ce = terms
+    p, x = probabilities(product, transform, shift)
+    dz = c[:, None] * p
     if ENTROPY:
-        dz -= tl.where(p > 0, p * (ce[:, None] * z + shift[:, None]), p)
-    inside = (column < V)[None, :]
-    dz = tl.where(active[:, None] & inside, dz * slope, 0.0)
-    return dz, tl.where(inside & ~is_label, p, 0.0)
+        spread = tl.where(p > 0, p * tl.fma(x, cx[:, None], ce[:, None]), p)
+    if not is_plain:
+        dz = tl.where(column[None, :] == label[:, None], own[:, None], dz)
+    if ENTROPY:
+        dz += spread
+    dz = times_slope(dz, x, transform)
+    if not is_plain:
+        dz = tl.where(active[:, None] & (column < V)[None, :], dz, 0.0)
+    return dz
 
 
 @triton.jit

@@ -83,66 +83,25 @@ def store_nothing(results, row, is_bad, skipped):
 
 
 @triton.jit
-def labels_of_blocks(label, first_block, BLOCKS: tl.constexpr):
-    """How many of these rows have their label in each of BLOCKS blocks, 16 bits a block."""
-    tl.static_assert(BLOCKS <= 2)
-    at = label - first_block * BLOCK
-    here = (at >= 0) & (at < BLOCKS * BLOCK)
-    return tl.sum(tl.where(here, 1 << (tl.where(here, at, 0) // BLOCK * 16), 0), 0)
-
-
-@triton.jit
-def store_block(product, transform, block, i, exists, label, num_labels, label_logit, sums, V, num_blocks):
+def store_block(product, transform, block, i, exists, label, is_plain, label_logit, sums, V, num_blocks):
     """One block's products of the tokens `i` -> its BlockSums, and the label's logit if it is here.
 
-    Most blocks have none of their rows' labels (`num_labels`) and lie inside of the vocabulary: a whole program goes
-    one way or the other.
+    Most blocks hold no label of their rows, and a whole program skips what needs masks. A logit then takes one fused multiplication and one exponential, exp2(x * s - shift); what
+    `shift` was rounded by is given back to the row's result.
     """
     x, scale = squashed(product, transform), unit(transform)
     where = i * num_blocks + block  # a chunk's sums are far fewer than 2^31
-    if (num_labels == 0) and ((block + 1) * BLOCK <= V) and (scale > 0):
-        _store_plain(x, scale, block, where, exists, label, sums)
+    exists = exists & (i * 0 + block < num_blocks)  # a scalar comparison would lose its type in the interpreter
+    is_plain = is_plain & (scale > 0)
+    if is_plain:
+        if sums.sum is not None:
+            tl.store(sums.sum + where, tl.sum(x, 1) * scale, mask=exists)
     else:
-        # a scalar comparison would lose its type in the interpreter
-        inside = exists & (i * 0 + block < num_blocks)
-        _store_masked(x * scale, block, where, inside, label, label_logit + i, sums, V)
-
-
-@triton.jit
-def _store_plain(x, scale, block, where, exists, label, sums):
-    top = _store_sums(x, scale, where, exists, sums)
-    if sums.sum is not None:
-        tl.store(sums.sum + where, tl.sum(x, 1) * scale, mask=exists)
-    if sums.before is not None:
-        is_before = label >= block * BLOCK
-        tl.store(sums.before + where, tl.where(is_before, top, float("-inf")), mask=exists)
-        tl.store(sums.after + where, tl.where(is_before, float("-inf"), top), mask=exists)
-
-
-@triton.jit
-def _store_masked(z, block, where, exists, label, label_logit, sums, V):
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    is_label = column[None, :] == label[:, None]
-    here = exists & (label >= block * BLOCK) & (label < tl.minimum((block + 1) * BLOCK, V))
-    tl.store(label_logit, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here)
-    if sums.sum is not None:
-        tl.store(sums.sum + where, tl.sum(tl.where((column < V)[None, :], z, 0.0), 1), mask=exists)
-    rest = tl.where((column < V)[None, :] & ~is_label, z, float("-inf"))
-    if sums.before is not None:
-        left = tl.where(column[None, :] < label[:, None], rest, float("-inf"))
-        right = tl.where(column[None, :] > label[:, None], rest, float("-inf"))
-        tl.store(sums.before + where, tl.max(left, 1), mask=exists)
-        tl.store(sums.after + where, tl.max(right, 1), mask=exists)
-    _store_sums(rest, 1.0, where, exists, sums)
-
-
-@triton.jit
-def _store_sums(x, scale, where, exists, sums):
-    """Of logits x * scale: their largest, and `sums` but those that need a label. One fused multiplication and one
-    exponential each: exp2(x * s - shift), where what `shift` was rounded by is given back to the row's result."""
+        x = _masked(x * scale, block, where, i, exists, label, label_logit, sums, V)
+        scale = tl.cast(1.0, tl.float32)
     s2 = scale * LOG2E
     top = tl.max(x, 1)
-    largest = tl.where(top == float("-inf"), 0.0, top)
+    largest = tl.maximum(top, -1e30)  # the product of what is smaller may be -inf
     shift = largest * s2
     t = tl.fma(x, s2, -shift[:, None])
     e = tl.exp2(t)
@@ -151,12 +110,31 @@ def _store_sums(x, scale, where, exists, sums):
     z = top - tl.fma(largest, s2, -shift) * (1 / LOG2E)
     tl.store(sums.lse + where, z + tl.log(s), mask=exists)
     if sums.mean is not None:
-        # an exponential of 0 may be that of -inf
-        mean = tl.sum(e * tl.maximum(t, -1000.0), 1) / s * (1 / LOG2E)
+        mean = tl.sum(e * tl.maximum(t, -1000.0), 1) / s * (1 / LOG2E)  # 0 * -inf would be NaN
         tl.store(sums.mean + where, tl.where(s == 0, 0.0, z + mean), mask=exists)
     if sums.lse2 is not None:
         tl.store(sums.lse2 + where, 2 * z + tl.log(tl.sum(e * e, 1)), mask=exists)
-    return top
+    if sums.before is not None:
+        if is_plain:
+            is_before = label >= block * BLOCK
+            tl.store(sums.before + where, tl.where(is_before, top, float("-inf")), mask=exists)
+            tl.store(sums.after + where, tl.where(is_before, float("-inf"), top), mask=exists)
+
+
+@triton.jit
+def _masked(z, block, where, i, exists, label, label_logit, sums, V):
+    """Logits without the labels' own and without columns from V on; stores what needs to tell them apart."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    here = exists & (label >= block * BLOCK) & (label < tl.minimum((block + 1) * BLOCK, V))
+    tl.store(label_logit + i, tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1), mask=here)
+    if sums.sum is not None:
+        tl.store(sums.sum + where, tl.sum(tl.where((column < V)[None, :], z, 0.0), 1), mask=exists)
+    if sums.before is not None:
+        left = tl.where(column[None, :] < tl.minimum(label, V)[:, None], z, float("-inf"))
+        tl.store(sums.before + where, tl.max(left, 1), mask=exists)
+        right = tl.where((column[None, :] > label[:, None]) & (column < V)[None, :], z, float("-inf"))
+        tl.store(sums.after + where, tl.max(right, 1), mask=exists)
+    return tl.where((column[None, :] != label[:, None]) & (column < V)[None, :], z, float("-inf"))
 
 
 @triton.jit
