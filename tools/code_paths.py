@@ -1,7 +1,7 @@
 """What a persistent kernel issues for a tile beside its main loop: the way from the loop's end back to its beginning.
 
-That way has branches. Counted is the cheapest on which a thread takes an exponential for each of its logits: a tile that
-needs nothing special goes it. A call counts as one instruction, and a wait as one that succeeds at once.
+That way has branches. Counted is the cheapest on which a thread takes an exponential for each of its logits: that of a
+tile that needs nothing special. A call counts as one instruction, and a wait as one that succeeds at once.
 """
 
 from __future__ import annotations

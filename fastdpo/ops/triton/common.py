@@ -108,6 +108,18 @@ class RowTerms(NamedTuple):
     coef_entropy: Tensor | None
 
 
+class RowFactors(NamedTuple):
+    """What a row's dz is made of: dz = p * (p's factor + entropy_p + entropy_x * x), and the label's own for `p`."""
+
+    active: tl.tensor  # has a gradient
+    shift: tl.tensor  # p = exp2(logit / log 2 - shift)
+    others: tl.tensor  # 1 - p[label]
+    p: tl.tensor
+    label: tl.tensor
+    entropy_x: tl.tensor
+    entropy_p: tl.tensor
+
+
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """`x` in `dtype`, to the nearest (Triton's interpreter truncates on its way to bf16)."""
@@ -186,30 +198,28 @@ def rows_in_blocks(label, everywhere, first_column, BLOCKS: tl.constexpr):
 
 @triton.jit
 def is_plain(rows, block: tl.constexpr, first_column, V):
-    """No row needs a mask in this block of rows_in_blocks, and all of its columns exist: a branch for whole programs."""
+    """No row of rows_in_blocks needs a mask in this block, and all of its columns exist: for a whole program alike."""
     return (((rows >> (16 * block)) & 0xFFFF) == 0) & (first_column + (block + 1) * BLOCK <= V)
 
 
 @triton.jit
 def row_terms(row, exists, terms, transform, dz_scale):
-    """What dz takes from its rows: (row has a gradient, shift of the exponent, factors of p, of the label and of p * x,
-    the entropy's factor of p). All scales are in them, and what `shift` was rounded by."""
+    """RowFactors: all scales are in them, and what `shift` was rounded by."""
     c = tl.load(terms.coef + row, mask=exists, other=0.0)
     row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
-    active, ce, se = c != 0, c, c
+    active, cx, ce = c != 0, c, c
     if terms.coef_entropy is not None:
-        ce = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
-        se = ce * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
-        active = active | (ce != 0)
-    shift = row_lse * LOG2E
+        cx = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
+        ce = cx * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
+        active = active | (cx != 0)
     scale = transform.scale * transform.inv_temperature
     if dz_scale is not None:
         scale *= tl.load(dz_scale)
-    # 1 - p[label] from log p, before any rounding
-    own = c * -expm1(tl.load(terms.logps + row, mask=exists, other=0.0)) * scale
+    others = -expm1(tl.load(terms.logps + row, mask=exists, other=-1.0))  # before any rounding of p
+    shift = row_lse * LOG2E
     of_p = tl.fma(row_lse, LOG2E, -shift) * (scale / LOG2E) - scale
     shift = tl.where(active, shift, float("inf"))  # p is 0
-    return active, shift, c * of_p, own, ce * unit(transform) * of_p, se * of_p
+    return RowFactors(active, shift, others, c * of_p, c * others * scale, cx * unit(transform) * of_p, ce * of_p)
 
 
 @triton.jit
@@ -220,20 +230,19 @@ def probabilities(product, transform, shift):
 
 
 @triton.jit
-def dz_of(product, transform, terms, label, column, V, is_plain, ENTROPY: tl.constexpr):
-    """dz of a tile of products, fp32; `terms` of row_terms."""
-    active, shift, c, own, cx, ce = terms
-    p, x = probabilities(product, transform, shift)
-    dz = c[:, None] * p
+def dz_of(product, transform, of_row, label, column, V, is_plain, ENTROPY: tl.constexpr):
+    """dz of a tile of products, fp32; `of_row` from row_terms."""
+    p, x = probabilities(product, transform, of_row.shift)
+    dz = of_row.p[:, None] * p
     if ENTROPY:
-        spread = tl.where(p > 0, p * tl.fma(x, cx[:, None], ce[:, None]), p)
+        spread = tl.where(p > 0, p * tl.fma(x, of_row.entropy_x[:, None], of_row.entropy_p[:, None]), p)
     if not is_plain:
-        dz = tl.where(column[None, :] == label[:, None], own[:, None], dz)
+        dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None], dz)
     if ENTROPY:
         dz += spread
     dz = times_slope(dz, x, transform)
     if not is_plain:
-        dz = tl.where(active[:, None] & (column < V)[None, :], dz, 0.0)
+        dz = tl.where(of_row.active[:, None] & (column < V)[None, :], dz, 0.0)
     return dz
 
 

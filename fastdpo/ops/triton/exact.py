@@ -82,7 +82,7 @@ def dz_kernel(
         row = tl.load(tokens.rows + first_token + i, mask=exists, other=0).to(tl.int64)
         label = tl.load(tokens.labels + first_token + i, mask=exists, other=-1)
         of_row = row_terms(row, exists, terms, transform, dz_scale)
-        rows = rows_in_blocks(label, exists & ~of_row[0], column, form.BN // BLOCK)
+        rows = rows_in_blocks(label, exists & ~of_row.active, column, form.BN // BLOCK)
         target = dz + (m * form.BM).to(tl.int64) * dz_stride
         entropy: tl.constexpr = terms.coef_entropy is not None
         parts = columns_of(acc)

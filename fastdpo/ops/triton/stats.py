@@ -86,8 +86,8 @@ def store_nothing(results, row, is_bad, skipped):
 def store_block(product, transform, block, i, exists, label, is_plain, label_logit, sums, V, num_blocks):
     """One block's products of the tokens `i` -> its BlockSums, and the label's logit if it is here.
 
-    Most blocks hold no label of their rows, and a whole program skips what needs masks. A logit then takes one fused multiplication and one exponential, exp2(x * s - shift); what
-    `shift` was rounded by is given back to the row's result.
+    Most blocks hold no label of their rows, and a whole program skips what needs masks. A logit then takes one fused
+    multiplication and one exponential, exp2(x * s - shift); what `shift` was rounded by goes to the row's result.
     """
     x, scale = squashed(product, transform), unit(transform)
     where = i * num_blocks + block  # a chunk's sums are far fewer than 2^31
