@@ -232,16 +232,34 @@ def probabilities(product, transform, shift):
 @triton.jit
 def dz_of(product, transform, of_row, label, column, V, is_plain, ENTROPY: tl.constexpr):
     """dz of a tile of products, fp32; `of_row` from row_terms."""
+    if is_plain:
+        dz = _dz(product, transform, of_row, label, column, V, ENTROPY, False)
+    else:
+        dz = _dz(product, transform, of_row, label, column, V, ENTROPY, True)
+    return dz
+
+
+@triton.jit
+def _times(p, factor, transform):
+    if transform.softcap is None:  # the factor of an x of -inf is no number
+        factor = tl.where(p == 0, 0.0, factor)
+    return p * factor
+
+
+@triton.jit
+def _dz(product, transform, of_row, label, column, V, ENTROPY: tl.constexpr, MASKED: tl.constexpr):
     p, x = probabilities(product, transform, of_row.shift)
-    dz = of_row.p[:, None] * p
     if ENTROPY:
-        spread = tl.where(p > 0, p * tl.fma(x, of_row.entropy_x[:, None], of_row.entropy_p[:, None]), p)
-    if not is_plain:
-        dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None], dz)
-    if ENTROPY:
-        dz += spread
+        dz = _times(p, tl.fma(x, of_row.entropy_x[:, None], (of_row.p + of_row.entropy_p)[:, None]), transform)
+        if MASKED:
+            own = _times(p, tl.fma(x, of_row.entropy_x[:, None], of_row.entropy_p[:, None]), transform)
+            dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None] + own, dz)
+    else:
+        dz = p * of_row.p[:, None]
+        if MASKED:
+            dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None], dz)
     dz = times_slope(dz, x, transform)
-    if not is_plain:
+    if MASKED:
         dz = tl.where(of_row.active[:, None] & (column < V)[None, :], dz, 0.0)
     return dz
 
