@@ -219,7 +219,10 @@ def row_terms(row, exists, terms, transform, dz_scale):
         scale *= tl.load(dz_scale)
     others = -expm1(tl.load(terms.logps + row, mask=exists, other=-1.0))  # before any rounding of p
     shift = row_lse * LOG2E
-    of_p = -scale * tl.exp2(-tl.fma(row_lse, LOG2E, -shift))
+    # What `shift` was rounded by, and the scale that probabilities() takes, at a logit as large as the row's sum.
+    size = unit(transform)
+    relative = tl.fma(size, LOG2E, -(size * LOG2E)) / tl.where(size == 0, 1.0, size)
+    of_p = -scale * tl.exp2(tl.fma(row_lse, relative, -tl.fma(row_lse, LOG2E, -shift)))
     shift = tl.where(active, shift, float("inf"))  # p is 0
     return RowFactors(active, shift, others, c * of_p, c * others * scale, cx * unit(transform) * of_p, ce * of_p)
 

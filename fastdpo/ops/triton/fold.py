@@ -51,7 +51,7 @@ def fold_kernel(
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:
     """Gathered hidden of these tokens -> `sums` of every block and label_logit [capacity]."""
-    tile = call.tile("fold")
+    tile = call.tile("fold", kind="narrow" if call.kind == "half" and sums.before is not None else None)
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
     form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k), most_programs=tiles)
     launch(
