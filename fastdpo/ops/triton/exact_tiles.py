@@ -14,10 +14,12 @@ from .common import (
     dot,
     dz_of,
     hidden_offset,
+    is_plain,
     load_rows,
     load_tile,
     rounded,
     row_terms,
+    rows_in_blocks,
     start_products,
     store_tile,
     tile_of,
@@ -90,17 +92,15 @@ def dz_tile(
         acc = dot(a, b.T, acc, form.COMPUTE)
     row = tl.load(tokens.rows + token, mask=exists, other=0).to(tl.int64)
     label = tl.load(tokens.labels + token, mask=exists, other=-1)
-    of_row = row_terms(row, exists, terms)
-    scale = 1.0
-    if scales.dz is not None:
-        scale = tl.load(scales.dz)
+    of_row = row_terms(row, exists, terms, transform, scales.dz)
+    rows = rows_in_blocks(label, exists & ~of_row.active, column, form.BN // BLOCK)
     entropy: tl.constexpr = terms.coef_entropy is not None
     target = work.dz + (m * form.BM).to(tl.int64) * dz_stride
     parts = columns_of(acc)
     for j in tl.static_range(form.BN // BLOCK):
         c = v * form.BN + j * BLOCK + tl.arange(0, BLOCK)
-        part, _ = dz_of(parts[j], transform, of_row, label, step.first_column + c, head.V, entropy)
-        part *= scale
+        plain = is_plain(rows, j, column, head.V)
+        part = dz_of(parts[j], transform, of_row, label, step.first_column + c, head.V, plain, entropy)
         where = tl.arange(0, form.BM)[:, None] * dz_stride + c[None, :]  # 32 bits
         tl.store(target + where, rounded(part, work.dz.dtype.element_ty), mask=(c < dz_stride)[None, :])
         if work.column_sums is not None:

@@ -6,7 +6,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, VARYING, LowRank, TokenRange, columns_of, logit_products, num_tokens, tile_of
+from .common import (
+    BLOCK,
+    VARYING,
+    LowRank,
+    TokenRange,
+    columns_of,
+    is_plain,
+    logit_products,
+    num_tokens,
+    rows_in_blocks,
+    tile_of,
+)
 from .launch import launch
 from .stats import BlockSums, store_block
 
@@ -24,18 +35,23 @@ def fold_kernel(
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         m, v = tile_of(index, tiles_m, tiles_n, form.GROUP)
         i = m * form.BM + tl.arange(0, form.BM)
+        # here, as nothing else hides how long it takes
+        label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
         acc = logit_products(
             hidden, weight, head, low_rank, m * form.BM, i < n, v * form.BN, head.H, capacity, pitch, form
         )
-        label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
+        rows = rows_in_blocks(label, False, v * form.BN, BLOCKS)
         parts = columns_of(acc)
         for j in tl.static_range(BLOCKS):
-            store_block(parts[j], transform, v * BLOCKS + j, i, i < n, label, label_logit, sums, head.V, num_blocks)
+            plain = is_plain(rows, j, v * form.BN, head.V)
+            store_block(
+                parts[j], transform, v * BLOCKS + j, i, i < n, label, plain, label_logit, sums, head.V, num_blocks
+            )
 
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:
     """Gathered hidden of these tokens -> `sums` of every block and label_logit [capacity]."""
-    tile = call.tile("fold")
+    tile = call.tile("fold", kind="narrow" if call.kind == "half" and sums.before is not None else None)
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
     form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k))
     launch(
