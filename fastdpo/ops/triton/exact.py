@@ -177,7 +177,7 @@ def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor |
     narrow = "narrow" if sweep.terms.coef_entropy is not None and call.kind == "half" else None
     tiles = [
         call.tile("dz", kind=narrow),
-        call.tile("dhidden", call.hidden_size),
+        call.tile("dhidden", call.hidden_size, "narrow" if call.lora_rank and call.kind == "half" else None),
         call.tile("dweight", call.hidden_size),
     ]
     low_columns = call.low_rank_pitch or 16

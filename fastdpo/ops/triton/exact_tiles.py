@@ -193,13 +193,14 @@ def hidden_tile(at, low_rank, tokens, scales, outputs, num_rows, first_token, ca
     t = (token - first_token).to(tl.int64)
     x = tl.load(outputs.hidden_sums + t[:, None] * H + c[None, :], mask=here[:, None] & (c < H)[None, :], other=0.0)
     if low_rank.product is not None:
-        R: tl.constexpr = low_rank.pitch
-        k = tl.arange(0, R)
-        a = tl.load(outputs.low_rank_sums + t[:, None] * R + k[None, :], mask=here[:, None], other=0.0)
-        inside = (k < low_rank.lora_rank)[:, None] & (c < H)[None, :]
-        b = tl.load(low_rank.lora_a + k[:, None] * H + c[None, :], mask=inside, other=0.0)
-        b = rounded(b, outputs.hidden.dtype.element_ty)
-        x = dot(a * low_rank.scale, b, x, tl.float32)
+        for first in range(0, low_rank.lora_rank, 16):
+            k = first + tl.arange(0, 16)
+            sums = outputs.low_rank_sums + t[:, None] * low_rank.pitch + k[None, :]
+            a = tl.load(sums, mask=here[:, None], other=0.0)  # zero from lora_rank on
+            inside = (k < low_rank.lora_rank)[:, None] & (c < H)[None, :]
+            b = tl.load(low_rank.lora_a + k[:, None] * H + c[None, :], mask=inside, other=0.0)
+            b = rounded(b, outputs.hidden.dtype.element_ty)
+            x = dot(a * low_rank.scale, b, x, tl.float32)
     if scales.unscale is not None:
         x *= tl.load(scales.unscale)
     x = tl.where((token == -2)[:, None], float("nan"), x)
