@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tools import kernel_costs
 from tools.gpus import Gpu
-from tools.kernel_costs import BLOCK, EPILOGUES, Cost, Epilogue, Tile
+from tools.kernel_costs import BLOCK, Cost, Epilogue, Tile
 
 
 @dataclass
@@ -121,12 +121,16 @@ def step_cost(
     live_hidden: Tensor | None,
     *,
     cache: float = Gpu.cache,
-    epilogues: dict[str, Epilogue] = EPILOGUES,
+    fold: Epilogue | None = None,
     multicast: int = 1,
     **options,
 ) -> StepCost:
     """`live` [num_blocks]: how many of the tokens keep each block at the smaller tau, and at dhidden's; None: exact.
-    `cache`, `epilogues` and `multicast`, of the fold: kernel_costs.py. The rest: `record`."""
+    `cache`: kernel_costs.py; `fold`: another epilogue than the plain one's, and `multicast` of its tile. The rest:
+    `record`."""
+    epilogues = kernel_costs.epilogues(options["target"].capability)
+    if fold is not None:
+        epilogues["fold"] = fold
     launches, torch_calls = record(shape, **options)
     launches = list(_bound(launches))
     sweeps_of_hidden = {}  # lists by whether they are dhidden's alone: then the larger tau's pairs are in them

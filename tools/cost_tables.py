@@ -9,7 +9,7 @@ from fastdpo.head import taus
 from tools import dense
 from tools.cost_model import Shape, StepCost, step_cost
 from tools.gpus import GPUS, SOURCES, Gpu
-from tools.kernel_costs import EPILOGUES, FAST, OVERLAPPED, Epilogue
+from tools.kernel_costs import OVERLAPPED, Epilogue
 from tools.live import live_pairs
 from tools.peer_costs import ALGORITHMS
 
@@ -22,9 +22,8 @@ SHAPES = (
     Shape(2048, 32000, 2048),
 )
 # The fold's epilogue, and how many programs share the head's tile.
-FOLDS: dict[str, tuple[Epilogue, int]] = {
-    "18": (Epilogue(18, 1), 1),
-    "5.4": (FAST, 1),
+FOLDS: dict[str, tuple[Epilogue | None, int]] = {
+    "plain": (None, 1),
     "overlapped": (OVERLAPPED, 1),
     "multicast": (OVERLAPPED, 2),
 }
@@ -41,9 +40,9 @@ def sizes(shape: Shape) -> str:
     return f"({shape.num_tokens}, {shape.vocab_size}, {shape.hidden_size})"
 
 
-def folds_of(gpu: Gpu) -> dict[str, tuple[Epilogue, int]]:
+def folds_of(gpu: Gpu) -> dict[str, tuple[Epilogue | None, int]]:
     """An epilogue beside the products needs the asynchronous ones of Hopper and data-centre Blackwell."""
-    return FOLDS if gpu.capability in (90, 100) else {name: FOLDS[name] for name in ("18", "5.4")}
+    return FOLDS if gpu.capability in (90, 100) else {"plain": FOLDS["plain"]}
 
 
 def costs(shape: Shape, live, live_hidden, gpu: Gpu, fold: str, **options) -> StepCost:
@@ -51,7 +50,7 @@ def costs(shape: Shape, live, live_hidden, gpu: Gpu, fold: str, **options) -> St
 
     epilogue, multicast = FOLDS[fold]
     return step_cost(
-        shape, live, live_hidden, cache=gpu.cache, epilogues=EPILOGUES | {"fold": epilogue}, multicast=multicast,
+        shape, live, live_hidden, cache=gpu.cache, fold=epilogue, multicast=multicast,
         tau=None, target=Target(gpu.capability, gpu.multiprocessors), **options,
     )  # fmt: skip
 

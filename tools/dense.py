@@ -17,7 +17,7 @@ from torch import Tensor
 from tools import kernel_costs
 from tools.cost_model import Shape
 from tools.gpus import Gpu
-from tools.kernel_costs import BLOCK, EPILOGUES, Cost, Tile
+from tools.kernel_costs import BLOCK, Cost, Tile
 
 FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 
@@ -84,13 +84,13 @@ def backward(shape: Shape, live: Tensor, gpu: Gpu, plan: Plan = Plan(), *, froze
         found = tile(kernel, target, "half")
         return Tile(m or found.m, found.n, found.k, found.group, found.per_sm)
 
-    short = form("routed_dz").m
+    epilogues, short = kernel_costs.epilogues(gpu.capability), form("routed_dz").m
     heavy = live > plan.dense * shape.num_tokens
     columns, light = BLOCK * int(heavy.sum()), torch.where(heavy, 0.0, live)
     kernels: dict[str, Cost] = {}
 
     def add(name: str, sizes: tuple, m: int | None = None, **more) -> None:
-        cost = getattr(kernel_costs, name)(*sizes, h, form(name, m), gpu.multiprocessors, item, EPILOGUES[name], **more)
+        cost = getattr(kernel_costs, name)(*sizes, h, form(name, m), gpu.multiprocessors, item, epilogues[name], **more)
         cost.launches = 1
         kernels.setdefault(name, Cost())
         kernels[name] += cost

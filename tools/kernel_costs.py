@@ -48,19 +48,24 @@ class Epilogue(NamedTuple):
         return max(self.instructions / (32 * ISSUE), self.exps / EXPS)
 
 
-# Instructions per element, counted in sm_90's machine code: all that stands outside of the main loop, over the elements
-# of a thread; the fold's without what it does once. Other architectures have up to half more.
-EPILOGUES = {
-    "fold": Epilogue(18, 1),  # every logit asks whether it is a label or past the vocabulary
-    "dz": Epilogue(19.5, 1),
-    "dhidden": Epilogue(10),
-    "dweight": Epilogue(5.3),
-    "routed_dz": Epilogue(31.5, 1),  # with the addresses of the gathered rows
-    "routed_dhidden": Epilogue(13.6),
-    "routed_dweight": Epilogue(10),
+# Instructions per element of a common tile, counted in machine code: of logits by `python -m tools.kernels --counts`
+# per architecture; of the rest on sm_90, all that stands outside of the main loop over the elements of a thread.
+_OF_LOGITS = {
+    80: {"fold": 10.9, "dz": 9.6, "routed_dz": 22.6},
+    90: {"fold": 6.0, "dz": 6.0, "routed_dz": 10.3},
+    100: {"fold": 4.8, "dz": 6.0, "routed_dz": 9.3},
+    120: {"fold": 11.1, "dz": 9.4, "routed_dz": 23.7},
 }
-FAST = Epilogue(5.4, 1)  # counted in a trial: tiles without a label and without the vocabulary's edge
-OVERLAPPED = Epilogue(5.4, 1, True)  # one consumer folds while the other multiplies
+_OTHERS = {"dhidden": 10, "dweight": 5.3, "routed_dhidden": 13.6, "routed_dweight": 10}
+
+
+def epilogues(capability: int) -> dict[str, Epilogue]:
+    """By kernel."""
+    found = {name: Epilogue(n) for name, n in _OTHERS.items()}
+    return found | {name: Epilogue(n, 1) for name, n in _OF_LOGITS[capability].items()}
+
+
+OVERLAPPED = Epilogue(6.0, 1, True)  # one consumer folds while the other multiplies
 
 
 class Tile(NamedTuple):

@@ -13,7 +13,7 @@ import torch
 from tools import dense, kernel_costs
 from tools.cost_model import Shape, step_cost
 from tools.gpus import GPUS, KINDS, SOURCES, Gpu
-from tools.kernel_costs import EPILOGUES, FAST, OVERLAPPED, Cost, Epilogue, Tile
+from tools.kernel_costs import OVERLAPPED, Cost, Epilogue, Tile
 
 NONE = Epilogue(0)
 TILE = Tile(128, 256, 64)
@@ -60,7 +60,7 @@ def test_multicast_and_overlap():
     shared = kernel_costs.product(256, 512, 64, TILE._replace(multicast=2), 3, 2, OVERLAPPED)
     assert shared.l2 == 4 * (128 + 128) * 64 * 2
     assert shared.after == 0 and shared.fills == 0 and shared.beside > 0
-    two = kernel_costs.product(256, 512, 64, TILE._replace(per_sm=2), 3, 2, FAST)
+    two = kernel_costs.product(256, 512, 64, TILE._replace(per_sm=2), 3, 2, Epilogue(5, 1))
     assert two.after == 0 and two.beside == shared.beside
 
 
@@ -105,8 +105,8 @@ def test_expected_times_are_not_below_the_floor(name):
 def test_a_better_fold_is_an_earlier_end():
     shape, live = Shape(4096, 32000, 1024), torch.full((250,), 300.0)
     times = [
-        routed(shape, live, epilogues=EPILOGUES | {"fold": fold}, multicast=multicast).expected(H100)
-        for fold, multicast in ((Epilogue(18, 1), 1), (FAST, 1), (OVERLAPPED, 1), (OVERLAPPED, 2))
+        routed(shape, live, fold=fold, multicast=multicast).expected(H100)
+        for fold, multicast in ((Epilogue(18, 1), 1), (None, 1), (OVERLAPPED, 1), (OVERLAPPED, 2))
     ]
     assert times == sorted(times, reverse=True) and times[0] > times[2]
 

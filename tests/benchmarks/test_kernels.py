@@ -49,7 +49,7 @@ single, *_ = variants(80, ["fp32"], "fold")
 print(json.dumps({
     "as launched": examined(half),
     "fold": counted("fold"),
-    "dz": counted("dz"),
+    "exact": counted("exact"),
     "one warp": examined(replace(half, warps=1)),
     "many stages": examined(replace(half, stages=9)),
     "without tensor cores": examined(single),
@@ -87,7 +87,7 @@ def test_a_changed_kernel_has_its_fault(compiled, change, fault):
     assert any(fault in one for one in compiled[change]["faults"]), compiled[change]
 
 
-@pytest.mark.parametrize("kernel", ["fold", "dz"])
+@pytest.mark.parametrize("kernel", ["fold", "exact"])
 def test_a_common_tile_of_logits_takes_six_instructions_each(compiled, kernel):
     found = compiled[kernel]
     assert found["per logit"] <= 6 and found["spills"] == 0, found
