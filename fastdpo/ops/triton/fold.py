@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .common import BLOCK, VARYING, LowRank, TokenRange, columns_of, logit_products, num_tokens, tile_of
 from .launch import launch
+from .special import fold_of
 from .stats import BlockSums, store_block
 
 
@@ -35,6 +36,13 @@ def fold_kernel(
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:
     """Gathered hidden of these tokens -> `sums` of every block and label_logit [capacity]."""
+    fold_of(call, low_rank, sums, plain_fold)(call, tokens, hidden, low_rank, label_logit, sums)
+
+
+def plain_fold(
+    call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums
+) -> None:
+    """What every call can go through."""
     tile = call.tile("fold")
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
     form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k), most_programs=tiles)
