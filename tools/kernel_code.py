@@ -14,6 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tools.code_paths import Instruction, TilePath, tile_path
 from tools.kernel_variants import Variant
 
 KIB = 1024
@@ -46,6 +47,7 @@ TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
 SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
 FEW = 8  # spills that may stand outside of the hot loops, once in a tile
 LARGE = {"fold", "dz", "dhidden", "dweight"}  # whose time is all product
+OF_LOGITS = {"fold", "dz", "routed_dz"}  # whose tiles are logits: an exponential each
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,9 @@ class Code:
     has_dot: bool
     instructions: dict[str, int] = field(default_factory=dict)  # SASS mnemonics with all their parts
     hot_spills: int = 0  # loads from local memory in an innermost loop
+    main_loop: dict[str, int] = field(default_factory=dict)  # as `instructions`: one step of the main product
+    logits: int = 0  # of a tile, for one thread; 0: the kernel makes none
+    path: TilePath | None = None  # of a tile of logits that needs nothing special
 
     def count(self, mnemonics: set[str], *parts: str) -> int:
         """Instructions of these, with all of `parts` among their modifiers."""
@@ -99,19 +104,23 @@ def compile_variant(variant: Variant) -> Code:
         options={"num_warps": variant.warps, "num_stages": variant.stages},
     )
     registers, code = disassemble(compiled.asm["cubin"])
-    threads = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    found = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
+    threads = int(found.group(1)) if found else 32 * variant.warps
+    loops = hot_loops(code)
+    main = max(loops, key=lambda loop: sum(map(is_product, loop)), default=[])
+    logits = variant.constant("BM") * variant.constant("BN") // threads if variant.name in OF_LOGITS else 0
     return Code(
         registers=registers,
         shared=compiled.metadata.shared,
-        threads=int(threads.group(1)) if threads else 32 * variant.warps,
+        threads=threads,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         has_dot="tt.dot" in compiled.asm["ttir"],
         instructions=dict(Counter(mnemonic for _, mnemonic, _ in code)),
-        hot_spills=sum(is_spill(mnemonic) for loop in hot_loops(code) for _, mnemonic, _ in loop),
+        hot_spills=sum(is_spill(mnemonic) for loop in loops for _, mnemonic, _ in loop),
+        main_loop=dict(Counter(mnemonic for _, mnemonic, _ in main if any(map(is_product, main)))),
+        logits=logits,
+        path=tile_path(code, main, logits) if logits else None,
     )
-
-
-Instruction = tuple[int, str, str]  # address, mnemonic with all its parts, operands
 
 
 def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
@@ -124,12 +133,19 @@ def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
 
 
 def instructions(listing: str) -> list[Instruction]:
-    line = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;/]*)", re.MULTILINE)
-    return [(int(address, 16), mnemonic, rest.strip()) for address, mnemonic, rest in line.findall(listing)]
+    line = re.compile(r"^\s+/\*([0-9a-f]+)\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;/]*)", re.MULTILINE)
+    return [
+        (int(address, 16), mnemonic, f"{predicate}{rest.strip()}")
+        for address, predicate, mnemonic, rest in line.findall(listing)
+    ]
 
 
 def is_spill(mnemonic: str) -> bool:
     return mnemonic.split(".")[0] in SPILL
+
+
+def is_product(instruction: Instruction) -> bool:
+    return instruction[1].split(".")[0] in TENSOR_CORE
 
 
 def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
@@ -144,7 +160,7 @@ def hot_loops(code: list[Instruction]) -> list[list[Instruction]]:
         if target and int(target.group(1), 16) < address:
             spans.add((int(target.group(1), 16), address))
     bodies = {(first, last): [one for one in code if first <= one[0] <= last] for first, last in spans}
-    with_product = {span for span in spans if any(m.split(".")[0] in TENSOR_CORE for _, m, _ in bodies[span])}
+    with_product = {span for span in spans if any(map(is_product, bodies[span]))}
     innermost: list[tuple[int, int]] = []
     for first, last in sorted(with_product or spans, key=lambda span: span[1] - span[0]):
         if all(last < other_first or other_last < first for other_first, other_last in innermost):

@@ -1,10 +1,13 @@
 """What the compiler makes of every Triton kernel, in every form the engine launches it, for four GPU architectures.
 
-python -m tools.kernels [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE]
+python -m tools.kernels [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE] [--counts] [--revision REVISION]
 
 No GPU is needed. Fails on registers spilled in a hot loop (or more than a few elsewhere), on a product without tensor
 cores (or, in the large kernels, without the architecture's full-rate ones), on descriptors without TMA, and on too much
 shared memory.
+
+--counts prints instructions instead: of a step of the main loop, and of what surrounds it in kernels whose tiles are
+logits (tools/code_paths.py says how the way of a common tile is found). --revision takes the kernels of another commit.
 """
 
 from __future__ import annotations
@@ -13,14 +16,21 @@ import argparse
 import json
 import multiprocessing
 import os
+import subprocess
 import sys
+import tarfile
+import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from io import BytesIO
 from pathlib import Path
 
+import triton
 from rich.console import Console
 from rich.table import Table
 
-from tools.kernel_code import KIB, TMA, Code, compile_variant, faults
+from tools.kernel_code import KIB, SPILL, TENSOR_CORE, TMA, Code, compile_variant, faults
 from tools.kernel_variants import MULTIPROCESSORS, TYPES, Variant, variants
 
 
@@ -63,6 +73,45 @@ def table_of(capability: int, results: list[tuple[Variant, Code | None, list[str
     return table
 
 
+def counts_of(capability: int, results: list[tuple[Variant, Code | None, list[str]]]) -> Table:
+    """A line per form of a kernel with a product: instructions of one thread; spills are loads from local memory, those
+    on the way of a common tile first."""
+    table = Table(title=f"sm_{capability}, Triton {triton.__version__}", title_justify="left")
+    words, numbers = ("kernel", "type", "tile", "launched for"), ("per logit", "spills", "start of a tile", "main loop")
+    for column in (*words, *numbers, "of it products", "registers", "all spills", "KiB shared"):
+        table.add_column(column, justify="left" if column in words else "right")
+    for variant, code, _ in results:
+        if code is None or not code.main_loop:
+            continue
+        way = ("-", "-", "-")
+        if code.path is not None:
+            epilogue, start = sum(code.path.epilogue.values()), sum(code.path.start.values())
+            spills = counted(code.path.epilogue, SPILL) + counted(code.path.start, SPILL)
+            way = (f"{epilogue / code.logits:.2f}", str(spills), str(start))
+        table.add_row(
+            variant.name, variant.compute, variant.shape, variant.problems[0].split(": ")[1], *way,
+            str(sum(code.main_loop.values())), str(counted(code.main_loop, TENSOR_CORE)), str(code.registers),
+            str(code.spills), f"{code.shared / KIB:.0f}",
+        )  # fmt: skip
+    return table
+
+
+def counted(instructions: Mapping[str, int], mnemonics: set[str]) -> int:
+    return sum(n for name, n in instructions.items() if name.split(".")[0] in mnemonics)
+
+
+def of_revision(revision: str, arguments: list[str]) -> int:
+    """This tool with `arguments`, on fastdpo as it was committed there."""
+    root = Path(__file__).parents[1]
+    archive = subprocess.run(["git", "archive", revision, "fastdpo"], cwd=root, check=True, capture_output=True).stdout
+    run = (
+        "import sys; sys.path[:0] = sys.argv.pop(1), sys.argv.pop(1); from tools.kernels import main; sys.exit(main())"
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        tarfile.open(fileobj=BytesIO(archive)).extractall(directory, filter="data")
+        return subprocess.run([sys.executable, "-c", run, directory, root, *arguments]).returncode
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=MULTIPROCESSORS, help="all by default")
@@ -70,8 +119,12 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
     parser.add_argument("--json", type=Path, help="write every form's figures to this file")
+    parser.add_argument("--counts", action="store_true", help="print instructions")
+    parser.add_argument("--revision", help="a commit, whose kernels are compiled instead")
     args = parser.parse_args()
-    console = Console(width=150)
+    if args.revision:
+        return of_revision(args.revision, [*sys.argv[1:], "--revision", ""])
+    console = Console(width=170 if args.counts else 150)
     failed, figures = 0, []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for capability in args.arch or MULTIPROCESSORS:
@@ -82,7 +135,7 @@ def main() -> int:
                 results.append(result)
                 if sys.stderr.isatty():
                     print(f"\rsm_{capability}: {len(results)} of {len(wanted)}", end="", file=sys.stderr)
-            console.print(table_of(capability, results))
+            console.print((counts_of if args.counts else table_of)(capability, results))
             bad = [(variant, found) for variant, _, found in results if found]
             for variant, found in bad:
                 form = f"sm_{capability} {variant.name} {variant.compute} {variant.shape}"
@@ -94,7 +147,7 @@ def main() -> int:
             figures += [
                 {"capability": capability, "kernel": v.name, "type": v.compute, "tile": v.shape,
                  "launched for": v.problems,
-                 "faults": f, **({} if c is None else vars(c))} for v, c, f in results
+                 "faults": f, **({} if c is None else asdict(c))} for v, c, f in results
             ]  # fmt: skip
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")

@@ -108,6 +108,18 @@ class RowTerms(NamedTuple):
     coef_entropy: Tensor | None
 
 
+class RowFactors(NamedTuple):
+    """What a row's dz is made of: dz = p * (p's factor + entropy_p + entropy_x * x), and the label's own for `p`."""
+
+    active: tl.tensor  # has a gradient
+    shift: tl.tensor  # p = exp2(logit / log 2 - shift)
+    others: tl.tensor  # 1 - p[label]
+    p: tl.tensor
+    label: tl.tensor
+    entropy_x: tl.tensor
+    entropy_p: tl.tensor
+
+
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
     """`x` in `dtype`, to the nearest (Triton's interpreter truncates on its way to bf16)."""
@@ -140,56 +152,116 @@ def expm1(x):
 
 
 @triton.jit
+def squashed(product, transform):
+    """hidden . weight + bias, or under a softcap the tanh of its share: a logit is this times `unit`."""
+    if transform.softcap is None:
+        return product
+    else:
+        t = tl.exp2(tl.abs(product) * (-2.0 * LOG2E / transform.softcap * tl.abs(transform.scale)))
+        t = (1.0 - t) / (1.0 + t)
+        sign = product.to(tl.uint32, bitcast=True) & 0x80000000
+        return (t.to(tl.uint32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def unit(transform):
+    """All scales in one number: each would be a multiplication per logit."""
+    size = transform.scale
+    if transform.softcap is not None:
+        size = tl.where(size < 0, -transform.softcap, transform.softcap)
+    return size * transform.inv_temperature
+
+
+@triton.jit
 def logit(product, transform):
     """The logit z of hidden . weight + bias."""
-    y = product * transform.scale
-    if transform.softcap is not None:
-        t = tl.exp2(tl.abs(y) * (-2.0 * LOG2E / transform.softcap))
-        t = (1.0 - t) / (1.0 + t)
-        y = transform.softcap * tl.where(y < 0, -t, t)
-    return y * transform.inv_temperature
+    return squashed(product, transform) * unit(transform)
 
 
 @triton.jit
-def logit_slope(z, transform):
-    """dz/dproduct, from z."""
-    slope = transform.scale * transform.inv_temperature
+def times_slope(dz, x, transform):
+    """dz times what is not the same for all logits in dz/dproduct, from `x` of squashed."""
     if transform.softcap is not None:
-        t = z * (1.0 / (transform.softcap * transform.inv_temperature))
-        slope *= 1.0 - t * t
-    return slope
+        dz *= tl.fma(-x, x, 1.0)
+    return dz
 
 
 @triton.jit
-def row_terms(row, exists, terms):
-    """What dz takes from its rows: (row has a gradient, lse, coef, dz of the label's logit, two for the entropy's)."""
+def rows_in_blocks(label, everywhere, first_column, BLOCKS: tl.constexpr):
+    """How many rows have their label in each of BLOCKS blocks of columns, or are `everywhere`: 16 bits a block."""
+    tl.static_assert(BLOCKS <= 2)
+    at = label - first_column
+    here = (at >= 0) & (at < BLOCKS * BLOCK)
+    rows = tl.where(here, 1 << (tl.where(here, at, 0) // BLOCK * 16), 0)
+    return tl.sum(tl.where(everywhere, 0x10001, rows), 0)
+
+
+@triton.jit
+def is_plain(rows, block: tl.constexpr, first_column, V):
+    """No row of rows_in_blocks needs a mask in this block, and all of its columns exist: for a whole program alike."""
+    return (((rows >> (16 * block)) & 0xFFFF) == 0) & (first_column + (block + 1) * BLOCK <= V)
+
+
+@triton.jit
+def row_terms(row, exists, terms, transform, dz_scale):
+    """RowFactors: all scales are in them, and what `shift` was rounded by."""
     c = tl.load(terms.coef + row, mask=exists, other=0.0)
     row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
-    # 1 - p[label] from log p, before any rounding
-    own = c * -expm1(tl.load(terms.logps + row, mask=exists, other=0.0))
-    active = c != 0
-    ce, shift = c, c
+    active, cx, ce = c != 0, c, c
     if terms.coef_entropy is not None:
-        ce = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
-        shift = ce * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
-        active = active | (ce != 0)
-    return active, row_lse, c, own, ce, shift
+        cx = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
+        ce = cx * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
+        active = active | (cx != 0)
+    scale = transform.scale * transform.inv_temperature
+    if dz_scale is not None:
+        scale *= tl.load(dz_scale)
+    others = -expm1(tl.load(terms.logps + row, mask=exists, other=-1.0))  # before any rounding of p
+    shift = row_lse * LOG2E
+    of_p = tl.fma(row_lse, LOG2E, -shift) * (scale / LOG2E) - scale
+    shift = tl.where(active, shift, float("inf"))  # p is 0
+    return RowFactors(active, shift, others, c * of_p, c * others * scale, cx * unit(transform) * of_p, ce * of_p)
 
 
 @triton.jit
-def dz_of(product, transform, terms, label, column, V, ENTROPY: tl.constexpr):
-    """(dz, p without the label's) of a tile of products, fp32; `terms` of row_terms."""
-    z = logit(product, transform)
-    slope = logit_slope(z, transform)
-    active, row_lse, c, own, ce, shift = terms
-    is_label = column[None, :] == label[:, None]
-    p = exp(z - row_lse[:, None])
-    dz = tl.where(is_label, own[:, None], -c[:, None] * p)
+def probabilities(product, transform, shift):
+    """(p, x of squashed) of products: one fused multiplication and one exponential each."""
+    x = squashed(product, transform)
+    return tl.exp2(tl.fma(x, unit(transform) * LOG2E, -shift[:, None])), x
+
+
+@triton.jit
+def dz_of(product, transform, of_row, label, column, V, is_plain, ENTROPY: tl.constexpr):
+    """dz of a tile of products, fp32; `of_row` from row_terms."""
+    if is_plain:
+        dz = _dz(product, transform, of_row, label, column, V, ENTROPY, False)
+    else:
+        dz = _dz(product, transform, of_row, label, column, V, ENTROPY, True)
+    return dz
+
+
+@triton.jit
+def _times(p, factor, transform):
+    if transform.softcap is None:  # the factor of an x of -inf is no number
+        factor = tl.where(p == 0, 0.0, factor)
+    return p * factor
+
+
+@triton.jit
+def _dz(product, transform, of_row, label, column, V, ENTROPY: tl.constexpr, MASKED: tl.constexpr):
+    p, x = probabilities(product, transform, of_row.shift)
     if ENTROPY:
-        dz -= tl.where(p > 0, p * (ce[:, None] * z + shift[:, None]), p)
-    inside = (column < V)[None, :]
-    dz = tl.where(active[:, None] & inside, dz * slope, 0.0)
-    return dz, tl.where(inside & ~is_label, p, 0.0)
+        dz = _times(p, tl.fma(x, of_row.entropy_x[:, None], (of_row.p + of_row.entropy_p)[:, None]), transform)
+        if MASKED:
+            own = _times(p, tl.fma(x, of_row.entropy_x[:, None], of_row.entropy_p[:, None]), transform)
+            dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None] + own, dz)
+    else:
+        dz = p * of_row.p[:, None]
+        if MASKED:
+            dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None], dz)
+    dz = times_slope(dz, x, transform)
+    if MASKED:
+        dz = tl.where(of_row.active[:, None] & (column < V)[None, :], dz, 0.0)
+    return dz
 
 
 @triton.jit

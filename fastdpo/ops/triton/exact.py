@@ -20,11 +20,13 @@ from .common import (
     columns_of,
     dot,
     dz_of,
+    is_plain,
     load_tile,
     logit_products,
     num_tokens,
     rounded,
     row_terms,
+    rows_in_blocks,
     store_tile,
     tile_of,
     tile_offsets,
@@ -79,17 +81,15 @@ def dz_kernel(
         acc = logit_products(hidden, weight, head, low_rank, m * form.BM, exists, column, depth, capacity, pitch, form)
         row = tl.load(tokens.rows + first_token + i, mask=exists, other=0).to(tl.int64)
         label = tl.load(tokens.labels + first_token + i, mask=exists, other=-1)
-        of_row = row_terms(row, exists, terms)
+        of_row = row_terms(row, exists, terms, transform, dz_scale)
+        rows = rows_in_blocks(label, exists & ~of_row.active, column, form.BN // BLOCK)
         target = dz + (m * form.BM).to(tl.int64) * dz_stride
-        scale = 1.0
-        if dz_scale is not None:
-            scale = tl.load(dz_scale)
         entropy: tl.constexpr = terms.coef_entropy is not None
         parts = columns_of(acc)
         for j in tl.static_range(form.BN // BLOCK):
             at = v * form.BN + j * BLOCK + tl.arange(0, BLOCK)
-            part, _ = dz_of(parts[j], transform, of_row, label, first_column + at, head.V, entropy)
-            part *= scale
+            plain = is_plain(rows, j, column, head.V)
+            part = dz_of(parts[j], transform, of_row, label, first_column + at, head.V, plain, entropy)
             inside = (i < capacity)[:, None] & (at < dz_stride)[None, :]
             where = tl.arange(0, form.BM)[:, None] * dz_stride + at[None, :]  # 32 bits
             tl.store(target + where, rounded(part, dz.dtype.element_ty), mask=inside)

@@ -6,7 +6,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, VARYING, LowRank, TokenRange, columns_of, logit_products, num_tokens, tile_of
+from .common import (
+    BLOCK,
+    VARYING,
+    LowRank,
+    TokenRange,
+    columns_of,
+    is_plain,
+    logit_products,
+    num_tokens,
+    rows_in_blocks,
+    tile_of,
+)
 from .launch import launch
 from .special import fold_of
 from .stats import BlockSums, store_block
@@ -29,9 +40,13 @@ def fold_kernel(
             hidden, weight, head, low_rank, m * form.BM, i < n, v * form.BN, head.H, capacity, pitch, form
         )
         label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
+        rows = rows_in_blocks(label, False, v * form.BN, BLOCKS)
         parts = columns_of(acc)
         for j in tl.static_range(BLOCKS):
-            store_block(parts[j], transform, v * BLOCKS + j, i, i < n, label, label_logit, sums, head.V, num_blocks)
+            plain = is_plain(rows, j, v * form.BN, head.V)
+            store_block(
+                parts[j], transform, v * BLOCKS + j, i, i < n, label, plain, label_logit, sums, head.V, num_blocks
+            )
 
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:

@@ -15,14 +15,16 @@ from .common import (
     BLOCK,
     VARYING,
     dot,
-    dz_of,
-    expm1,
+    is_plain,
     load_rows,
     load_tile,
+    probabilities,
     rounded,
     row_offset,
     row_terms,
+    rows_in_blocks,
     start_products,
+    times_slope,
 )
 from .launch import launch
 from .lists import Kept, Lists, pairs_of, round_of
@@ -100,17 +102,21 @@ def routed_dz_kernel(
             a = load_rows(hidden.source, offsets, exists, k, head.H, form.BK)
             b = load_tile(weight, block * BLOCK, k, head.V, head.H, head.weight_stride, BLOCK, form.BK, form.TMA)
             acc = dot(a, b.T, acc, form.COMPUTE)
+        of_row = row_terms(row, exists, terms, transform, dz_scale)
+        p, x = probabilities(acc, transform, of_row.shift)
         column = block * BLOCK + tl.arange(0, BLOCK)
-        tile_dz, p = dz_of(acc, transform, row_terms(row, exists, terms), label, column, head.V, False)
-        # 1 - p[label] from log p, before any rounding; where it is 0 so is dz
-        share = tl.sum(p, 1) / -expm1(tl.load(terms.logps + row, mask=exists, other=-1.0))
+        plain = is_plain(rows_in_blocks(label, False, block * BLOCK, 1), 0, block * BLOCK, head.V)
+        if not plain:
+            p = tl.where((column < head.V)[None, :] & (column[None, :] != label[:, None]), p, 0.0)
+        share = tl.sum(p, 1) / of_row.others  # where that is 0 so is dz
         own = (label >= block * BLOCK) & (label < (block + 1) * BLOCK)
         w = pair_weight(share, own, tau)
         if SECOND:
             w *= second_pair_weight(share, own, tau, second_tau)
-        if dz_scale is not None:
-            w *= tl.load(dz_scale)
-        tile_dz *= w[:, None]
+        tile_dz = p * (of_row.p * w)[:, None]
+        if not plain:
+            tile_dz = tl.where(column[None, :] == label[:, None], (of_row.label * w)[:, None], tile_dz)
+        tile_dz = times_slope(tile_dz, x, transform)
         slot = slot.to(tl.int64)
         target = dz + slot[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
         tl.store(target, rounded(tile_dz, dz.dtype.element_ty))  # padding rows are zero

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import BLOCK, VARYING, TokenRange, exp, logit, num_tokens
+from .common import BLOCK, LOG2E, VARYING, TokenRange, exp, num_tokens, squashed, unit
 from .launch import launch
 
 
@@ -83,32 +83,58 @@ def store_nothing(results, row, is_bad, skipped):
 
 
 @triton.jit
-def store_block(product, transform, block, i, exists, label, label_logit, sums, V, num_blocks):
-    """One block's products of the tokens `i` -> its BlockSums, and the label's logit if it is here."""
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    z = logit(product, transform)
-    is_label = column[None, :] == label[:, None]
-    here = exists & (label >= block * BLOCK) & (label < tl.minimum((block + 1) * BLOCK, V))
-    tl.store(label_logit + i, tl.sum(tl.where(is_label, z, 0.0), 1), mask=here)
+def store_block(product, transform, block, i, exists, label, is_plain, label_logit, sums, V, num_blocks):
+    """One block's products of the tokens `i` -> its BlockSums, and the label's logit if it is here.
+
+    Most blocks hold no label of their rows, and a whole program skips what needs masks. A logit then takes one fused
+    multiplication and one exponential, exp2(x * s - shift); what `shift` was rounded by goes to the row's result.
+    """
+    x, scale = squashed(product, transform), unit(transform)
     where = i * num_blocks + block  # a chunk's sums are far fewer than 2^31
     exists = exists & (i * 0 + block < num_blocks)  # a scalar comparison would lose its type in the interpreter
+    is_plain = is_plain & (scale > 0)
+    if is_plain:
+        if sums.sum is not None:
+            tl.store(sums.sum + where, tl.sum(x, 1) * scale, mask=exists)
+    else:
+        x = _masked(x * scale, block, where, i, exists, label, label_logit, sums, V)
+        scale = tl.cast(1.0, tl.float32)
+    s2 = scale * LOG2E
+    top = tl.max(x, 1)
+    largest = tl.maximum(top, -1e30)  # the product of what is smaller may be -inf
+    shift = largest * s2
+    t = tl.fma(x, s2, -shift[:, None])
+    e = tl.exp2(t)
+    s = tl.sum(e, 1)
+    top = top * scale
+    z = top - tl.fma(largest, s2, -shift) * (1 / LOG2E)
+    tl.store(sums.lse + where, z + tl.log(s), mask=exists)
+    if sums.mean is not None:
+        mean = tl.sum(e * tl.maximum(t, -1000.0), 1) / s * (1 / LOG2E)  # 0 * -inf would be NaN
+        tl.store(sums.mean + where, tl.where(s == 0, 0.0, z + mean), mask=exists)
+    if sums.lse2 is not None:
+        tl.store(sums.lse2 + where, 2 * z + tl.log(tl.sum(e * e, 1)), mask=exists)
+    if sums.before is not None:
+        if is_plain:
+            is_before = label >= block * BLOCK
+            tl.store(sums.before + where, tl.where(is_before, top, float("-inf")), mask=exists)
+            tl.store(sums.after + where, tl.where(is_before, float("-inf"), top), mask=exists)
+
+
+@triton.jit
+def _masked(z, block, where, i, exists, label, label_logit, sums, V):
+    """Logits without the labels' own and without columns from V on; stores what needs to tell them apart."""
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    here = exists & (label >= block * BLOCK) & (label < tl.minimum((block + 1) * BLOCK, V))
+    tl.store(label_logit + i, tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1), mask=here)
     if sums.sum is not None:
         tl.store(sums.sum + where, tl.sum(tl.where((column < V)[None, :], z, 0.0), 1), mask=exists)
-    rest = tl.where((column < V)[None, :] & ~is_label, z, float("-inf"))
     if sums.before is not None:
-        left = tl.where(column[None, :] < label[:, None], rest, float("-inf"))
-        right = tl.where(column[None, :] > label[:, None], rest, float("-inf"))
+        left = tl.where(column[None, :] < tl.minimum(label, V)[:, None], z, float("-inf"))
         tl.store(sums.before + where, tl.max(left, 1), mask=exists)
+        right = tl.where((column[None, :] > label[:, None]) & (column < V)[None, :], z, float("-inf"))
         tl.store(sums.after + where, tl.max(right, 1), mask=exists)
-    top = tl.max(rest, 1)
-    e = exp(rest - tl.where(top == float("-inf"), 0.0, top)[:, None])
-    s = tl.sum(e, 1)
-    tl.store(sums.lse + where, top + tl.log(s), mask=exists)
-    if sums.mean is not None:
-        mean = tl.sum(tl.where(e > 0, e * rest, 0.0), 1) / s
-        tl.store(sums.mean + where, tl.where(s == 0, 0.0, mean), mask=exists)
-    if sums.lse2 is not None:
-        tl.store(sums.lse2 + where, 2 * top + tl.log(tl.sum(e * e, 1)), mask=exists)
+    return tl.where((column[None, :] != label[:, None]) & (column < V)[None, :], z, float("-inf"))
 
 
 @triton.jit

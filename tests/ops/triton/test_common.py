@@ -14,12 +14,15 @@ from fastdpo.ops.triton import common
 @triton.jit
 def transform_kernel(product, z, slope, transform, N: tl.constexpr):
     i = tl.arange(0, N)
-    value = common.logit(tl.load(product + i), transform)
-    tl.store(z + i, value)
-    tl.store(slope + i, common.logit_slope(value, transform))
+    x = tl.load(product + i)
+    tl.store(z + i, common.logit(x, transform))
+    scale = transform.scale * transform.inv_temperature
+    tl.store(slope + i, common.times_slope(x * 0 + scale, common.squashed(x, transform), transform))
 
 
-@pytest.mark.parametrize("transform", [(1.0, None, 1.0), (0.5, None, 2.0), (1.5, 7.0, 0.8)], ids=str)
+@pytest.mark.parametrize(
+    "transform", [(1.0, None, 1.0), (0.5, None, 2.0), (1.5, 7.0, 0.8), (-1.5, 7.0, 0.8), (0.0, 7.0, 1.0)], ids=str
+)
 def test_the_logit_and_its_slope(transform):
     scale, softcap, inv_temperature = transform
     x = torch.linspace(-30, 30, 64, dtype=torch.float64, requires_grad=True)
