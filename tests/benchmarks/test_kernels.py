@@ -34,15 +34,21 @@ def with_tma(variant):
 def examined(variant, judged_as=None):
     code = compile_variant(variant)
     found = faults(judged_as or variant, code)
-    return {"faults": found, "tensor core": code.tensor_core(), "registers": code.registers}
+    return {
+        "faults": found, "tensor core": code.tensor_core(), "registers": code.registers, "spills": code.spills,
+        "main loop": sum(code.main_loop.values()),
+        "per logit": sum(code.path.epilogue.values()) / code.logits if code.path else None,
+    }
 
 half, *_ = variants(80, ["bf16"], "fold")
 single, *_ = variants(80, ["fp32"], "fold")
+(overlapping,) = variants(90, ["bf16"], "hopper_fold")
 print(json.dumps({
     "as launched": examined(half),
     "one warp": examined(replace(half, warps=1)),
     "many stages": examined(replace(half, stages=9)),
     "without tensor cores": examined(single),
+    "overlapping": examined(overlapping),
     "for another architecture": examined(half, judged_as=with_tma(replace(half, capability=90))),
 }))
 """
@@ -61,6 +67,13 @@ def test_a_kernel_as_it_is_launched_has_no_fault(compiled):
     assert compiled["as launched"]["faults"] == []
     assert compiled["as launched"]["tensor core"]["HMMA"] > 0
     assert 32 < compiled["as launched"]["registers"] <= 255
+
+
+def test_the_fold_for_hopper(compiled):
+    code = compiled["overlapping"]
+    assert code["faults"] == [] and code["spills"] == 0
+    assert code["tensor core"] == {"HGMMA": 8}  # both warpgroups' step
+    assert code["main loop"] <= 60 and code["per logit"] <= 6
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,13 @@ if not torch.cuda.is_available():
 if fastdpo.backends()["engines"]["triton"]["reason"]:
     pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
 
+from fastdpo.ops.problem import Head, Rows
+from fastdpo.ops.triton import forward as triton_forward
+from fastdpo.ops.triton import special
+from fastdpo.ops.triton.call import Call
+from fastdpo.ops.triton.fold import plain_fold
+from fastdpo.ops.triton.launch import target_of
+
 B, T, V, H = 4, 96, 8192, 256
 
 
@@ -105,3 +112,40 @@ def test_a_second_device_or_stream_is_respected():
     if torch.cuda.device_count() > 1:
         moved = [x.to("cuda:1") for x in (hidden, weight, labels, ref_logps)]
         assert relative_error(loss_of(*moved, backward="exact").cpu(), expected.cpu()) < 1e-5
+
+
+def has_special_forward() -> bool:
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor in special.KERNELS
+
+
+@pytest.mark.skipif(not has_special_forward(), reason="no special forward for this architecture")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "N,V,H", [(1, 1, 8), (70, 257, 64), (300, 1000, 192), (2000, 50257, 256), (1100, 32000, 896), (4096, 128256, 4096)]
+)
+def test_the_special_forward_against_the_plain_one(N, V, H, dtype):
+    torch.manual_seed(0)
+    hidden, weight = (
+        torch.randn(N, H, device="cuda").to(dtype),
+        torch.randn(V, H, device="cuda").mul(2 / H**0.5).to(dtype),
+    )
+    labels = torch.randint(V, (N,), device="cuda")
+    labels[::7] = -100
+    head, rows = Head(hidden, weight, compute_dtype=dtype), Rows(labels, -100, 0, V)
+    results = []
+    for on in (True, False, True):
+        with special.forced(on):
+            saved = triton_forward.forward(head, rows)
+        results.append(torch.stack((saved.logps, saved.lse)))
+    assert torch.equal(results[0], results[2])  # a race would show
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_special_forward(), reason="no special forward for this architecture")
+def test_the_special_forward_passes_its_comparison():
+    kernel = special.load(special.KERNELS[target_of(torch.device("cuda")).capability])
+    for dtype in (torch.bfloat16, torch.float16):
+        head = Head(torch.randn(8, 1024, device="cuda").to(dtype), torch.zeros(8, 1024, device="cuda", dtype=dtype))
+        call = Call(head.replace(compute_dtype=dtype), Rows(torch.zeros(8, device="cuda").long(), -100, 0, 8))
+        assert special.difference(call, kernel.fold, plain_fold) <= special.TOLERANCE
