@@ -14,7 +14,13 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.extra import libdevice
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .common import BLOCK, LOG2E, VARYING, LowRank, TokenRange, columns_of, num_tokens, tile_of
@@ -165,6 +171,7 @@ def hopper_fold_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ring.full.index(stage), count=1)
         mbarrier.init(ring.empty.index(stage), count=2)
+    fence_async_shared()  # copies signal the barriers, and they see memory by another way than threads do
     n = num_tokens(tokens, first_token, capacity)
     tiles = Tiles(gl.cdiv(n, BM), gl.cdiv(vocab_size, BN), H)
     labels = tokens.labels + first_token
