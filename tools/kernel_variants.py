@@ -217,8 +217,9 @@ def variants(
             launched = set()
             launches = record(problem, name, capability)
             if capability in special.KERNELS and problem.forward_only:
-                with special.forced(True):
-                    launches += record(problem, name, capability)
+                for form in special.load(special.KERNELS[capability]).FORMS:
+                    with special.forced(form):
+                        launches += record(problem, name, capability)
             for function, _, arguments, warps, stages in launches:
                 if kernel is not None and kernel not in function.__name__:
                     continue

@@ -93,8 +93,14 @@ def test_the_table_of_forwards_is_written(monkeypatch, tmp_path):
         pytest.skip("no Triton engine here")
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
     shape = {"tokens": 32, "columns": 300}
-    one = forwards.measure("fake", plain_fold, 32, torch.float32, device, **shape)
-    assert one.hidden_size == 32 and one.dtype == "float32" and one.special_ms > 0 and one.plain_ms > 0
+    one = forwards.measure("fake", {"a": plain_fold, "b": plain_fold}, 32, torch.float32, device, **shape)
+    assert (
+        one.form in ("a", "b")
+        and one.hidden_size == 32
+        and one.dtype == "float32"
+        and one.special_ms > 0
+        and one.plain_ms > 0
+    )
     monkeypatch.setattr(special, "TABLE", tmp_path / "special.json")
     special.TABLE.write_text("[]")
     special.table.cache_clear()
@@ -108,7 +114,7 @@ def test_the_table_of_forwards_is_written(monkeypatch, tmp_path):
         sums.lse[5, 1] += 0.01
 
     with pytest.raises(forwards.Differs, match=r"by 0\.01 on the small problem"):
-        forwards.measure("fake", wrong, 32, torch.float32, device, **shape)
+        forwards.measure("fake", {"a": plain_fold, "b": wrong}, 32, torch.float32, device, **shape)
 
 
 def test_targets_are_judged_by_ratios():

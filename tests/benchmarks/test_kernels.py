@@ -42,13 +42,14 @@ def examined(variant, judged_as=None):
 
 half, *_ = variants(80, ["bf16"], "fold")
 single, *_ = variants(80, ["fp32"], "fold")
-(overlapping,) = variants(90, ["bf16"], "hopper_fold")
+overlapping, *others = variants(90, ["bf16"], "hopper_fold")
 print(json.dumps({
     "as launched": examined(half),
     "one warp": examined(replace(half, warps=1)),
     "many stages": examined(replace(half, stages=9)),
     "without tensor cores": examined(single),
     "overlapping": examined(overlapping),
+    "its other forms": [examined(one)["faults"] for one in others],
     "for another architecture": examined(half, judged_as=with_tma(replace(half, capability=90))),
 }))
 """
@@ -74,6 +75,7 @@ def test_the_fold_for_hopper(compiled):
     assert code["faults"] == [] and code["spills"] == 0
     assert code["tensor core"] == {"HGMMA": 8}  # both warpgroups' step
     assert code["main loop"] <= 60 and code["per logit"] <= 6
+    assert compiled["its other forms"] == [[], []]
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,14 @@ from .stats import BlockSums
 
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.7
 
-# 192 KiB of operands. An accumulator takes 128 registers of a thread; what the copying warps leave is 232.
-TILE = Tile(128, 256, 64, warps=4, stages=4)
+# By k and stages, 192 or 216 KiB of operands. Short steps let one warpgroup be further ahead of the other, long ones
+# wait less often: which is faster is to be measured.
+FORMS = {
+    "64x4": Tile(128, 256, 64, warps=4, stages=4),
+    "32x8": Tile(128, 256, 32, warps=4, stages=8),
+    "32x9": Tile(128, 256, 32, warps=4, stages=9),
+}
+# An accumulator takes 128 registers of a thread; what the copying warps leave is 232.
 REGISTERS, COPY_REGISTERS = gl.constexpr(232), gl.constexpr(40)
 
 
@@ -194,9 +200,11 @@ def serves(call, low_rank: LowRank, sums: BlockSums) -> bool:
     return call.target.capability == 90 and plain and only_lse and 1e-6 < scale < 1e6
 
 
-def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:
-    """As fold.fold."""
-    tile = TILE
+def fold(
+    call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums, form: str
+) -> None:
+    """As fold.fold, in one of FORMS."""
+    tile = FORMS[form]
     boxes = []
     for x, rows in ((hidden, tile.m // 2), (call.weight, tile.n)):
         layout = gl.NVMMASharedLayout.get_default_for([rows, tile.k], call.compute)

@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 
 TABLE = Path(__file__).with_suffix(".json")
-KERNELS = {90: "hopper"}  # by compute capability: a module with `serves` and `fold`
+KERNELS = {90: "hopper"}  # by compute capability: a module with `serves`, `fold` and the FORMS that this takes
 TOLERANCE = 1e-3  # of a logit; a column too many in its block is 8 times as much
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Both kernels' times on one machine, for one H and type."""
+    """Both kernels' times on one machine, for one H and type; the special one's in its fastest form."""
 
     kernel: str
+    form: str
     capability: int
     hidden_size: int
     dtype: str
@@ -46,13 +47,13 @@ def table() -> tuple[Measured, ...]:
     return tuple(Measured(**one) for one in json.loads(TABLE.read_text()))
 
 
-def is_faster(kernel: str, capability: int, hidden_size: int, dtype: str, triton: str) -> bool:
-    """What was measured for this H says so; between two measured ones, both do."""
-    of_form = (kernel, capability, dtype, _minor(triton))
-    known = [x for x in table() if (x.kernel, x.capability, x.dtype, _minor(x.triton)) == of_form]
+def fastest(kernel: str, capability: int, hidden_size: int, dtype: str, triton: str) -> str | None:
+    """The form in which it was measured to be faster with this H; between two measured ones, with both."""
+    of_call = (kernel, capability, dtype, _minor(triton))
+    known = [x for x in table() if (x.kernel, x.capability, x.dtype, _minor(x.triton)) == of_call]
     below = max((x for x in known if x.hidden_size <= hidden_size), key=lambda x: x.hidden_size, default=None)
     above = min((x for x in known if x.hidden_size >= hidden_size), key=lambda x: x.hidden_size, default=None)
-    return below is not None and above is not None and below.is_faster and above.is_faster
+    return above.form if below and above and below.is_faster and above.is_faster else None
 
 
 def _minor(version: str) -> list[str]:
@@ -61,47 +62,49 @@ def _minor(version: str) -> list[str]:
 
 
 # Of this process
-_forced: bool | None = None
+_forced: list[str | None] = []
 _compared: set[tuple] = set()
 _dropped: dict[str, str] = {}  # kernel: why
 
 
 @contextlib.contextmanager
-def forced(on: bool) -> Iterator[None]:
-    """Inside, special kernels serve whatever they can, measured and compared or not; or none does."""
-    global _forced
-    before, _forced = _forced, on
+def forced(form: str | None) -> Iterator[None]:
+    """Inside, the special kernel serves all that it can in this form, measured or not, uncompared; None: nothing."""
+    _forced.append(form)
     try:
         yield
     finally:
-        _forced = before
+        _forced.pop()
 
 
 def fold_of(call, low_rank, sums, plain: Callable) -> Callable:
     """`plain`, or another with its arguments."""
     kernel = KERNELS.get(call.target.capability)
-    if kernel is None or kernel in _dropped or _forced is False:
+    if kernel is None or kernel in _dropped:
         return plain
     import triton
 
     dtype = str(call.dtype).removeprefix("torch.")
-    if not (_forced or is_faster(kernel, call.target.capability, call.hidden_size, dtype, triton.__version__)):
+    form = fastest(kernel, call.target.capability, call.hidden_size, dtype, triton.__version__)
+    form = _forced[-1] if _forced else form
+    if form is None:
         return plain
     try:
         special = load(kernel)
         if not special.serves(call, low_rank, sums):
             return plain
+        fold = functools.partial(special.fold, form=form)
         if _forced or _is_recording():
-            return special.fold
-        form = kernel, call.device, dtype, call.hidden_size
-        if form not in _compared:
+            return fold
+        known = kernel, form, call.device, dtype, call.hidden_size
+        if known not in _compared:
             if call.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return plain  # nothing can be compared inside of a CUDA graph
-            found = difference(call, special.fold, plain)
+            found = difference(call, fold, plain)
             if not found <= TOLERANCE:
                 return _drop(kernel, f"differs from the plain kernel by {found:.3g} on a small problem", plain)
-            _compared.add(form)
-        return special.fold
+            _compared.add(known)
+        return fold
     except Exception as error:  # the compiler's own, of many types: whatever it is, the plain kernel can do without
         return _drop(kernel, f"fails: {type(error).__name__}: {str(error).strip()[-300:]}", plain)
 
@@ -165,7 +168,7 @@ def report(triton: str | None) -> dict[str, str]:
     """What serves and why, by kernel, architecture, type and H."""
     found = {"all others" if table() else "all": "plain: no special kernel was measured to be faster"}
     for x in table():
-        why = f"{x.special_ms / x.plain_ms:.3f} of the plain kernel's time on {x.device}, {x.date}"
+        why = f"{x.special_ms / x.plain_ms:.3f} of the plain kernel's time in the form {x.form} on {x.device}, {x.date}"
         if x.kernel in _dropped:
             state = f"plain: {x.kernel} {_dropped[x.kernel]}"
         elif triton is None or _minor(x.triton) != _minor(triton):
@@ -174,7 +177,7 @@ def report(triton: str | None) -> dict[str, str]:
             state = f"plain: {x.kernel} took {why}"
         else:
             state = f"{x.kernel}: {why}"
-            if any(form[0] == x.kernel and form[2:] == (x.dtype, x.hidden_size) for form in _compared):
+            if any((kernel, *rest) == (x.kernel, x.dtype, x.hidden_size) for kernel, _, _, *rest in _compared):
                 state += "; compared with the plain one here"
         found[f"sm_{x.capability} {x.dtype} H {x.hidden_size}"] = state
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from heads import peaked_head, relative_error
@@ -119,6 +121,10 @@ def has_special_forward() -> bool:
     return major * 10 + minor in special.KERNELS
 
 
+def forms_of_special_forward() -> list[str]:
+    return list(special.load(special.KERNELS[target_of(torch.device("cuda")).capability]).FORMS)
+
+
 @pytest.mark.skipif(not has_special_forward(), reason="no special forward for this architecture")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
@@ -134,12 +140,14 @@ def test_the_special_forward_against_the_plain_one(N, V, H, dtype):
     labels[::7] = -100
     head, rows = Head(hidden, weight, compute_dtype=dtype), Rows(labels, -100, 0, V)
     results = []
-    for on in (True, False, True):
-        with special.forced(on):
+    for form in (None, *forms_of_special_forward() * 2):
+        with special.forced(form):
             saved = triton_forward.forward(head, rows)
         results.append(torch.stack((saved.logps, saved.lse)))
-    assert torch.equal(results[0], results[2])  # a race would show
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-4)
+    plain, *ours = results
+    for one in ours:
+        assert torch.equal(one, ours[0])  # a race would show
+        torch.testing.assert_close(one, plain, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.skipif(not has_special_forward(), reason="no special forward for this architecture")
@@ -148,4 +156,5 @@ def test_the_special_forward_passes_its_comparison():
     for dtype in (torch.bfloat16, torch.float16):
         head = Head(torch.randn(8, 1024, device="cuda").to(dtype), torch.zeros(8, 1024, device="cuda", dtype=dtype))
         call = Call(head.replace(compute_dtype=dtype), Rows(torch.zeros(8, device="cuda").long(), -100, 0, 8))
-        assert special.difference(call, kernel.fold, plain_fold) <= special.TOLERANCE
+        for form in kernel.FORMS:
+            assert special.difference(call, partial(kernel.fold, form=form), plain_fold) <= special.TOLERANCE

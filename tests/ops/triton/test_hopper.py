@@ -42,7 +42,9 @@ class Problem:
         head = Head(self.hidden, self.weight, None, None, self.transform, self.hidden.dtype)
         return Call(head, Rows(self.labels, -100, 0, len(self.weight)))
 
-    def outputs(self, seed: int = 0, changes: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def outputs(
+        self, seed: int = 0, changes: dict | None = None, form: str = "64x4"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """(log-sum-exp of every block, label's logit)."""
         capacity = len(self.hidden)
         with Recorder(Target(90, self.programs)) as launches:
@@ -51,7 +53,7 @@ class Problem:
             label_logit = torch.full((capacity,), -torch.inf)
             count = torch.tensor([self.first + self.existing], dtype=torch.int32)
             tokens = TokenRange(TokenList(labels=self.labels, count=count), self.first, capacity)
-            hopper.fold(call, tokens, self.hidden, LowRank(), label_logit, BlockSums(lse, *[None] * 5))
+            hopper.fold(call, tokens, self.hidden, LowRank(), label_logit, BlockSums(lse, *[None] * 5), form)
         ((kernel, grid, arguments, *_),) = launches
         run(kernel, grid, arguments, seed=seed, changes=changes)
         return lse, label_logit
@@ -72,11 +74,16 @@ class Problem:
             torch.testing.assert_close(ours.double(), expected, rtol=2e-6, atol=3e-5, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", hopper.FORMS)
 @pytest.mark.parametrize("programs", [1, 2, 7])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_sums_and_label_logits(shape, programs, dtype):
-    Problem(*shape, dtype=dtype, programs=programs).check()
+def test_sums_and_label_logits(shape, programs, form):
+    Problem(*shape, programs=programs).check(form=form)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_fp16(shape):
+    Problem(*shape, dtype=torch.float16).check()
 
 
 def test_a_block_with_the_edge_and_no_label():
@@ -87,7 +94,8 @@ def test_a_block_with_the_edge_and_no_label():
 
 @pytest.mark.parametrize("seed", range(1, 13))
 def test_whatever_partition_is_faster(seed):
-    Problem(300, 1000, 320, seed=seed).check(seed=100 * seed)
+    form = list(hopper.FORMS)[seed % len(hopper.FORMS)]
+    Problem(300, 1000, 320, seed=seed).check(seed=100 * seed, form=form)
 
 
 def test_a_range_of_tokens_some_of_which_do_not_exist():

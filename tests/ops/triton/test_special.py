@@ -31,8 +31,8 @@ def measured(**changes) -> Measured:
     import triton
 
     values = {
-        "kernel": "fake", "capability": 0, "hidden_size": 32, "dtype": "float32", "triton": triton.__version__,
-        "special_ms": 1.0, "plain_ms": 1.25, "device": "a GPU", "date": "2026-11-26",
+        "kernel": "fake", "form": "only", "capability": 0, "hidden_size": 32, "dtype": "float32",
+        "triton": triton.__version__, "special_ms": 1.0, "plain_ms": 1.25, "device": "a GPU", "date": "2026-11-26",
     }  # fmt: skip
     return Measured(**values | changes)
 
@@ -41,7 +41,8 @@ def measured(**changes) -> Measured:
 def fake(monkeypatch):
     """A special kernel for the interpreter: the plain one, of which `folds` counts the calls."""
 
-    def fold(*arguments):
+    def fold(*arguments, form):
+        assert form == "only"
         module.folds += 1
         plain_fold(*arguments)
 
@@ -73,13 +74,16 @@ def test_nothing_special_serves_today():
 
 
 def test_what_counts_as_measured(monkeypatch):
-    table = [measured(capability=90, hidden_size=h, special_ms=ms) for h, ms in ((1024, 2.0), (2048, 1.0), (4096, 1.0))]
+    table = [
+        measured(capability=90, hidden_size=h, special_ms=ms, form=f"for {h}")
+        for h, ms in ((1024, 2.0), (2048, 1.0), (4096, 1.0))
+    ]
     monkeypatch.setattr(special, "table", lambda: tuple(table))
 
     def on(hidden_size, kernel="fake", capability=90, dtype="float32", triton=table[0].triton):
-        return special.is_faster(kernel, capability, hidden_size, dtype, triton)
+        return special.fastest(kernel, capability, hidden_size, dtype, triton)
 
-    assert on(2048) and on(3072) and on(4096)
+    assert on(2048) == "for 2048" and on(3072) == on(4096) == "for 4096"
     assert not on(1024) and not on(1536)  # slower there, or beside
     assert not on(896) and not on(8192)  # beyond what was measured
     assert not on(2048, capability=100) and not on(2048, dtype="bfloat16") and not on(2048, triton="3.99.0")
@@ -95,7 +99,7 @@ def test_a_measured_kernel_that_agrees_serves(fake):
         torch.testing.assert_close(logps(), first)
         assert fake.folds == 3
     (state,) = [state for name, state in fastdpo.backends()["forward_kernel"].items() if name.startswith("sm_")]
-    assert state == "fake: 0.800 of the plain kernel's time on a GPU, 2026-11-26; compared with the plain one here"
+    assert state.startswith("fake: 0.800 of the plain kernel's time in the form only on a GPU, 2026-11-26; compared")
 
 
 def test_it_does_not_serve_what_it_cannot_or_was_not_measured_for(fake):
@@ -109,8 +113,8 @@ def test_it_does_not_serve_what_it_cannot_or_was_not_measured_for(fake):
 def test_a_kernel_that_differs_is_dropped(fake, wrong):
     right, expected = fake.fold, logps()
 
-    def fold(call, tokens, hidden, low_rank, label_logit, sums):
-        right(call, tokens, hidden, low_rank, label_logit, sums)
+    def fold(call, tokens, hidden, low_rank, label_logit, sums, form):
+        right(call, tokens, hidden, low_rank, label_logit, sums, form=form)
         if wrong == "a block":
             sums.lse[7, 2] += 0.004
         elif wrong == "a label":
@@ -133,7 +137,7 @@ def test_a_kernel_that_fails_is_dropped(fake, monkeypatch):
     expected = logps()
     special._compared.clear()
 
-    def fold(*_):
+    def fold(*_, form):
         raise RuntimeError("no such instruction")
 
     fake.fold = fold
@@ -155,7 +159,10 @@ def test_what_the_report_says(monkeypatch):
     assert report["sm_0 float32 H 32"] == "plain: fake was measured with Triton 3.6.0, this is 3.99.0"
     assert report["sm_0 float32 H 128"] == "plain: x fails: here"
     report = special.report(table[1].triton)
-    assert report["sm_0 float32 H 64"] == "plain: fake took 1.600 of the plain kernel's time on a GPU, 2026-11-26"
+    assert (
+        report["sm_0 float32 H 64"]
+        == "plain: fake took 1.600 of the plain kernel's time in the form only on a GPU, 2026-11-26"
+    )
     assert "was measured with" in special.report(None)["sm_0 float32 H 64"]
 
 
@@ -169,15 +176,17 @@ def launched(capability: int = 90, **changes) -> set[str]:
 
 
 def test_what_is_recorded_is_what_would_be_launched(monkeypatch):
-    with special.forced(True):
+    with special.forced("32x8"):
         assert launched() == {"hopper_fold_kernel"}
         assert launched(100) == launched(80) == {"fold_kernel"}
         assert launched(bias=torch.empty(1000, device="meta", dtype=torch.bfloat16)) == {"fold_kernel"}
     monkeypatch.setattr(
-        special, "table", lambda: (measured(kernel="hopper", capability=90, hidden_size=4096, dtype="bfloat16"),)
+        special,
+        "table",
+        lambda: (measured(kernel="hopper", form="32x9", capability=90, hidden_size=4096, dtype="bfloat16"),),
     )
     assert launched() == {"hopper_fold_kernel"}
-    with special.forced(False):
+    with special.forced(None):
         assert launched() == {"fold_kernel"}
 
 
