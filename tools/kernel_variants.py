@@ -201,6 +201,11 @@ def _deterministic(wanted: bool):
         torch.use_deterministic_algorithms(before)
 
 
+def special_forms(capability: int) -> list[str]:
+    kernel = special.KERNELS.get(capability)
+    return list(special.load(kernel).FORMS) if kernel else []
+
+
 # The types that are compiled much as bf16 is need not go through every problem each time.
 ESSENTIAL = {"exact", "exact, options", "routed", "routed, options", "forward", "statistics"}
 
@@ -215,11 +220,10 @@ def variants(
             if not (everything or name == "bf16" or problem.name in ESSENTIAL):
                 continue
             launched = set()
-            launches = record(problem, name, capability)
-            if capability in special.KERNELS and problem.forward_only:
-                for form in special.load(special.KERNELS[capability]).FORMS:
-                    with special.forced(form):
-                        launches += record(problem, name, capability)
+            launches = []
+            for form in (None, *special_forms(capability)) if problem.forward_only else (None,):
+                with special.forced(form):
+                    launches += record(problem, name, capability)
             for function, _, arguments, warps, stages in launches:
                 if kernel is not None and kernel not in function.__name__:
                     continue
