@@ -33,7 +33,7 @@ from fastdpo.ops.triton.stats import BlockSums
 from fastdpo.ops.triton.tokens import compact, gather
 
 TOKENS, COLUMNS = 8192, 128256
-SIZES = (512, 896, 1536, 2048, 3072, 4096, 5120, 8192)
+SIZES = (4096, 2048, 896, 8192, 3072, 1536, 5120, 512)  # most important first
 
 
 class Differs(Exception):

@@ -148,8 +148,9 @@ def difference(call, special: Callable, plain: Callable) -> float:
 
     hidden, weight = numbers(tokens, 1.0), numbers(columns, 2 * size**-0.5)
     labels = torch.randint(columns, (tokens,), generator=chance, device="cpu", dtype=torch.int32).to(device)
-    existing = tokens - 5
-    listed = TokenList(labels=labels, count=torch.tensor([existing], dtype=torch.int32, device=device))
+    existing, rows = tokens - 5, torch.arange(tokens, dtype=torch.int32, device=device)
+    # whole, as a call's: the code that is compared is the one that will serve
+    listed = TokenList(rows, labels, rows, torch.tensor([existing], dtype=torch.int32, device=device))
     results = []
     for fold in (special, plain):
         small = Call(

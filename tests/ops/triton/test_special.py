@@ -198,6 +198,7 @@ def test_the_small_problem_has_every_kind_of_tile():
     def spy(small, tokens, hidden, low_rank, label_logit, sums):
         plain_fold(small, tokens, hidden, low_rank, label_logit, sums)
         labels, existing = tokens.tokens.labels, int(tokens.tokens.count)
+        assert None not in tokens.tokens
         seen.append((small.vocab_size % 256, len(hidden) - existing, small.target.programs, labels.max() // 128))
 
     assert special.difference(call, spy, plain_fold) == 0
