@@ -84,6 +84,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     from fastdpo.ops.problem import Head, Needs, Rows, Upstream
     from fastdpo.ops.triton import backward as triton_backward
     from fastdpo.ops.triton import forward as triton_engine
+    from fastdpo.ops.triton import special
     from fastdpo.ops.triton.launch import Recorder
 
     def meta(*size, dtype=shape.dtype) -> Tensor:
@@ -100,7 +101,7 @@ def record(shape: Shape, *, frozen: bool, backward: str, tau, target, parts: tup
     launches, torch_calls = [], Counter()
     saved = None
     for part in STEP if "backward" in parts else parts:
-        with Recorder(target) as recorded, _CountTorch() as counted:
+        with special.forced(None), Recorder(target) as recorded, _CountTorch() as counted:
             if part == "forward":
                 saved = triton_engine.forward(head, rows, stats=frozenset(), routing=routing, shards=None)
             elif part == "backward":

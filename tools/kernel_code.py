@@ -13,6 +13,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from tools.code_paths import Instruction, TilePath, tile_path
 from tools.kernel_variants import Variant
@@ -46,8 +47,9 @@ WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full 
 TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
 SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
 FEW = 8  # spills that may stand outside of a hot loop, once in a tile
-LARGE = {"fold", "exact"}  # whose time is all product
-OF_LOGITS = {"fold", "exact", "routed_dz"}  # with tiles of logits: an exponential each
+LARGE = {"fold", "hopper_fold", "exact"}  # whose time is all product
+OF_LOGITS = {"fold", "hopper_fold", "exact", "routed_dz"}  # with tiles of logits: an exponential each
+FOLDING = {"hopper_fold": 256}  # threads that share a tile, where others do not
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Code:
 
 def compile_variant(variant: Variant) -> Code:
     function = getattr(importlib.import_module(variant.module), variant.kernel)
-    source = ASTSource(function, variant.signature, variant.constants, variant.attributes)
+    language = GluonASTSource if function.is_gluon() else ASTSource
+    source = language(function, variant.signature, variant.constants, variant.attributes)
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", variant.capability, 32),
@@ -110,7 +113,8 @@ def compile_variant(variant: Variant) -> Code:
     threads = int(found.group(1)) if found else 32 * variant.warps
     loops = hot_loops(code)
     main, path = max(loops, key=lambda loop: sum(map(is_product, loop)), default=[]), None
-    logits = variant.constant("BM") * variant.constant("BN") // threads if variant.name in OF_LOGITS else 0
+    sharing = FOLDING.get(variant.name, threads)
+    logits = variant.constant("BM") * variant.constant("BN") // sharing if variant.name in OF_LOGITS else 0
     if logits:
         paths = [(loop, tile_path(code, loop, logits)) for loop in loops if any(map(is_product, loop))]
         found = [(loop, one) for loop, one in paths if one is not None]
@@ -120,7 +124,7 @@ def compile_variant(variant: Variant) -> Code:
         shared=compiled.metadata.shared,
         threads=threads,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
-        has_dot="tt.dot" in compiled.asm["ttir"],
+        has_dot="tt.dot" in compiled.asm.get("ttir", ""),
         instructions=dict(Counter(mnemonic for _, mnemonic, _ in code)),
         hot_spills=sum(is_spill(mnemonic) for loop in loops for _, mnemonic, _ in loop),
         hot_loops=len(loops),
@@ -195,7 +199,7 @@ def faults(variant: Variant, code: Code) -> list[str]:
         found.append(f"registers are spilled: {code.spills} loads from local memory")
     if code.has_dot and not code.tensor_core():
         found.append("tl.dot without a tensor-core instruction")
-    if variant.constant("TMA") and capability >= 90 and not code.count(TMA):
+    if (variant.constant("TMA") or variant.has_descriptors) and capability >= 90 and not code.count(TMA):
         found.append("no TMA instruction in a kernel launched with descriptors")
     full_rate = WARP_GROUP.get(capability)
     if full_rate and half and variant.name in LARGE and not code.count({full_rate}):

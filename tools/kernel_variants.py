@@ -18,6 +18,7 @@ from fastdpo.head import LogitTransform, LoRA, Routing
 from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
+from fastdpo.ops.triton import special
 from fastdpo.ops.triton.launch import Recorder, Target
 
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}
@@ -67,6 +68,7 @@ PROBLEMS = [
     Problem("routed, options, one tau", tokens=2048, tau=ONE_TAU, rank=16, **_OPTIONS),
     Problem("routed, larger tau for dweight", tokens=2048, tau=(1e-3, 1e-2), **_OPTIONS),
     Problem("routed, repeatable", tokens=2048, tau=TWO_TAUS, deterministic=True),
+    Problem("forward", forward_only=True),
     Problem("statistics", stats=STATS, forward_only=True),
     Problem("rows not aligned", hidden_size=4097, tau=TWO_TAUS),
     Problem("rows not aligned, options", hidden_size=4097, stats=STATS, entropy=True, rank=16, **_OPTIONS),
@@ -112,6 +114,10 @@ class Variant:
     def compute(self) -> str:
         """The type that a matrix product multiplies in."""
         return str(self.constant("COMPUTE", ""))
+
+    @property
+    def has_descriptors(self) -> bool:
+        return any(str(kind).startswith("tensordesc") for kind in self.signature.values())
 
     @property
     def shape(self) -> str:
@@ -195,8 +201,13 @@ def _deterministic(wanted: bool):
         torch.use_deterministic_algorithms(before)
 
 
+def special_forms(capability: int) -> list[str]:
+    kernel = special.KERNELS.get(capability)
+    return list(special.load(kernel).FORMS) if kernel else []
+
+
 # The types that are compiled much as bf16 is need not go through every problem each time.
-ESSENTIAL = {"exact", "exact, options", "routed", "routed, options", "statistics"}
+ESSENTIAL = {"exact", "exact, options", "routed", "routed, options", "forward", "statistics"}
 
 
 def variants(
@@ -209,7 +220,11 @@ def variants(
             if not (everything or name == "bf16" or problem.name in ESSENTIAL):
                 continue
             launched = set()
-            for function, _, arguments, warps, stages in record(problem, name, capability):
+            launches = []
+            for form in (None, *special_forms(capability)) if problem.forward_only else (None,):
+                with special.forced(form):
+                    launches += record(problem, name, capability)
+            for function, _, arguments, warps, stages in launches:
                 if kernel is not None and kernel not in function.__name__:
                     continue
                 variant = variant_of(capability, function, arguments, warps, stages)

@@ -101,6 +101,11 @@ class Suite:
             print(output[-6000:], file=sys.stderr)
         return record
 
+    def forwards(self) -> dict:
+        """Which forward kernel is the faster one: the table that the library reads is written."""
+        status, output, seconds = self.run(["-m", "benchmarks.gpu.forwards", "--write", "--device", self.device], 90)
+        return {"status": status, "seconds": round(seconds, 1), "output": output[-2000:].splitlines()}
+
     def sanitizers(self) -> dict:
         """The CUDA kernels under compute-sanitizer: what each tool ended with; 0 where it found nothing."""
         script = ["-m", "benchmarks.gpu.sanitized", "--device", self.device]
@@ -151,6 +156,7 @@ class Suite:
             "versions": _versions(),
             "kernels": digests(),
             "not reached": [],
+            "forwards": {"left out": "tests failed"},
         }
         _say("ceilings")
         record["ceilings"] = self.ceilings()
@@ -161,6 +167,9 @@ class Suite:
             _say("tests")
             record["tests"] = self.tests()
             _say(f"  {record['tests']}")
+        if record.get("tests", {}).get("status", 0) == 0:
+            _say("forwards")
+            record["forwards"] = self.forwards()
         record["shapes"] = []
         for index, (shape, dtype, groups, seconds) in enumerate(DRY_GRID if self.args.dry_run else GRID):
             if self.left() < 30 and not self.args.dry_run:
@@ -287,6 +296,7 @@ def summary(record: dict) -> str:
                 lines.append(f"    {row['kernel']:32} {took:>9} {floor:>9} {row['launches']:8.0f}")
         lines += [f"  left out: {name}: {why}" for name, why in shape["left out"].items()]
     lines += ["", *(f"not reached: {name}" for name in record["not reached"])]
+    lines.append(f"forward kernels: {record['forwards']}")
     lines.append(
         f"sanitizers: { {tool: status for tool, status in record['sanitizers'].items() if 'output' not in tool} }"
     )
@@ -330,7 +340,8 @@ def main() -> int:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(record, indent=1) + "\n")
     print(summary(record))
-    failed = any("failed" in part for part in (record["ceilings"], *record["shapes"]))
+    failed = record["forwards"].get("status", 0) != 0
+    failed = failed or any("failed" in part for part in (record["ceilings"], *record["shapes"]))
     return 1 if failed or record.get("tests", {}).get("status", 0) != 0 or record["compile"]["status"] == 124 else 0
 
 

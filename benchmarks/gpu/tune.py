@@ -19,6 +19,7 @@ import torch
 from benchmarks.gpu.cases import ShapeCases
 from benchmarks.gpu.timing import interleaved, kernel_times
 from fastdpo.ops.triton import launch as triton_launch
+from fastdpo.ops.triton import special
 from fastdpo.ops.triton.launch import Target, Tile, target_of
 from tools.cost_model import Shape
 
@@ -64,7 +65,8 @@ def tune(kernel: str, candidates: list[Tile], run, target: Target, kind: str, de
                 break
             entries[target.tiles] = tile
             try:
-                results.append((time_of(kernel, run, device), tile))
+                with special.forced(None):
+                    results.append((time_of(kernel, run, device), tile))
             except Exception as error:  # too much shared memory, or a shape that the compiler refuses
                 results.append((f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:90]}", tile))
     finally:

@@ -127,8 +127,9 @@ def backends() -> dict:
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
     ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
-    ...), ``engines`` (``available`` and ``reason`` of each) and ``operations`` (per operation and device type: the
-    engine and why). Raises nothing, and starts no GPU context.
+    ...), ``engines`` (``available`` and ``reason`` of each), ``operations`` (per operation and device type: the
+    engine and why) and ``forward_kernel`` (of the Triton engine: which one serves what, and why). Raises nothing, and
+    starts no GPU context.
     """
     from .._version import __version__
     from .cpu.operands import USES_ONEDNN
@@ -150,6 +151,7 @@ def backends() -> dict:
                 engine, why = "none", str(error)
             operations[operation][device] = f"{engine} ({why})"
     from .preference import templates as preference_native
+    from .triton import special
 
     operations["preference_loss"] = {}
     for device in ("cpu", "cuda"):
@@ -179,4 +181,5 @@ def backends() -> dict:
         },
         "engines": {name: {"available": why is None, "reason": why} for name, why in _engine_reasons().items()},
         "operations": operations,
+        "forward_kernel": special.report(_triton_version()),
     }

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def test_a_dry_run_walks_every_stage(dry_run):
     assert dry_run["compile"]["status"] == 0 and dry_run["compile"]["faults"] == []
     assert dry_run["tests"]["status"] == 0 and dry_run["tests"]["collected"] > 200
     assert dry_run["sanitizers"] == {"without": 0}
+    assert dry_run["forwards"]["output"] == ["no special forward kernel for the interpreter"]
     assert dry_run["ceilings"]["flops"] > 0 and dry_run["ceilings"]["left out"] == {}
     assert {group for _, _, groups, _ in GRID for group in groups} == set(GROUPS) == set(dry_run["shapes"][0]["groups"])
     assert "MISS" not in dry_run["printed"]  # nothing of a dry run is judged
@@ -80,6 +82,39 @@ def test_a_result_becomes_a_picture(dry_run, tmp_path):
     done = run("-m", "benchmarks.report.gpu", result)
     assert done.returncode == 0, done.stderr
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_forwards_is_written(monkeypatch, tmp_path):
+    from benchmarks.gpu import forwards
+    from fastdpo.ops.triton import special
+    from fastdpo.ops.triton.fold import plain_fold
+
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
+        pytest.skip("no Triton engine here")
+    device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    shape = {"tokens": 32, "columns": 300}
+    one = forwards.measure("fake", {"a": plain_fold, "b": plain_fold}, 32, torch.float32, device, **shape)
+    assert (
+        one.form in ("a", "b")
+        and one.hidden_size == 32
+        and one.dtype == "float32"
+        and one.special_ms > 0
+        and one.plain_ms > 0
+    )
+    monkeypatch.setattr(special, "TABLE", tmp_path / "special.json")
+    special.TABLE.write_text("[]")
+    special.table.cache_clear()
+    forwards.write([one])
+    forwards.write([replace(one, hidden_size=64), replace(one, special_ms=7.5)])
+    assert special.table() == (replace(one, special_ms=7.5), replace(one, hidden_size=64))
+    special.table.cache_clear()
+
+    def wrong(call, tokens, hidden, low_rank, label_logit, sums):
+        plain_fold(call, tokens, hidden, low_rank, label_logit, sums)
+        sums.lse[5, 1] += 0.01
+
+    with pytest.raises(forwards.Differs, match=r"by 0\.01 on the small problem"):
+        forwards.measure("fake", {"a": plain_fold, "b": wrong}, 32, torch.float32, device, **shape)
 
 
 def test_targets_are_judged_by_ratios():

@@ -60,7 +60,7 @@ def test_multicast_and_overlap():
     shared = kernel_costs.product(256, 512, 64, TILE._replace(multicast=2), 3, 2, OVERLAPPED)
     assert shared.l2 == 4 * (128 + 128) * 64 * 2
     assert shared.after == 0 and shared.fills == 0 and shared.beside > 0
-    two = kernel_costs.product(256, 512, 64, TILE._replace(per_sm=2), 3, 2, Epilogue(5, 1))
+    two = kernel_costs.product(256, 512, 64, TILE._replace(per_sm=2), 3, 2, Epilogue(6, 1))
     assert two.after == 0 and two.beside == shared.beside
 
 

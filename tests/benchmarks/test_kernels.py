@@ -17,11 +17,17 @@ ROOT = Path(__file__).parents[2]
 COMPILE = """
 import json, sys
 from dataclasses import replace
+from functools import partial
 
 sys.path.insert(0, sys.argv[1])
+import torch
+from fastdpo.ops.problem import Head, Rows
+from fastdpo.ops.triton import special
+from fastdpo.ops.triton.call import Call
+from fastdpo.ops.triton.launch import Recorder, Target
 from fastdpo.ops.triton.common import dot
 from tools.kernel_code import compile_variant, faults
-from tools.kernel_variants import variants
+from tools.kernel_variants import variant_of, variants
 
 # before anything is compiled, so that no cache takes the changed kernels for ours: products of fp32 off tensor cores
 dot._unsafe_update_src(dot.src.replace('"tf32x3"', '"ieee"'))
@@ -34,7 +40,11 @@ def with_tma(variant):
 def examined(variant, judged_as=None):
     code = compile_variant(variant)
     found = faults(judged_as or variant, code)
-    return {"faults": found, "tensor core": code.tensor_core(), "registers": code.registers}
+    return {
+        "faults": found, "tensor core": code.tensor_core(), "registers": code.registers, "spills": code.spills,
+        "main loop": sum(code.main_loop.values()),
+        "per logit": sum(code.path.epilogue.values()) / code.logits if code.path else None,
+    }
 
 def counted(name):
     variant = next(one for one in variants(90, ["bf16"], name) if one.name == name)
@@ -46,6 +56,17 @@ def counted(name):
 
 half, *_ = variants(80, ["bf16"], "fold")
 single, *_ = variants(80, ["fp32"], "fold")
+overlapping, *others = variants(90, ["bf16"], "hopper_fold")
+
+def compared():
+    # what the first use of a special kernel compiles for its comparison
+    x = torch.zeros(8, 4096, dtype=torch.bfloat16)
+    fold = partial(special.load("hopper").fold, form="64x4")
+    with Recorder(Target(90, 132)) as launches:
+        rows = Rows(torch.zeros(8, dtype=torch.int64), -100, 0, 8)
+        special.difference(Call(Head(x, x, compute_dtype=x.dtype), rows), fold, fold)
+    return {variant_of(90, function, *rest).key for function, _, *rest in launches}
+
 print(json.dumps({
     "as launched": examined(half),
     "fold": counted("fold"),
@@ -53,6 +74,9 @@ print(json.dumps({
     "one warp": examined(replace(half, warps=1)),
     "many stages": examined(replace(half, stages=9)),
     "without tensor cores": examined(single),
+    "overlapping": examined(overlapping),
+    "the same is compared": compared() == {overlapping.key},
+    "its other forms": [examined(one)["faults"] for one in others],
     "for another architecture": examined(half, judged_as=with_tma(replace(half, capability=90))),
 }))
 """
@@ -71,6 +95,15 @@ def test_a_kernel_as_it_is_launched_has_no_fault(compiled):
     assert compiled["as launched"]["faults"] == []
     assert compiled["as launched"]["tensor core"]["HMMA"] > 0
     assert 32 < compiled["as launched"]["registers"] <= 255
+
+
+def test_the_fold_for_hopper(compiled):
+    code = compiled["overlapping"]
+    assert code["faults"] == [] and code["spills"] == 0
+    assert code["tensor core"] == {"HGMMA": 8}  # both warpgroups' step
+    assert code["main loop"] <= 60 and code["per logit"] <= 6
+    assert compiled["its other forms"] == [[], []]
+    assert compiled["the same is compared"]
 
 
 @pytest.mark.parametrize(

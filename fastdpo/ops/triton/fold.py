@@ -19,6 +19,7 @@ from .common import (
     tile_of,
 )
 from .launch import launch
+from .special import fold_of
 from .stats import BlockSums, store_block
 
 
@@ -51,6 +52,13 @@ def fold_kernel(
 
 def fold(call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums) -> None:
     """Gathered hidden of these tokens -> `sums` of every block and label_logit [capacity]."""
+    fold_of(call, low_rank, sums, plain_fold)(call, tokens, hidden, low_rank, label_logit, sums)
+
+
+def plain_fold(
+    call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums
+) -> None:
+    """What every call can go through."""
     tile = call.tile("fold", kind="narrow" if call.kind == "half" and sums.before is not None else None)
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
     form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k))

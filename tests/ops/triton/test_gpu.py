@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from heads import peaked_head, relative_error
@@ -12,6 +14,13 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 if fastdpo.backends()["engines"]["triton"]["reason"]:
     pytest.skip(fastdpo.backends()["engines"]["triton"]["reason"], allow_module_level=True)
+
+from fastdpo.ops.problem import Head, Rows
+from fastdpo.ops.triton import forward as triton_forward
+from fastdpo.ops.triton import special
+from fastdpo.ops.triton.call import Call
+from fastdpo.ops.triton.fold import plain_fold
+from fastdpo.ops.triton.launch import target_of
 
 B, T, V, H = 4, 96, 8192, 256
 
@@ -105,3 +114,47 @@ def test_a_second_device_or_stream_is_respected():
     if torch.cuda.device_count() > 1:
         moved = [x.to("cuda:1") for x in (hidden, weight, labels, ref_logps)]
         assert relative_error(loss_of(*moved, backward="exact").cpu(), expected.cpu()) < 1e-5
+
+
+def has_special_forward() -> bool:
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor in special.KERNELS
+
+
+def forms_of_special_forward() -> list[str]:
+    return list(special.load(special.KERNELS[target_of(torch.device("cuda")).capability]).FORMS)
+
+
+@pytest.mark.skipif(not has_special_forward(), reason="no special forward for this architecture")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "N,V,H", [(1, 1, 8), (70, 257, 64), (300, 1000, 192), (2000, 50257, 256), (1100, 32000, 896), (4096, 128256, 4096)]
+)
+def test_the_special_forward_against_the_plain_one(N, V, H, dtype):
+    torch.manual_seed(0)
+    hidden, weight = (
+        torch.randn(N, H, device="cuda").to(dtype),
+        torch.randn(V, H, device="cuda").mul(2 / H**0.5).to(dtype),
+    )
+    labels = torch.randint(V, (N,), device="cuda")
+    labels[::7] = -100
+    head, rows = Head(hidden, weight, compute_dtype=dtype), Rows(labels, -100, 0, V)
+    results = []
+    for form in (None, *forms_of_special_forward() * 2):
+        with special.forced(form):
+            saved = triton_forward.forward(head, rows)
+        results.append(torch.stack((saved.logps, saved.lse)))
+    plain, *ours = results
+    for one in ours:
+        assert torch.equal(one, ours[0])  # a race would show
+        torch.testing.assert_close(one, plain, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.skipif(not has_special_forward(), reason="no special forward for this architecture")
+def test_the_special_forward_passes_its_comparison():
+    kernel = special.load(special.KERNELS[target_of(torch.device("cuda")).capability])
+    for dtype in (torch.bfloat16, torch.float16):
+        head = Head(torch.randn(8, 1024, device="cuda").to(dtype), torch.zeros(8, 1024, device="cuda", dtype=dtype))
+        call = Call(head.replace(compute_dtype=dtype), Rows(torch.zeros(8, device="cuda").long(), -100, 0, 8))
+        for form in kernel.FORMS:
+            assert special.difference(call, partial(kernel.fold, form=form), plain_fold) <= special.TOLERANCE
