@@ -51,18 +51,19 @@ class Epilogue(NamedTuple):
 # Instructions per element of a common tile, counted in machine code: of logits by `python -m tools.kernels --counts`
 # per architecture; of the rest on sm_90, all that stands outside of the main loop over the elements of a thread.
 _OF_LOGITS = {
-    80: {"fold": 10.9, "dz": 9.6, "routed_dz": 22.6},
+    80: {"fold": 7.5, "dz": 9.6, "routed_dz": 22.6},
     90: {"fold": 6.0, "dz": 6.0, "routed_dz": 10.3},
     100: {"fold": 4.8, "dz": 6.0, "routed_dz": 9.3},
-    120: {"fold": 11.1, "dz": 9.4, "routed_dz": 23.7},
+    120: {"fold": 7.8, "dz": 9.4, "routed_dz": 23.7},
 }
 _OTHERS = {"dhidden": 10, "dweight": 5.3, "routed_dhidden": 13.6, "routed_dweight": 10}
 
 
 def epilogues(capability: int) -> dict[str, Epilogue]:
-    """By kernel."""
+    """By kernel; of an architecture between two of these, the older one's."""
+    counted = max(known for known in _OF_LOGITS if known <= capability)
     found = {name: Epilogue(n) for name, n in _OTHERS.items()}
-    return found | {name: Epilogue(n, 1) for name, n in _OF_LOGITS[capability].items()}
+    return found | {name: Epilogue(n, 1) for name, n in _OF_LOGITS[counted].items()}
 
 
 OVERLAPPED = Epilogue(6.0, 1, True)  # one consumer folds while the other multiplies

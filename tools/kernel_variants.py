@@ -70,6 +70,7 @@ PROBLEMS = [
     Problem("routed, repeatable", tokens=2048, tau=TWO_TAUS, deterministic=True),
     Problem("forward", forward_only=True),
     Problem("statistics", stats=STATS, forward_only=True),
+    Problem("short rows", hidden_size=896, tau=TWO_TAUS),
     Problem("rows not aligned", hidden_size=4097, tau=TWO_TAUS),
     Problem("rows not aligned, options", hidden_size=4097, stats=STATS, entropy=True, rank=16, **_OPTIONS),
     Problem("shard of the vocabulary", vocab_size=32064, stats=STATS, tau=TWO_TAUS, shard=True),

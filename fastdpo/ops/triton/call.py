@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ...routing import BLOCK
 from ..problem import Head, Rows
 from .common import Columns, Form, TokenRange, Transform
-from .launch import Tile, are_aligned, target_of, tile
+from .launch import SHORT, Tile, are_aligned, target_of, tile
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -49,7 +49,8 @@ class Call:
         elif hidden.dtype != self.dtype or self.weight.dtype != self.dtype:
             self.kind = self.recomputing_kind = "narrow"
         else:
-            self.kind, self.recomputing_kind = "half", recomputing
+            short = recomputing == "half" and self.hidden_size <= SHORT
+            self.kind, self.recomputing_kind = "half", "short" if short else recomputing
 
     @functools.cached_property
     def pair_tile(self) -> int:

@@ -194,7 +194,7 @@ def hopper_fold_kernel(
 
 def serves(call, low_rank: LowRank, sums: BlockSums) -> bool:
     """Whether this kernel computes what is asked for; the bounds keep its exponents within fp32."""
-    plain = call.recomputing_kind == "half" and call.bias is None and low_rank.product is None
+    plain = call.recomputing_kind in ("half", "short") and call.bias is None and low_rank.product is None
     scale = call.transform.scale * call.transform.inv_temperature
     only_lse = all(one is None for one in sums[1:])
     return call.target.capability == 90 and plain and only_lse and 1e-6 < scale < 1e6

@@ -122,18 +122,24 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
     return shape
 
 
-# Kinds of operands: "half"; "narrow", the same with something beside that takes registers or shared memory (operands
-# stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "low_rank", the few columns of such a
-# head in fp32; "unaligned" rows, which can only be read one element at a time. A kernel without tiles of its own for a
-# kind uses those of another, and an architecture those of sm_80.
-_LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "unaligned": "half"}
+# Kinds of operands: "half"; "short", the same with an H of at most SHORT, where a tile's epilogue weighs as much as its
+# products, so that two programs of a multiprocessor take turns; "narrow", with something beside that takes registers or
+# shared memory (operands stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "low_rank", the
+# few columns of such a head in fp32; "unaligned" rows, which can only be read one element at a time. A kernel without
+# tiles of its own for a kind uses those of another, and an architecture those of sm_80.
+SHORT = 1024
+_LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "short": "half", "unaligned": "half"}
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "fold": {
         "half": {
-            80: Tile(128, 256, 32, 8, 4),
+            80: Tile(128, 128, 32, 4, 4, per_sm=2),
             90: Tile(128, 256, 64, 8, 3),
             100: Tile(128, 256, 64, 8, 4),
-            120: Tile(128, 128, 64, 8, 3),
+        },
+        "short": {
+            80: Tile(128, 128, 32, 4, 4, per_sm=2),
+            90: Tile(128, 128, 64, 4, 3, per_sm=2),
+            100: Tile(128, 128, 64, 4, 3, per_sm=2),
         },
         "narrow": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 3), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)},

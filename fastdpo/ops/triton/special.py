@@ -150,7 +150,8 @@ def difference(call, special: Callable, plain: Callable) -> float:
     labels = torch.randint(columns, (tokens,), generator=chance, device="cpu", dtype=torch.int32).to(device)
     existing, rows = tokens - 5, torch.arange(tokens, dtype=torch.int32, device=device)
     # whole, as a call's: the code that is compared is the one that will serve
-    listed = TokenList(rows, labels, rows, torch.tensor([existing], dtype=torch.int32, device=device))
+    count = torch.tensor([existing], dtype=torch.int32, device=device)
+    listed = TokenList(rows, labels, rows, count, rows.long(), call.unit)
     results = []
     for fold in (special, plain):
         small = Call(
