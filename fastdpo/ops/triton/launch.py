@@ -185,7 +185,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
         "half": {80: Tile(64, 128, 64, 4, 4, per_sm=2), 120: Tile(64, 128, 64, 4, 3, per_sm=2)},
-        "narrow": {80: Tile(64, 128, 32, 4, 4, per_sm=2), 120: Tile(64, 128, 32, 4, 3, per_sm=2)},
+        "narrow": {80: Tile(64, 128, 32, 4, 4, per_sm=2), 120: Tile(64, 128, 32, 4, 2, per_sm=2)},
         "fp32": {
             80: Tile(64, 128, 32, 8, 3),
             90: Tile(64, 128, 32, 4, 2, per_sm=2),

@@ -83,6 +83,7 @@ def routed_dz_kernel(
     tau,
     second_tau,
     SECOND: tl.constexpr,  # the smaller set is listed
+    BRANCH: tl.constexpr,  # a way without masks for tiles that need none
     RATIO_WEIGHT: tl.constexpr,  # `ratio` is dweight's and dbias's, not dhidden's
     form,
 ):
@@ -105,7 +106,9 @@ def routed_dz_kernel(
         of_row = row_terms(row, exists, terms, transform, dz_scale)
         p, x = probabilities(acc, transform, of_row.shift)
         column = block * BLOCK + tl.arange(0, BLOCK)
-        plain = is_plain(rows_in_blocks(label, False, block * BLOCK, 1), 0, block * BLOCK, head.V)
+        plain: tl.constexpr = False
+        if BRANCH:
+            plain = is_plain(rows_in_blocks(label, False, block * BLOCK, 1), 0, block * BLOCK, head.V)
         if not plain:
             p = tl.where((column < head.V)[None, :] & (column[None, :] != label[:, None]), p, 0.0)
         share = tl.sum(p, 1) / of_row.others  # where that is 0 so is dz
@@ -162,6 +165,8 @@ def routed_dz(
         tau=sets.tau,
         second_tau=sets.second_tau,
         SECOND=sets.second,
+        # beside a softcap's slope that way takes registers which only Hopper's and Blackwell's products leave
+        BRANCH=call.transform.softcap is None or call.target.tiles in (90, 100),
         RATIO_WEIGHT=sets.ratio_weight,
         form=form,
     )
