@@ -1,6 +1,7 @@
 """What the compiler makes of every Triton kernel, in every form the engine launches it, for four GPU architectures.
 
-python -m tools.kernels [--arch 90 --kernel fold --dtype bf16] [--all] [--json FILE] [--counts] [--revision REVISION]
+python -m tools.kernels [--arch 90 --kernel fold --dtype bf16 --problem exact] [--all] [--json FILE]
+                        [--counts] [--revision REVISION]
 
 No GPU is needed. Fails on registers spilled in a hot loop (or more than a few elsewhere), on a product without tensor
 cores (or, in the large kernels, without the architecture's full-rate ones), on descriptors without TMA, and on too much
@@ -119,6 +120,7 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
     parser.add_argument("--json", type=Path, help="write every form's figures to this file")
+    parser.add_argument("--problem", action="append", help="by its name in kernel_variants.py; all by default")
     parser.add_argument("--counts", action="store_true", help="print instructions")
     parser.add_argument("--revision", help="a commit, whose kernels are compiled instead")
     args = parser.parse_args()
@@ -130,6 +132,8 @@ def main() -> int:
         for capability in args.arch or MULTIPROCESSORS:
             started = time.monotonic()
             wanted = variants(capability, args.dtype or list(TYPES), args.kernel, everything=args.all)
+            if args.problem:
+                wanted = [one for one in wanted if any(p.split(": ")[1] in args.problem for p in one.problems)]
             results = []
             for result in pool.imap(examine, wanted, chunksize=4):
                 results.append(result)

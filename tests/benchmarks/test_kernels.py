@@ -46,6 +46,14 @@ def examined(variant, judged_as=None):
         "per logit": sum(code.path.epilogue.values()) / code.logits if code.path else None,
     }
 
+def counted(name):
+    variant = next(one for one in variants(90, ["bf16"], name) if one.name == name)
+    code = compile_variant(variant)
+    spills = sum(n for way in (code.path.epilogue, code.path.start) for one, n in way.items() if one.startswith("LDL"))
+    exponentials = code.path.epilogue["MUFU.EX2"]
+    return {"per logit": sum(code.path.epilogue.values()) / code.logits, "spills": spills, "loop": code.main_loop,
+            "exponentials": exponentials / code.logits}
+
 half, *_ = variants(80, ["bf16"], "fold")
 single, *_ = variants(80, ["fp32"], "fold")
 overlapping, *others = variants(90, ["bf16"], "hopper_fold")
@@ -61,6 +69,8 @@ def compared():
 
 print(json.dumps({
     "as launched": examined(half),
+    "fold": counted("fold"),
+    "dz": counted("dz"),
     "one warp": examined(replace(half, warps=1)),
     "many stages": examined(replace(half, stages=9)),
     "without tensor cores": examined(single),
@@ -110,6 +120,14 @@ def test_a_changed_kernel_has_its_fault(compiled, change, fault):
     assert any(fault in one for one in compiled[change]["faults"]), compiled[change]
 
 
+@pytest.mark.parametrize("kernel", ["fold", "dz"])
+def test_a_common_tile_of_logits_takes_six_instructions_each(compiled, kernel):
+    found = compiled[kernel]
+    assert found["per logit"] <= 6 and found["spills"] == 0, found
+    assert found["exponentials"] < 1.1 and sum(found["loop"].values()) < 120
+    assert sum(n for name, n in found["loop"].items() if name.startswith("HGMMA")) == 4
+
+
 # An outer loop from 0x0040 that begins within the inner one, as ptxas rotates them, and a loop without a product.
 LISTING = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;          /* 0x00 */
@@ -136,6 +154,52 @@ def test_hot_loops_are_the_innermost_with_a_product():
     assert [address for address, _, _ in loop] == [0x20, 0x30, 0x40, 0x50]
     without_product = [one for one in code if "HMMA" not in one[1]]
     assert {loop[0][0] for loop in hot_loops(without_product)} == {0x20, 0x90}
+
+
+# A tile's main loop, then a branch: two exponentials behind masks, or without them. The way without any is none, nor is
+# the wait out of line, from which the loop goes on.
+TILES = """
+        /*0000*/                   UMOV UR4, URZ ;
+        /*0010*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0020*/              @!P2 BRA 0x120 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/               @P3 BRA 0xf0 ;
+        /*0050*/               @P1 BRA 0xb0 ;
+        /*0060*/                   FSEL R4, R4, -INF, P4 ;
+        /*0070*/                   FSEL R5, R5, -INF, P5 ;
+        /*0080*/                   MUFU.EX2 R4, R4 ;
+        /*0090*/                   MUFU.EX2 R5, R5 ;
+        /*00a0*/                   BRA 0xd0 ;
+        /*00b0*/                   MUFU.EX2 R4, R4 ;
+        /*00c0*/                   MUFU.EX2 R5, R5 ;
+        /*00d0*/                   LDL R6, [R1] ;
+        /*00e0*/                   BRA 0x0 ;
+        /*00f0*/                   FADD R6, R4, R5 ;
+        /*0100*/                   BRA 0x0 ;
+        /*0110*/                   EXIT ;
+        /*0120*/                   BRA 0x30 ;
+"""
+
+
+def test_the_way_of_a_common_tile():
+    from tools.code_paths import tile_path
+    from tools.kernel_code import hot_loops, instructions
+
+    code = instructions(TILES)
+    (loop,) = hot_loops(code)
+    path = tile_path(code, loop, 2)
+    assert path.epilogue == {"BRA": 3, "MUFU.EX2": 2, "LDL": 1} and path.start == {"UMOV": 1}
+    assert tile_path(code, loop, 0).epilogue == {"BRA": 1}  # of the wait
+    assert tile_path(code, loop, 3) is None
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_the_kernels_of_another_commit():
+    """Which stand before this one's in the other process."""
+    from tools import kernels
+
+    asked = ["--counts", "--arch", "80", "--kernel", "no such kernel", "--dtype", "bf16"]
+    assert kernels.of_revision("HEAD", [*asked, "--revision", ""]) == 0
 
 
 # A CUDA kernel's loop over whole vectors, then one over single elements.

@@ -13,6 +13,7 @@ from ... import routing
 
 INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 BLOCK = tl.constexpr(routing.BLOCK)
+LOG2_BLOCK = tl.constexpr(routing.BLOCK.bit_length() - 1)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
@@ -190,9 +191,10 @@ def times_slope(dz, x, transform):
 def rows_in_blocks(label, everywhere, first_column, BLOCKS: tl.constexpr):
     """How many rows have their label in each of BLOCKS blocks of columns, or are `everywhere`: 16 bits a block."""
     tl.static_assert(BLOCKS <= 2)
-    at = label - first_column
-    here = (at >= 0) & (at < BLOCKS * BLOCK)
-    rows = tl.where(here, 1 << (tl.where(here, at, 0) // BLOCK * 16), 0)
+    block = (label - first_column) >> LOG2_BLOCK
+    rows = block * 0
+    for j in tl.static_range(BLOCKS):
+        rows = tl.where(block == j, 1 << (16 * j), rows)
     return tl.sum(tl.where(everywhere, 0x10001, rows), 0)
 
 
@@ -217,7 +219,10 @@ def row_terms(row, exists, terms, transform, dz_scale):
         scale *= tl.load(dz_scale)
     others = -expm1(tl.load(terms.logps + row, mask=exists, other=-1.0))  # before any rounding of p
     shift = row_lse * LOG2E
-    of_p = tl.fma(row_lse, LOG2E, -shift) * (scale / LOG2E) - scale
+    # What `shift` was rounded by, and the scale that probabilities() takes, at a logit as large as the row's sum.
+    size = unit(transform)
+    relative = tl.fma(size, LOG2E, -(size * LOG2E)) / tl.where(size == 0, 1.0, size)
+    of_p = -scale * tl.exp2(tl.fma(row_lse, relative, -tl.fma(row_lse, LOG2E, -shift)))
     shift = tl.where(active, shift, float("inf"))  # p is 0
     return RowFactors(active, shift, others, c * of_p, c * others * scale, cx * unit(transform) * of_p, ce * of_p)
 

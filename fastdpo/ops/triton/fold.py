@@ -36,10 +36,11 @@ def fold_kernel(
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, form.PROGRAMS):
         m, v = tile_of(index, tiles_m, tiles_n, form.GROUP)
         i = m * form.BM + tl.arange(0, form.BM)
+        # here, as nothing else hides how long it takes
+        label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
         acc = logit_products(
             hidden, weight, head, low_rank, m * form.BM, i < n, v * form.BN, head.H, capacity, pitch, form
         )
-        label = tl.load(tokens.labels + first_token + i, mask=i < n, other=-1)
         rows = rows_in_blocks(label, False, v * form.BN, BLOCKS)
         parts = columns_of(acc)
         for j in tl.static_range(BLOCKS):
@@ -58,7 +59,7 @@ def plain_fold(
     call, tokens: TokenRange, hidden: Tensor, low_rank: LowRank, label_logit: Tensor, sums: BlockSums
 ) -> None:
     """What every call can go through."""
-    tile = call.tile("fold")
+    tile = call.tile("fold", kind="narrow" if call.kind == "half" and sums.before is not None else None)
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
     form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k), most_programs=tiles)
     launch(

@@ -68,6 +68,7 @@ class Sums(NamedTuple):
     after: tl.tensor
 
 
+LOWEST = tl.constexpr(-1e8)  # logits far below are those of columns ruled out
 NUM_RESULTS, NUM_SUMS = tl.constexpr(len(Results._fields)), tl.constexpr(len(Sums._fields))
 
 
@@ -101,19 +102,22 @@ def store_block(product, transform, block, i, exists, label, is_plain, label_log
         scale = tl.cast(1.0, tl.float32)
     s2 = scale * LOG2E
     top = tl.max(x, 1)
-    largest = tl.maximum(top, -1e30)  # the product of what is smaller may be -inf
+    largest = tl.maximum(top, LOWEST)
     shift = largest * s2
+    shift = tl.fma(tl.abs(shift), 2.0**-23, shift)  # no exponent is above 0, however large the logits
     t = tl.fma(x, s2, -shift[:, None])
     e = tl.exp2(t)
     s = tl.sum(e, 1)
     top = top * scale
     z = top - tl.fma(largest, s2, -shift) * (1 / LOG2E)
-    tl.store(sums.lse + where, z + tl.log(s), mask=exists)
+    # where every exponent is too far below 0, the largest logit is all that fp32 can tell
+    tl.store(sums.lse + where, tl.where(s == 0, top, z + tl.log(s)), mask=exists)
     if sums.mean is not None:
         mean = tl.sum(e * tl.maximum(t, -1000.0), 1) / s * (1 / LOG2E)  # 0 * -inf would be NaN
-        tl.store(sums.mean + where, tl.where(s == 0, 0.0, z + mean), mask=exists)
+        tl.store(sums.mean + where, tl.where(s == 0, top, z + mean), mask=exists)
     if sums.lse2 is not None:
-        tl.store(sums.lse2 + where, 2 * z + tl.log(tl.sum(e * e, 1)), mask=exists)
+        squares = tl.sum(e * e, 1)
+        tl.store(sums.lse2 + where, 2 * tl.where(squares == 0, top, z + tl.log(squares) / 2), mask=exists)
     if sums.before is not None:
         if is_plain:
             is_before = label >= block * BLOCK
