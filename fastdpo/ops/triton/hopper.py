@@ -57,6 +57,7 @@ class Tiles(NamedTuple):
 
 @gluon.jit
 def copy_tiles(hidden, weight, ring, tiles, GROUP: gl.constexpr):
+    """The warp that copies."""
     STAGES: gl.constexpr = ring.full.shape[0]
     HALF: gl.constexpr = ring.tokens.shape[1]
     BN: gl.constexpr = ring.columns.shape[1]
@@ -89,6 +90,7 @@ def fold_tiles(
     num_blocks,
     GROUP: gl.constexpr,
 ):
+    """A warpgroup."""
     STAGES: gl.constexpr = ring.full.shape[0]
     HALF: gl.constexpr = ring.tokens.shape[1]
     BN: gl.constexpr = ring.columns.shape[1]
@@ -108,9 +110,7 @@ def fold_tiles(
             mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             step += 1
         i = (2 * m + half) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
-        label = gl.load(
-            labels + i, mask=i < n, other=-1
-        )  # here, while the last product runs; in the loop it would take registers
+        label = gl.load(labels + i, mask=i < n, other=-1)  # while the last product runs
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES), count=1)
         store_tile_sums(acc, i, n, label, label_logit, lse, scale, v * BN, vocab_size, num_blocks)
