@@ -266,6 +266,7 @@ TYPES = {tl.float16: torch.float16, tl.bfloat16: torch.bfloat16, tl.int64: torch
 def language(machine: Machine) -> SimpleNamespace:
     return SimpleNamespace(
         **{"float32": torch.float32, "int64": tl.int64, "int32": torch.int32},
+        abs=torch.abs,
         allocate_shared_memory=machine.allocate,
         arange=lambda first, end, layout: registers(torch.arange(first, end, dtype=torch.int32)),
         cdiv=lambda x, y: -(-x // y),

@@ -59,7 +59,7 @@ class Call:
 
     def tile(self, kernel: str, out_columns: int | None = None, kind: str | None = None) -> Tile:
         """`kind`: another than that of the call's operands."""
-        own = self.recomputing_kind if kernel in ("fold", "dz") else self.kind
+        own = self.recomputing_kind if kernel in ("fold", "dz", "routed_dz") else self.kind
         return tile(kernel, self.target, kind or own, out_columns)
 
     def token_rows(self, tokens: TokenRange) -> tuple[Tile, tuple[int]]:

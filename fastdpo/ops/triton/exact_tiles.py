@@ -193,7 +193,7 @@ def hidden_tile(at, low_rank, tokens, scales, outputs, num_rows, first_token, ca
     t = (token - first_token).to(tl.int64)
     x = tl.load(outputs.hidden_sums + t[:, None] * H + c[None, :], mask=here[:, None] & (c < H)[None, :], other=0.0)
     if low_rank.product is not None:
-        for first in range(0, low_rank.lora_rank, 16):
+        for first in tl.range(0, low_rank.lora_rank, 16, num_stages=1):
             k = first + tl.arange(0, 16)
             sums = outputs.low_rank_sums + t[:, None] * low_rank.pitch + k[None, :]
             a = tl.load(sums, mask=here[:, None], other=0.0)  # zero from lora_rank on

@@ -57,6 +57,7 @@ class Tiles(NamedTuple):
 
 @gluon.jit
 def copy_tiles(hidden, weight, ring, tiles, GROUP: gl.constexpr):
+    """The warp that copies."""
     STAGES: gl.constexpr = ring.full.shape[0]
     HALF: gl.constexpr = ring.tokens.shape[1]
     BN: gl.constexpr = ring.columns.shape[1]
@@ -89,6 +90,7 @@ def fold_tiles(
     num_blocks,
     GROUP: gl.constexpr,
 ):
+    """A warpgroup."""
     STAGES: gl.constexpr = ring.full.shape[0]
     HALF: gl.constexpr = ring.tokens.shape[1]
     BN: gl.constexpr = ring.columns.shape[1]
@@ -107,10 +109,10 @@ def fold_tiles(
             acc = warpgroup_mma_wait(num_outstanding=1, deps=(acc,))
             mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
             step += 1
+        i = (2 * m + half) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
+        label = gl.load(labels + i, mask=i < n, other=-1)  # while the last product runs
         acc = warpgroup_mma_wait(num_outstanding=0, deps=(acc,))
         mbarrier.arrive(ring.empty.index((step + STAGES - 1) % STAGES), count=1)
-        i = (2 * m + half) * HALF + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
-        label = gl.load(labels + i, mask=i < n, other=-1)
         store_tile_sums(acc, i, n, label, label_logit, lse, scale, v * BN, vocab_size, num_blocks)
 
 
@@ -143,8 +145,11 @@ def log_sum_exp(x, scale):
     top = gl.max(x, 1)
     largest = gl.maximum(top, -1e30)  # -inf - -inf would be NaN
     shift = largest * s2
+    shift = gl.fma(gl.abs(shift), 2.0**-23, shift)  # no exponent is above 0, however large the logits
     s = gl.sum(gl.exp2(gl.fma(x, s2, -shift[:, None])), 1)
-    return top * scale + (libdevice.fast_log2f(s) - gl.fma(largest, s2, -shift)) * (1 / LOG2E)
+    rest = (libdevice.fast_log2f(s) - gl.fma(largest, s2, -shift)) * (1 / LOG2E)
+    # where every exponent is too far below 0, the largest logit is all that fp32 can tell
+    return top * scale + gl.where(s == 0, 0.0, rest)
 
 
 @gluon.jit(do_not_specialize=(*VARYING, "H"))

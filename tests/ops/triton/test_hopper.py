@@ -107,6 +107,17 @@ def test_scale_and_temperature():
     Problem(140, 300, 64, scale=0.37, temperature=1.7).check()
 
 
+@pytest.mark.parametrize("size", [1e4, 1e9, 1e20, 1e34])
+def test_logits_of_any_size(size):
+    problem = Problem(140, 300, 64, scale=0.7)
+    problem.hidden[::2] *= size
+    lse, label_logit = problem.outputs()
+    expected, expected_label = problem.expected()
+    assert lse.isfinite().all()
+    torch.testing.assert_close(lse.double(), expected, rtol=3e-6, atol=3e-5)
+    torch.testing.assert_close(label_logit.double(), expected_label, rtol=3e-6, atol=3e-5)
+
+
 def test_rows_without_a_finite_logit_stay_alone():
     problem = Problem(140, 300, 64)
     problem.weight[:, 0] = -1
