@@ -46,7 +46,10 @@ TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "
 WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
 TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
 SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
-FEW = 8  # spills that may stand outside of a hot loop, once in a tile
+FEW = 10  # spills that may stand outside of a hot loop, once in a tile
+SHARE = (
+    0.75  # of the products of the loop with most: a loop with fewer is beside it, as that over a low-rank head's rank
+)
 LARGE = {"fold", "hopper_fold", "exact"}  # whose time is all product
 OF_LOGITS = {"fold", "hopper_fold", "exact", "routed_dz"}  # with tiles of logits: an exponential each
 FOLDING = {"hopper_fold": 256}  # threads that share a tile, where others do not
@@ -60,7 +63,7 @@ class Code:
     tensor_columns: int  # of tensor memory
     has_dot: bool
     instructions: dict[str, int] = field(default_factory=dict)  # SASS mnemonics with all their parts
-    hot_spills: int = 0  # loads from local memory in an innermost loop
+    hot_spills: int = 0  # loads from local memory in an innermost loop of those with most products
     hot_loops: int = 1
     # as `instructions`: one step of the main product, that of the logits where there are several
     main_loop: dict[str, int] = field(default_factory=dict)
@@ -112,6 +115,8 @@ def compile_variant(variant: Variant) -> Code:
     found = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
     threads = int(found.group(1)) if found else 32 * variant.warps
     loops = hot_loops(code)
+    products = [sum(map(is_product, loop)) for loop in loops]
+    hottest = [loop for loop, n in zip(loops, products) if n >= SHARE * max(products)]
     main, path = max(loops, key=lambda loop: sum(map(is_product, loop)), default=[]), None
     sharing = FOLDING.get(variant.name, threads)
     logits = variant.constant("BM") * variant.constant("BN") // sharing if variant.name in OF_LOGITS else 0
@@ -126,7 +131,7 @@ def compile_variant(variant: Variant) -> Code:
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
         has_dot="tt.dot" in compiled.asm.get("ttir", ""),
         instructions=dict(Counter(mnemonic for _, mnemonic, _ in code)),
-        hot_spills=sum(is_spill(mnemonic) for loop in loops for _, mnemonic, _ in loop),
+        hot_spills=sum(is_spill(mnemonic) for loop in hottest for _, mnemonic, _ in loop),
         hot_loops=len(loops),
         main_loop=dict(Counter(mnemonic for _, mnemonic, _ in main if any(map(is_product, main)))),
         logits=logits,
