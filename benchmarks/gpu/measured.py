@@ -45,6 +45,9 @@ def _included(file: Path) -> list[str]:
     return [texts[name] for name in sorted(texts)]
 
 
+TILES_OF = {"exact": ("dz", "dhidden", "dweight")}
+
+
 def _triton_digests(files: list[Path]) -> dict[str, str]:
     functions: dict[str, ast.FunctionDef] = {}
     tiles: dict[str, str] = {}
@@ -60,8 +63,8 @@ def _triton_digests(files: list[Path]) -> dict[str, str]:
         if not name.endswith("_kernel"):
             continue
         parts = [ast.dump(functions[used]) for used in sorted(_reached(name, functions))]
-        parts.append(tiles.get(name.removesuffix("_kernel"), ""))
-        found[name.removesuffix("_kernel")] = _digest(parts)
+        name = name.removesuffix("_kernel")
+        found[name] = _digest([*parts, *(tiles.get(key, "") for key in TILES_OF.get(name, (name,)))])
     return found
 
 

@@ -26,7 +26,8 @@ from tools.cost_model import Shape
 # Largest share of a step first.
 SPACE = {
     "fold": [Tile(m, n, k, w, s) for (m, n), k, w, s in itertools.product(
-        [(128, 256), (128, 128), (256, 128)], [64], [8], [3, 4])],
+        [(128, 256), (128, 128), (256, 128)], [64], [8], [3, 4])] + [
+        Tile(128, 128, k, 4, s, per_sm=2) for k, s in [(64, 3), (32, 4), (32, 6)]],
     "routed_dz": [Tile(m, 128, k, w, s, per_sm=p) for m, k, (w, p), s in itertools.product(
         [64, 128], [64, 128], [(4, 2), (8, 1), (4, 3)], [3, 4])],
     "routed_dhidden": [Tile(64, n, k, w, s, per_sm=p) for n, k, w, (s, p) in itertools.product(
@@ -39,6 +40,7 @@ SPACE = {
 }  # fmt: skip
 GROUPS = [4, 8, 16]  # of token tiles: tried with the fastest tile of the dense kernels
 STEP_OF = {"fold": "forward", "dz": "exact", "dhidden": "exact", "dweight": "exact"}
+KERNEL_OF = {"dz": "exact", "dhidden": "exact", "dweight": "exact"}  # tiles of one launch, whose programs they share
 
 
 def runs_of(cases: ShapeCases) -> dict:
@@ -50,7 +52,7 @@ def time_of(kernel: str, run, device: str) -> float:
     """Milliseconds of the kernel in one run; of the whole run where there is no GPU to ask."""
     if device != "cuda":
         return interleaved({"run": run}, device, rounds=1)[0]["run"].median
-    return kernel_times(run, runs=2)[f"{kernel}_kernel"][0]
+    return kernel_times(run, runs=2)[f"{KERNEL_OF.get(kernel, kernel)}_kernel"][0]
 
 
 def tune(kernel: str, candidates: list[Tile], run, target: Target, kind: str, device: str, deadline: float):
@@ -91,7 +93,7 @@ def main() -> int:
     on_gpu = args.device == "cuda"
     shape = Shape(*(args.shape if on_gpu else (64, 384, 32)), getattr(torch, args.dtype if on_gpu else "float32"))
     target = target_of(torch.device("cuda")) if on_gpu else Target(90, 132)
-    kind = "fp32" if shape.dtype == torch.float32 else "half"
+    half = "fp32" if shape.dtype == torch.float32 else "half"
     torch.manual_seed(0)
     runs = runs_of(ShapeCases(shape, args.device, target))
     names = args.kernels or list(SPACE)
@@ -99,6 +101,8 @@ def main() -> int:
     for index, kernel in enumerate(names):
         candidates = SPACE[kernel] if on_gpu else SPACE[kernel][:1]
         run = runs[STEP_OF.get(kernel, "routed")]
+        is_short = kernel == "fold" and half == "half" and shape.hidden_size <= triton_launch.SHORT
+        kind = "short" if is_short else half
         deadline = time.monotonic() + (end - time.monotonic()) / (len(names) - index)
         results, present = tune(kernel, candidates, run, target, kind, args.device, deadline)
         best = results[0][1]
