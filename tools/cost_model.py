@@ -219,6 +219,8 @@ class _Launch:
 
 def _fold(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
     tile = a.tile()._replace(multicast=a.multicast)
+    if epilogues["fold"].overlaps:  # hopper.py's tile
+        tile = tile._replace(m=128, n=256, per_sm=1)
     return kernel_costs.fold(a.tokens, a["V"], a["H"], tile, *a.common, epilogues["fold"])
 
 

@@ -47,6 +47,8 @@ def _tables(args: argparse.Namespace) -> dict[str, list[str]]:
         head = inputs.load(args.head)
     if args.table or args.docs:
         found["table"] = list(cost_tables.step_tables(head, shapes, args.table or "same"))
+    if args.docs:
+        found["first"] = list(cost_tables.step_tables(head, shapes, "first"))
     if args.dense or args.docs:
         found["dense"] = list(cost_tables.dense_tables(head, shapes[:1] if args.docs else shapes))
     if args.rates or args.docs:

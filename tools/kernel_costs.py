@@ -52,7 +52,7 @@ class Epilogue(NamedTuple):
 # per architecture; of the rest on sm_90, all that stands outside of the main loop over the elements of a thread.
 _OF_LOGITS = {
     80: {"fold": 7.5, "dz": 9.6, "routed_dz": 22.6},
-    90: {"fold": 6.0, "dz": 6.0, "routed_dz": 10.3},
+    90: {"fold": 6.0, "dz": 6.0, "routed_dz": 7.2},
     100: {"fold": 4.8, "dz": 6.0, "routed_dz": 9.3},
     120: {"fold": 7.8, "dz": 9.4, "routed_dz": 23.7},
 }

@@ -162,7 +162,7 @@ def test_the_tables_are_printed(capsys, monkeypatch):
 
     head = synthetic_head(128, 2048, 256)
     monkeypatch.setattr(count_step.inputs, "load", lambda path: head)
-    for arguments, columns in ((["--table", "first"], 15), (["--dense"], 9), (["--rates"], 11)):
+    for arguments, columns in ((["--table", "first"], 13), (["--dense"], 9), (["--rates"], 11)):
         monkeypatch.setattr("sys.argv", ["count_step", *arguments, "--shape", "512", "4096", "512"])
         count_step.main()
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

@@ -184,7 +184,12 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "finish": {"half": {80: Tile(1, 2048, 0, 4, 2)}},
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
-        "half": {80: Tile(64, 128, 64, 4, 4, per_sm=2), 120: Tile(64, 128, 64, 4, 3, per_sm=2)},
+        "half": {
+            80: Tile(64, 128, 64, 4, 4, per_sm=2),
+            90: Tile(128, 128, 64, 4, 3, per_sm=2),
+            100: Tile(64, 128, 64, 4, 4, per_sm=2),
+            120: Tile(64, 128, 64, 4, 3, per_sm=2),
+        },
         "narrow": {80: Tile(64, 128, 32, 4, 4, per_sm=2), 120: Tile(64, 128, 32, 4, 2, per_sm=2)},
         "fp32": {
             80: Tile(64, 128, 32, 8, 3),
@@ -195,7 +200,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "routed_dhidden": {
         "half": {
             80: Tile(64, 128, 128, 4, 2, per_sm=2),
-            90: Tile(64, 128, 128, 4, 1, per_sm=3),
+            90: Tile(128, 128, 128, 4, 1, per_sm=2),
             100: Tile(64, 128, 128, 4, 1, per_sm=3),
             120: Tile(64, 128, 128, 4, 1, per_sm=2),
         },

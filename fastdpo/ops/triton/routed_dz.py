@@ -63,7 +63,7 @@ class Sets(NamedTuple):
 
 @triton.jit(do_not_specialize=VARYING)
 def routed_dz_kernel(
-    hidden,  # HiddenRows
+    hidden,
     weight,  # TMA descriptor or pointer
     head,  # Columns
     low_rank,  # LowRank of the tokens from first_token
