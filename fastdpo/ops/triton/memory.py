@@ -8,7 +8,7 @@ from __future__ import annotations
 from ...routing import BLOCK
 
 # Forward
-FORWARD_HIDDEN = 48 << 20  # gathered rows of the tokens that go through the vocabulary together
+FORWARD_HIDDEN = 64 << 20  # gathered rows of the tokens that go through the vocabulary together
 FORWARD_PARTIAL = 48 << 20  # their sums per block
 
 # Backward: numbers of the kept pairs, and the rest
