@@ -73,7 +73,7 @@ def test_a_dry_run_runs_every_contender(dry_run):
     assert all(is_a_reason(why) for why in shape["left out"].values()), shape["left out"]
     for backward in ("routed", "exact"):
         kernels = {row["kernel"] for row in shape["kernels"][backward]}
-        assert {"fold", "dz", "dweight", "spread"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
+        assert {"fold", "compact", "finish", "exact"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
 
 
 def test_a_result_becomes_a_picture(dry_run, tmp_path):
@@ -377,13 +377,14 @@ def edited(sources, old: str, new: str) -> set[str]:
 
 
 def test_an_edit_changes_the_digests_of_what_it_reaches(sources):
-    every = {"fold", "dz", "dhidden", "dweight", "routed_dz", "routed_dhidden", "routed_dweight", "finish", "spread"}
+    every = {"fold", "exact", "routed_dz", "routed_dhidden", "routed_dweight", "finish", "compact", "list"}
     assert edited(sources, '"""', '""" ') == set()  # a docstring
     assert edited(sources, "@triton.jit", "# a comment\n@triton.jit") == set()
-    assert edited(sources, 'float("nan")', "0.0") == {"compact"}
+    assert edited(sources, 'float("nan")', "0.0") == {"exact"}
     assert edited(sources, '"fold": {', '"fold": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"fold"}
     reached = edited(sources, "0xFFFFE000", "0xFFFFF000")  # what start_products calls
-    assert {"fold", "dz", "routed_dz"} <= reached and not reached & {"dweight", "spread", "finish"}
+    assert {"fold", "exact", "routed_dz"} <= reached and not reached & {"routed_dweight", "list", "finish"}
+    assert edited(sources, '"dhidden": {', '"dhidden": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"exact"}
     assert every - {"routed_dz"} - edited(sources, "+ 0x7FFF", "+ 0x7FFE") < every
 
 

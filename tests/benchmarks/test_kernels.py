@@ -72,7 +72,7 @@ print(json.dumps({
     "fold": counted("fold"),
     "exact": counted("exact"),
     "one warp": examined(replace(half, warps=1)),
-    "many stages": examined(replace(half, stages=9)),
+    "many stages": examined(replace(half, stages=12)),
     "without tensor cores": examined(single),
     "overlapping": examined(overlapping),
     "the same is compared": compared() == {overlapping.key},

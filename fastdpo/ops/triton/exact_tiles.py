@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .common import (
     BLOCK,
+    INTERPRET,
     columns_of,
     dot,
     dz_of,
@@ -27,7 +28,7 @@ from .common import (
     within,
 )
 
-ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(256)  # of a tile of dhidden
+ROWS, COLUMNS = tl.constexpr(64 if INTERPRET.value else 16), tl.constexpr(256)  # of a tile of dhidden
 
 
 class Work(NamedTuple):
@@ -171,12 +172,12 @@ def of_head_tile(
 
 
 @triton.jit
-def bias_tile(at, step, work, scales, out, dz_stride, ROWS: tl.constexpr):
-    """COLUMNS of column_sums, over a step's tokens: ROWS of each row of it."""
+def bias_tile(at, step, work, scales, out, dz_stride, TOKENS: tl.constexpr):
+    """COLUMNS of column_sums, over a step's tokens: TOKENS of each row of it."""
     c = at * COLUMNS + tl.arange(0, COLUMNS)
     mine = c < step.last_column - step.first_column
     total = tl.zeros((COLUMNS,), tl.float32)
-    for index in range(0, tl.cdiv(step.num_tokens, ROWS)):
+    for index in range(0, tl.cdiv(step.num_tokens, TOKENS)):
         total += tl.load(work.column_sums + index * dz_stride + c, mask=mine, other=0.0)
     _store_sum(work.bias, out, total, c, mine, step.first_column + c, mine, step, scales)
 

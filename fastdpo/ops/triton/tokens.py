@@ -15,12 +15,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import VARYING, LowRank, TokenList, TokenRange, dot, hidden_offset, load_rows, num_tokens, rounded
+from .common import (
+    INTERPRET,
+    VARYING,
+    LowRank,
+    TokenList,
+    TokenRange,
+    dot,
+    hidden_offset,
+    load_rows,
+    num_tokens,
+    rounded,
+)
 from .launch import launch
 from .stats import Results, store_nothing
 
 SCAN = tl.constexpr(2048)  # rows that a program counts at a time
-ROWS, COLUMNS = tl.constexpr(16), tl.constexpr(256)  # that a program copies at a time
+ROWS = tl.constexpr(64 if INTERPRET.value else 16)  # that a program copies at a time,
+COLUMNS = tl.constexpr(256)  # and columns of them
 PROGRAMS = 4  # of `compact` on one multiprocessor
 
 
