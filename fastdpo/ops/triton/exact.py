@@ -174,11 +174,17 @@ def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor |
     blocks of a sweep the rows of dhidden."""
     call, (chunk, slab) = sweep.call, sweep.part.slab
     slab = min(slab, len(blocks))
-    narrow = "narrow" if sweep.terms.coef_entropy is not None and call.kind == "half" else None
+    dz_kind = hidden_kind = weight_kind = None
+    if call.lora_rank and call.kind in ("fp32", "narrow"):
+        dz_kind = hidden_kind = weight_kind = "crowded"
+    elif call.kind == "half":
+        dz_kind = "narrow" if sweep.terms.coef_entropy is not None else None
+        hidden_kind = "narrow" if call.lora_rank else None
+    columns = call.hidden_size
     tiles = [
-        call.tile("dz", kind=narrow),
-        call.tile("dhidden", call.hidden_size, "narrow" if call.lora_rank and call.kind == "half" else None),
-        call.tile("dweight", call.hidden_size),
+        call.tile("dz", kind=dz_kind),
+        call.tile("dhidden", columns, hidden_kind),
+        call.tile("dweight", columns, weight_kind),
     ]
     low_columns = call.low_rank_pitch or 16
     tiles += [call.tile("dhidden", low_columns, "low_rank"), call.tile("dweight", low_columns, "low_rank")]

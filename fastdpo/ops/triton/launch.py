@@ -125,8 +125,9 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
 # Kinds of operands: "half"; "short", the same with an H of at most SHORT, where a tile's epilogue weighs as much as its
 # products, so that two programs of a multiprocessor take turns; "narrow", with something beside that takes registers or
 # shared memory (operands stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "low_rank", the
-# few columns of such a head in fp32; "unaligned" rows, which can only be read one element at a time. A kernel without
-# tiles of its own for a kind uses those of another, and an architecture those of sm_80.
+# few columns of such a head in fp32; "crowded", the exact kernel of such a head with operands in fp32; "unaligned", rows
+# that can only be read one element at a time. A kernel without tiles of its own for a kind uses those of another, and an
+# architecture those of sm_80.
 SHORT = 1024
 _LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "short": "half", "unaligned": "half"}
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
@@ -154,12 +155,14 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "narrow": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 3), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)},
+        "crowded": {80: Tile(64, 128, 16, 8, 3), 90: Tile(128, 128, 16, 8, 3), 120: Tile(32, 128, 32, 8, 2)},
         "unaligned": {80: Tile(64, 128, 32, 8, 2)},
     },
     "dhidden": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3), 100: Tile(128, 128, 64, 8, 4)},
         "narrow": {80: Tile(128, 128, 32, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 2), 100: Tile(128, 128, 32, 8, 2)},
+        "crowded": {80: Tile(64, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 2), 120: Tile(32, 64, 32, 8, 2)},
         "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
     "dweight": {
@@ -176,12 +179,13 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
             120: Tile(128, 128, 32, 8, 3),
         },
         "fp32": {80: Tile(128, 128, 16, 8, 3), 90: Tile(128, 128, 32, 8, 2), 100: Tile(128, 128, 32, 8, 2)},
+        "crowded": {80: Tile(64, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 2)},
         "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
     "lora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
     "low_rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
-    "finish": {"half": {80: Tile(1, 2048, 0, 4, 2)}},
+    "finish": {"half": {80: Tile(1, 2048, 0, 4, 2), 100: Tile(1, 512, 0, 4, 2)}},
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
         "half": {
