@@ -47,9 +47,7 @@ WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full 
 TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
 SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
 FEW = 10  # spills that may stand outside of a hot loop, once in a tile
-SHARE = (
-    0.75  # of the products of the loop with most: a loop with fewer is beside it, as that over a low-rank head's rank
-)
+SHARE = 0.75  # of the products of the loop with most: loops with fewer, as over a low-rank head's rank, stand beside it
 LARGE = {"fold", "hopper_fold", "exact"}  # whose time is all product
 OF_LOGITS = {"fold", "hopper_fold", "exact", "routed_dz"}  # with tiles of logits: an exponential each
 FOLDING = {"hopper_fold": 256}  # threads that share a tile, where others do not

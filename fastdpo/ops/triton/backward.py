@@ -37,12 +37,10 @@ def backward(
     with on_device(call.device):
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
         coefs = (None, None) if routing is not None else (upstream.coef, upstream.coef_entropy)
-        items = None
-        if routing is not None:
-            num_lists = sum(len(part.lists(call.num_blocks)) for part in parts(call, needs))
-            items = torch.empty(num_lists, 2, dtype=torch.int32, device=call.device)
-        tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items)
-        items = iter(() if items is None else items)
+        num_lists = sum(len(part.lists(call.num_blocks)) for part in parts(call, needs)) if routing is not None else 0
+        items = torch.empty(num_lists, 2, dtype=torch.int32, device=call.device)
+        tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
+        items_of_lists = iter(items)
         for sweep in sweeps(call, tokens, saved, upstream, grads, needs, routed=routing is not None):
             out = None if sweep.dhidden is None else grads.hidden
             if routing is None:
@@ -50,7 +48,7 @@ def backward(
             else:
                 sets = Sets.of(sweep, saved, routing)
                 for blocks in sweep.part.lists(call.num_blocks):
-                    listed = lists.empty(sweep, blocks, CROSSOVER, next(items))
+                    listed = lists.empty(sweep, blocks, CROSSOVER, next(items_of_lists))
                     _routed(sweep, sets, listed, blocks)
                     exact(sweep, blocks, listed.is_routed, out if blocks.stop == call.num_blocks else None)
             if sweep.dlow_rank is not None and grads.lora_a is not None:

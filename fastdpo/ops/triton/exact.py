@@ -169,29 +169,31 @@ def exact_kernel(
         item = take(work.done)
 
 
+def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
+    """Of the tiles of dz, dhidden and dweight: others than the call's where what shares the kernel takes registers, as
+    a low-rank head's three products do, or the terms of the entropy."""
+    call = sweep.call
+    if call.lora_rank and call.kind in ("fp32", "narrow"):
+        return "crowded", "crowded", "crowded"
+    if call.kind != "half":
+        return None, None, None
+    entropy = sweep.terms.coef_entropy is not None
+    return "narrow" if entropy else None, "narrow" if call.lora_rank else None, None
+
+
 def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor | None) -> None:
     """The exact gradients of these blocks, unless `flag` says that the routed kernels have made them; and with the last
     blocks of a sweep the rows of dhidden."""
     call, (chunk, slab) = sweep.call, sweep.part.slab
     slab = min(slab, len(blocks))
-    dz_kind = hidden_kind = weight_kind = None
-    if call.lora_rank and call.kind in ("fp32", "narrow"):
-        dz_kind = hidden_kind = weight_kind = "crowded"
-    elif call.kind == "half":
-        dz_kind = "narrow" if sweep.terms.coef_entropy is not None else None
-        hidden_kind = "narrow" if call.lora_rank else None
-    columns = call.hidden_size
-    tiles = [
-        call.tile("dz", kind=dz_kind),
-        call.tile("dhidden", columns, hidden_kind),
-        call.tile("dweight", columns, weight_kind),
-    ]
-    low_columns = call.low_rank_pitch or 16
-    tiles += [call.tile("dhidden", low_columns, "low_rank"), call.tile("dweight", low_columns, "low_rank")]
-    for_dz, for_hidden, *_ = tiles
+    dz_kind, hidden_kind, weight_kind = _kinds(sweep)
+    columns, low_columns = call.hidden_size, call.low_rank_pitch or 16
+    for_dz, for_hidden = call.tile("dz", kind=dz_kind), call.tile("dhidden", columns, hidden_kind)
     dz_form, weight = call.form(for_dz, (call.weight, for_dz.n, for_dz.k))
     hidden_form, operand = call.form(for_hidden, (call.weight, for_hidden.k, for_hidden.n))
-    forms = [call.form(tile)[0] for tile in tiles[2:3]] + [call.form(tile, compute=tl.float32)[0] for tile in tiles[3:]]
+    (weight_form,) = call.form(call.tile("dweight", columns, weight_kind))
+    (low_hidden_form,) = call.form(call.tile("dhidden", low_columns, "low_rank"), compute=tl.float32)
+    (low_weight_form,) = call.form(call.tile("dweight", low_columns, "low_rank"), compute=tl.float32)
 
     def make(wanted: bool, *shape: int, dtype=torch.float32) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=call.device) if wanted else None
@@ -229,8 +231,8 @@ def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor |
         slab=slab,
         dz_form=dz_form,
         hidden_form=hidden_form,
-        weight_form=forms[0],
-        low_hidden_form=forms[1],
-        low_weight_form=forms[2],
+        weight_form=weight_form,
+        low_hidden_form=low_hidden_form,
+        low_weight_form=low_weight_form,
         **sweep.tokens._asdict(),
     )
