@@ -31,6 +31,30 @@ class Gpu:
         return min(self.boost, self.flops / (0.92 * self.per_clock * self.multiprocessors))
 
 
+KIB = 1024
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """What programs share (CUDA C++ programming guide, table of technical specifications)."""
+
+    block_memory: int  # bytes of shared memory that one program can have
+    memory: int  # of all programs; each takes RESERVED_MEMORY more than it asks for
+    threads: int
+    programs: int
+    count: int  # of a usual card
+
+
+RESERVED_MEMORY = KIB
+MULTIPROCESSORS = {
+    80: Multiprocessor(163 * KIB, 164 * KIB, 2048, 32, 108),
+    86: Multiprocessor(99 * KIB, 100 * KIB, 1536, 16, 82),
+    89: Multiprocessor(99 * KIB, 100 * KIB, 1536, 24, 128),
+    90: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32, 132),
+    100: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32, 148),
+    120: Multiprocessor(99 * KIB, 100 * KIB, 1536, 24, 188),
+}
+
 GPUS = {
     "A100": Gpu(250e12, 1.73e12, 2e-6, 5.4e12, 28e6, 108, 1.41e9, 2048, 80),
     "H100": Gpu(728e12, 3.0e12, 2e-6, 9.7e12, 40e6, 132, 1.98e9, 4096, 90),

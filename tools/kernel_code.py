@@ -16,31 +16,12 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tools.code_paths import Instruction, TilePath, tile_path
+from tools.gpus import KIB, MULTIPROCESSORS, RESERVED_MEMORY
 from tools.kernel_variants import Variant
+from tools.offsets import narrow
 
-KIB = 1024
-
-
-@dataclass(frozen=True)
-class Multiprocessor:
-    """What programs share (CUDA C++ programming guide, table of technical specifications)."""
-
-    block_memory: int  # bytes of shared memory that one program can have
-    memory: int  # of all programs; each takes RESERVED_MEMORY more than it asks for
-    threads: int
-    programs: int
-
-
-RESERVED_MEMORY = KIB
 REGISTERS = 65536  # given to warps 256 at a time
 TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
-MULTIPROCESSORS = {
-    80: Multiprocessor(163 * KIB, 164 * KIB, 2048, 32),
-    90: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32),
-    100: Multiprocessor(227 * KIB, 228 * KIB, 2048, 32),
-    120: Multiprocessor(99 * KIB, 100 * KIB, 1536, 24),
-}
-
 # SASS mnemonics, by their first part
 TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "UTCOMMA", "UTCMXQMMA"}
 WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
@@ -66,6 +47,7 @@ class Code:
     # as `instructions`: one step of the main product, that of the logits where there are several
     main_loop: dict[str, int] = field(default_factory=dict)
     logits: int = 0  # of a tile, for one thread; 0: the kernel makes none
+    narrow: tuple[str, ...] = ()  # arguments that may be moved by more than 32 bits hold, and are not by 64
     path: TilePath | None = None  # of a tile of logits that needs nothing special
 
     def count(self, mnemonics: set[str], *parts: str) -> int:
@@ -133,6 +115,7 @@ def compile_variant(variant: Variant) -> Code:
         hot_loops=len(loops),
         main_loop=dict(Counter(mnemonic for _, mnemonic, _ in main if any(map(is_product, main)))),
         logits=logits,
+        narrow=tuple(sorted(narrow(compiled.asm["ttir"]))) if "ttir" in compiled.asm else (),
         path=path,
     )
 

@@ -20,8 +20,9 @@ from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton import special
 from fastdpo.ops.triton.launch import Recorder, Target
+from tools.gpus import MULTIPROCESSORS
 
-MULTIPROCESSORS = {80: 108, 90: 132, 100: 148, 120: 188}
+ARCHITECTURES = (80, 90, 100, 120)  # whose tiles differ
 
 TYPES = {  # (hidden, weight, multiplied in)
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),
@@ -182,7 +183,10 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
     shards = _OneShard() if problem.shard else None
     trained = not problem.frozen
     needs = Needs(not problem.frozen_hidden, trained, trained and problem.bias, trained and r > 0, trained and r > 0)
-    with Recorder(Target(capability, MULTIPROCESSORS[capability])) as launches, _deterministic(problem.deterministic):
+    with (
+        Recorder(Target(capability, MULTIPROCESSORS[capability].count)) as launches,
+        deterministic(problem.deterministic),
+    ):
         saved = triton_engine.forward(head, rows, stats=frozenset(problem.stats), routing=routing, shards=shards)
         if not problem.forward_only:
             column = meta(n, dtype=torch.float32)
@@ -193,7 +197,7 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
 
 
 @contextlib.contextmanager
-def _deterministic(wanted: bool):
+def deterministic(wanted: bool):
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(wanted or before)
     try:

@@ -31,8 +31,9 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from tools.kernel_code import KIB, SPILL, TENSOR_CORE, TMA, Code, compile_variant, faults
-from tools.kernel_variants import MULTIPROCESSORS, TYPES, Variant, variants
+from tools.gpus import KIB
+from tools.kernel_code import SPILL, TENSOR_CORE, TMA, Code, compile_variant, faults
+from tools.kernel_variants import ARCHITECTURES, TYPES, Variant, variants
 
 
 def examine(variant: Variant) -> tuple[Variant, Code | None, list[str]]:
@@ -115,7 +116,7 @@ def of_revision(revision: str, arguments: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, action="append", choices=MULTIPROCESSORS, help="all by default")
+    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="all by default")
     parser.add_argument("--kernel", help="part of a kernel's name")
     parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
@@ -129,7 +130,7 @@ def main() -> int:
     console = Console(width=170 if args.counts else 150)
     failed, figures = 0, []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for capability in args.arch or MULTIPROCESSORS:
+        for capability in args.arch or ARCHITECTURES:
             started = time.monotonic()
             wanted = variants(capability, args.dtype or list(TYPES), args.kernel, everything=args.all)
             if args.problem:

@@ -38,7 +38,7 @@ def backward(
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
         coefs = (None, None) if routing is not None else (upstream.coef, upstream.coef_entropy)
         num_lists = sum(len(part.lists(call.num_blocks)) for part in parts(call, needs)) if routing is not None else 0
-        items = torch.empty(num_lists, 2, dtype=torch.int32, device=call.device)
+        items = torch.empty(num_lists, lists.ITEMS, dtype=torch.int32, device=call.device)
         tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
         items_of_lists = iter(items)
         for sweep in sweeps(call, tokens, saved, upstream, grads, needs, routed=routing is not None):

@@ -54,7 +54,8 @@ def _target(device: torch.device) -> Target:
 
 def on_device(device: torch.device):
     """Makes `device` the current one, where Triton launches."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    real = device.type == "cuda" and Recorder.active is None
+    return torch.cuda.device(device) if real else contextlib.nullcontext()
 
 
 class Recorder:

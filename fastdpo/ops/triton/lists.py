@@ -26,6 +26,7 @@ BLOCKS = tl.constexpr(32)  # of an item that fills lists
 COUNTED = tl.constexpr(8)  # blocks of an item that counts, whose bits are one byte of a row; it has
 TILES = tl.constexpr(8)  # rows of `running` at a time
 CLEARED = tl.constexpr(4096)  # numbers at a time
+ITEMS = 4  # int32 of a list's items: whole 16 bytes, or every second list would be another form of its kernels
 
 
 class Kept(NamedTuple):
@@ -40,8 +41,9 @@ class Kept(NamedTuple):
 class Lists(NamedTuple):
     """The pairs of a range of tokens by a range of blocks. Sizes are bounds: the true ones are on the device."""
 
-    items: Tensor  # [2] int32: items taken of the launch that counts, and of those that count done
-    running: Tensor  # [ceil(capacity / TOKENS), num_blocks] int32, pairs of a block up to this many tokens, inclusive
+    items: Tensor  # [ITEMS] int32: items taken of the launch that counts, and of those that count done
+    running: Tensor  # [ceil(capacity / TOKENS), num_blocks] int32, pairs of a block up to this many tokens, inclusive;
+    # rows are row_pitch(num_blocks) apart
     lengths: Tensor  # [num_blocks] int32: the last row of `running`
     most: Tensor  # [1] int64, pairs of all blocks of the vocabulary, whatever the draw
     first_tile: Tensor  # [num_blocks + 1] int32
@@ -63,6 +65,12 @@ class Cleared(NamedTuple):
     done: Tensor  # int32, of exact.py
     hidden: Tensor | None  # fp32 sums
     low_rank: Tensor | None
+
+
+@triton.jit
+def row_pitch(num_blocks):
+    """Of `running`: whole 16 bytes, so that its last row is as aligned as any."""
+    return tl.cdiv(num_blocks, 4) * 4
 
 
 @triton.jit
@@ -121,7 +129,7 @@ def _count(at, kept, tokens, lists, first_token, capacity, first_block, num_bloc
         pairs = tl.sum(tl.reshape(pairs, (TILES, TOKENS, COUNTED)), 1)
         tile = first + tl.arange(0, TILES)
         inside = (tile < token_tiles)[:, None] & (b < num_blocks)[None, :]
-        running = lists.running + tile[:, None] * num_blocks + b[None, :]
+        running = lists.running + tile[:, None] * row_pitch(num_blocks) + b[None, :]
         tl.store(running, length[None, :] + tl.cumsum(pairs, 0), mask=inside)
         length += tl.sum(pairs, 0)
         if at == 0:
@@ -202,7 +210,7 @@ def list_kernel(
     before = tl.sum(tl.where(all_b < first, tiles, 0), 0) - tl.sum(tl.where(all_b < low, tiles, 0), 0)
     tile = before + tl.cumsum(own, 0) - own
     mine = tl.sum(pairs, 0)
-    start = tl.load(lists.running + token_tile * num_blocks + b, mask=b < num_blocks, other=0) - mine
+    start = tl.load(lists.running + token_tile * row_pitch(num_blocks) + b, mask=b < num_blocks, other=0) - mine
     position = start[None, :] + tl.cumsum(pairs, 0) - pairs
     slot = tile[None, :] * TILE + position
     tl.store(lists.tokens + slot, (t[:, None] + b[None, :] * 0), mask=pairs != 0)
@@ -211,7 +219,7 @@ def list_kernel(
 
 
 def empty(sweep: Sweep, blocks: range, crossover: float, items: Tensor) -> Lists:
-    """Lists whose pairs are not counted yet; `items` [2] int32: zeros."""
+    """Lists whose pairs are not counted yet; `items` [ITEMS] int32: zeros."""
     capacity, num_blocks, all_blocks = sweep.tokens.capacity, len(blocks), sweep.call.num_blocks
     tile = sweep.call.pair_tile
     max_pairs = min(capacity * num_blocks, int(crossover * capacity * all_blocks))
@@ -221,7 +229,7 @@ def empty(sweep: Sweep, blocks: range, crossover: float, items: Tensor) -> Lists
     def make(*shape: int, dtype=torch.int32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=items.device)
 
-    running = make(triton.cdiv(capacity, TOKENS.value), num_blocks)
+    running = make(triton.cdiv(capacity, TOKENS.value), triton.cdiv(num_blocks, 4) * 4)[:, :num_blocks]
     most = make(1, dtype=torch.int64)
     sizes = (num_blocks + 1, rounds + 1, 1, tiles, tiles * tile)
     return Lists(items, running, running[-1], most, *map(make, sizes))
@@ -254,6 +262,6 @@ def fill(sweep: Sweep, kept: Kept, lists: Lists, blocks: range, round: int, cros
         num_blocks=num_blocks,
         all_blocks=sweep.call.num_blocks,
         TILE=sweep.call.pair_tile,
-        B=max(16, triton.next_power_of_2(num_blocks)),
+        B=max(16, triton.next_power_of_2(len(sweep.part.lists(sweep.call.num_blocks)[0]))),
         **sweep.tokens._asdict(),
     )

@@ -22,9 +22,9 @@ def lora_a_kernel(
     out,  # [lora_rank, H]
     first_token,
     capacity,
+    is_first,  # of all ranges
+    is_last,
     H,
-    IS_FIRST: tl.constexpr,
-    IS_LAST: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -45,9 +45,9 @@ def lora_a_kernel(
     acc *= low_rank.scale
     where = r[:, None] * H + c[None, :]
     inside = (r < low_rank.lora_rank)[:, None] & (c < H)[None, :]
-    if not IS_FIRST:
+    if is_first == 0:
         acc += tl.load(partial + where, mask=inside, other=0.0)
-    if IS_LAST:
+    if is_last == 1:
         if unscale is not None:
             acc *= tl.load(unscale)
         tl.store(out + where, rounded(acc, out.dtype.element_ty), mask=inside)
@@ -70,8 +70,8 @@ def lora_a(sweep: Sweep, out: Tensor) -> None:
         partial=sweep.lora_a_sums,
         out=out,
         H=call.hidden_size,
-        IS_FIRST=tokens.first_token == 0,
-        IS_LAST=tokens.first_token + tokens.capacity >= call.num_rows,
+        is_first=int(tokens.first_token == 0),
+        is_last=int(tokens.first_token + tokens.capacity >= call.num_rows),
         BM=tile.m,
         BN=tile.n,
         BK=tile.k,

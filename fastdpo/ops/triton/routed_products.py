@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .common import BLOCK, VARYING, TokenList, dot, hidden_offset, load_rows, rounded
 from .launch import launch
-from .lists import Lists, pairs_of, round_of
+from .lists import Lists, pairs_of, round_of, row_pitch
 from .sweep import Sweep
 
 
@@ -96,8 +96,8 @@ def ordered_dhidden_kernel(
     c = tl.program_id(0) * form.BN + tl.arange(0, form.BN)
     for local in range(first, last):
         start = tl.load(lists.first_tile + local)
-        begin = tl.load(lists.running + (row - 1) * num_blocks + local, mask=row > 0, other=0)
-        end = tl.load(lists.running + last_row * num_blocks + local)
+        begin = tl.load(lists.running + (row - 1) * row_pitch(num_blocks) + local, mask=row > 0, other=0)
+        end = tl.load(lists.running + last_row * row_pitch(num_blocks) + local)
         if begin < end:
             b = _weight_part(weight, (first_block + local) * BLOCK, c, V, H, weight_stride, BLOCK)
             for at in range(begin, end, form.BM):
