@@ -6,8 +6,9 @@ and what would be launched is recorded.
         fastdpo.linear_logps(hidden, weight, labels)
     gpu.launches
 
-torch without CUDA builds no graph of such tensors, so that a call's backward runs right after its forward, with upstream
-gradients for all that it returned. An address is as a caching allocator gives it, aligned to 512 bytes, plus the offset of a view.
+torch without CUDA builds no graph of such tensors, so that a call's backward runs right after its forward, with
+upstream gradients for all that it returned. An address is as a caching allocator gives it, aligned to 512 bytes, plus
+the offset of a view.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-
 
 from fastdpo.ops import operators
 from fastdpo.ops.triton.launch import Recorder, Target
