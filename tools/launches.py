@@ -11,6 +11,7 @@ machine code held against its card's shared memory, against spills and against o
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -129,17 +130,15 @@ def launches(model: Model, types: str, run: str, capability: int, batches=BATCHE
     seen = set()
     for sequences, tokens in batches:
         with FakeGpu(capability) as gpu, torch.autocast("cuda", compute, enabled=hidden_type != compute):
-            made = dict(dtype=weight_type)
+            small = functools.partial(gpu.empty, dtype=weight_type)
             hidden = gpu.empty(sequences, tokens + 1, model.hidden_size, dtype=hidden_type).requires_grad_()
-            weight = gpu.empty(model.vocab_size, model.hidden_size, **made).requires_grad_()
+            weight = small(model.vocab_size, model.hidden_size).requires_grad_()
             labels = gpu.empty(sequences, tokens, dtype=torch.int64)
             options = {"softcap": model.softcap, "logit_scale": model.logit_scale}
             if model.bias:
-                options["bias"] = gpu.empty(model.vocab_size, **made).requires_grad_()
+                options["bias"] = small(model.vocab_size).requires_grad_()
             # a causal model's: the last token predicts nothing
-            inputs = Inputs(hidden[:, :-1].detach().requires_grad_(), weight, labels, options,
-                            lambda *size: gpu.empty(*size, **made))  # fmt: skip
-            RUNS[run](inputs)
+            RUNS[run](Inputs(hidden[:, :-1].detach().requires_grad_(), weight, labels, options, small))
             for kernel, grid, arguments, warps, stages in gpu.launches:
                 variant = variant_of(capability, kernel, arguments, warps, stages)
                 large = tuple(name for name, x in _tensors(arguments) if _reach(x) > LIMIT)

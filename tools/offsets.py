@@ -1,7 +1,7 @@
 """Offsets that a kernel works out in 32 bits, read from its TTIR (Triton's own intermediate code).
 
-A tensor of more than 2^31 elements needs 64. Sums of a program's ranges and of multiples of a tile's size stay within one
-dimension of a tensor; a product with an argument, that is a stride, does not.
+A tensor of more than 2^31 elements needs 64. Sums of a program's ranges and of multiples of a tile's size stay within
+one dimension of a tensor; a product with an argument, that is a stride, does not.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BOUNDED = {
     "arith.cmpi",
     "tt.load",
     "arith.extsi",
-}  # by other things
+}  # smaller
 
 
 def _definitions(ttir: str) -> dict[str, tuple[str, list[str], str]]:

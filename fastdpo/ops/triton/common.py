@@ -21,20 +21,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # Triton 3.6 cannot compare a tuple with None, and loses the constants of an inner one.
 VARYING = (
     *("all_blocks", "capacity", "chunk", "first_block", "first_token", "group_tiles", "ignore_index", "inner"),
-    *(
-        "inner_stride",
-        "is_first",
-        "is_last",
-        "last_block",
-        "num_blocks",
-        "num_rows",
-        "outer_stride",
-        "round",
-        "rounds",
-        "set_bytes",
-        "share",
-    ),
-    *("slab", "steps", "tiles_per_round", "token_tiles", "vocab_size", "vocab_start"),
+    *("inner_stride", "is_first", "is_last", "last_block", "num_blocks", "num_rows", "outer_stride", "round"),
+    *("rounds", "set_bytes", "share", "slab", "steps", "tiles_per_round", "token_tiles", "vocab_size", "vocab_start"),
 )
 
 
