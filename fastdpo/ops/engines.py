@@ -44,6 +44,8 @@ def _unavailable(engine: str, device: torch.device, interpret: str | None) -> st
     if device.type != "cuda" and not interpreted:
         hint = ", unless TRITON_INTERPRET=1" if device.type == "cpu" else ""
         return f"the triton engine takes CUDA tensors, not {device.type}{hint}"
+    if torch.version.hip and not interpreted:
+        return "the Triton kernels were never tested on an AMD GPU, whose shared memory their tiles exceed"
     version = _triton_version()
     if version is None:
         return "Triton cannot be imported"
@@ -122,13 +124,19 @@ def logits_engine(device: torch.device, dtype: torch.dtype) -> tuple[Callable, C
     return _LOGITS[_choose_logits(device, dtype)[0]]
 
 
+def _devices() -> list[str]:
+    """Those that may differ; a GPU's capability is not asked for before the process uses it."""
+    count = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
+    return ["cpu", "cuda", *(f"cuda:{index}" for index in range(count) if count > 1)]
+
+
 def backends() -> dict:
     """What this machine has and which engine each operation uses on it, with the reason.
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
     ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
-    ...), ``engines`` (``available`` and ``reason`` of each), ``operations`` (per operation and device type: the
-    engine and why) and ``forward_kernel`` (of the Triton engine: which one serves what, and why). Raises nothing, and
+    ...), ``engines`` (``available`` and ``reason`` of each), ``operations`` (per operation and device
+    type, of several GPUs in use per device: the engine and why) and ``forward_kernel`` (of the Triton engine: which one serves what, and why). Raises nothing, and
     starts no GPU context.
     """
     from .._version import __version__
@@ -137,10 +145,10 @@ def backends() -> dict:
     info = native.build_info()
     extension = native.EXTENSION
     slower = "logits folds, routing and losses run in plain torch: correct, several times slower"
-    operations = {}
+    operations, devices = {}, _devices()
     for operation in ("linear_logps", "linear_token_stats", "linear_dpo_loss", "selective_log_softmax"):
         operations[operation] = {}
-        for device in ("cpu", "cuda"):
+        for device in devices:
             try:
                 if operation == "selective_log_softmax":
                     engine, why = _choose_logits(torch.device(device), torch.float32)
@@ -154,7 +162,7 @@ def backends() -> dict:
     from .triton import special
 
     operations["preference_loss"] = {}
-    for device in ("cpu", "cuda"):
+    for device in devices:
         problem = preference_native.problem(torch.device(device), torch.float32)
         found = "native templates" if problem is None else f"reference ({problem})"
         operations["preference_loss"][device] = found

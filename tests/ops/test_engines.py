@@ -29,6 +29,35 @@ def test_why_an_engine_cannot_run(monkeypatch, engine_name, device, version, env
     assert problem is None if reason is None else reason in problem
 
 
+def test_an_amd_gpu_is_served_by_the_reference(monkeypatch):
+    """torch names it "cuda" too."""
+    monkeypatch.setattr(engines, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    engine, why = engines._choose(torch.device("cuda"), torch.bfloat16, None, None)
+    assert engine == "reference" and "AMD" in why
+    with pytest.raises(RuntimeError, match=r"cannot run here.*AMD"):
+        engines._choose(torch.device("cuda"), torch.bfloat16, "triton", None)
+
+
+def test_every_gpu_of_a_host_is_asked_for_its_own_capability(monkeypatch):
+    """An old card beside a new one, whichever is the current device."""
+    capabilities = {0: (9, 0), 1: (7, 0), None: (9, 0)}
+    monkeypatch.setattr(engines, "_triton_version", lambda: "3.6.0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[torch.device(device).index])
+    monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert engines._choose(torch.device("cuda", 0), torch.bfloat16, None, None)[0] == "triton"
+    engine, why = engines._choose(torch.device("cuda", 1), torch.bfloat16, None, None)
+    assert engine == "reference" and "below 8.0" in why
+    found = fastdpo.backends()["operations"]["linear_logps"]
+    assert found["cuda:0"].startswith("triton") and found["cuda:1"].startswith("reference")
+    monkeypatch.setattr(engines.native, "cuda_problem", lambda capability=None: f"asked for {capability}")
+    assert "(7, 0)" in engines._choose_logits(torch.device("cuda", 1), torch.float32)[1]
+
+
 def test_choice_of_engine(monkeypatch):
     monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

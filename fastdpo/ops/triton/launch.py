@@ -10,13 +10,19 @@ import torch
 import triton
 from torch import Tensor
 
+# Major version -> (whose tiles, bytes of shared memory that they need). sm_110 has no product that Triton would use but
+# sm_80's.
+_FAMILIES = {8: (80, 163 << 10), 9: (90, 227 << 10), 10: (100, 227 << 10), 11: (80, 163 << 10), 12: (120, 99 << 10)}
+_MEMORY = {86: 99 << 10, 89: 99 << 10}  # with less than their family
+
 
 @dataclass(frozen=True)
 class Target:
     """The machine that a call runs on."""
 
-    capability: int  # 80, 90, 100, 120; 0: Triton's interpreter
+    capability: int  # 80, 86, 90, ...; 0: Triton's interpreter
     programs: int  # of a persistent kernel: one per multiprocessor
+    memory: int | None = None  # bytes of shared memory that a program can have; None: as the family's first cards
 
     @functools.cached_property
     def has_tma(self) -> bool:
@@ -24,10 +30,13 @@ class Target:
 
     @functools.cached_property
     def tiles(self) -> int:
-        """Whose tiles fit: sm_86 and sm_89 have the shared memory of sm_120, not of sm_80."""
-        if self.capability in (0, 80):
-            return self.capability
-        return next(known for known in (120, 100, 90) if self.capability >= known) if self.capability >= 90 else 120
+        """Whose tiles fit: those of the family, where a program has the shared memory for them. sm_120's need least, of
+        memory and of what a compiler may know."""
+        if self.capability == 0:
+            return 0
+        family, memory = _FAMILIES.get(self.capability // 10, (120, 0))
+        available = _MEMORY.get(self.capability, memory) if self.memory is None else self.memory
+        return family if available >= memory else 120
 
 
 @dataclass(frozen=True)
@@ -48,8 +57,8 @@ def _target(device: torch.device) -> Target:
     if device.type != "cuda":
         return Target(0, 3)
     properties = torch.cuda.get_device_properties(device)
-    capability = 80 if torch.version.hip else properties.major * 10 + properties.minor
-    return Target(capability, properties.multi_processor_count)
+    memory = getattr(properties, "shared_memory_per_block_optin", None)  # torch 2.6 does not say
+    return Target(properties.major * 10 + properties.minor, properties.multi_processor_count, memory)
 
 
 def on_device(device: torch.device):

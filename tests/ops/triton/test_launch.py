@@ -55,6 +55,20 @@ def test_nothing_waits_for_the_device(options):
     assert ("routed_dz_kernel" in names) == (key is not None)
 
 
+KIB = 1024
+CARDS = [  # capability, shared memory of a program, whose tiles
+    (80, 163, 80), (86, 99, 120), (87, 163, 80), (89, 99, 120), (90, 227, 90), (100, 227, 100), (103, 227, 100),
+    (110, 227, 80), (120, 99, 120), (121, 99, 120), (130, 227, 120), (90, 99, 120), (100, None, 100), (86, None, 120),
+    (0, None, 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("capability, memory, tiles", CARDS)
+def test_a_card_gets_tiles_that_fit(capability, memory, tiles):
+    """Also one that nobody has seen, and one whose driver leaves less than its family has."""
+    assert Target(capability, 1, memory and memory * KIB).tiles == tiles
+
+
 def kernels() -> dict:
     found = {}
     for module in pkgutil.iter_modules(wing.__path__):

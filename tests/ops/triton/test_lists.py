@@ -36,7 +36,9 @@ def build(kept, coef, count, first_token, capacity, first_block, num_blocks, mos
     coef_rows[shuffled] = coef
     most_rows[shuffled] = (kept.sum(1) if most is None else most).int()
     tokens = TokenList(rows=shuffled.int().to(DEVICE), count=torch.tensor([count], dtype=torch.int32, device=DEVICE))
+    blocks = range(first_block, first_block + num_blocks)
     sweep = SimpleNamespace(
+        part=SimpleNamespace(lists=lambda _: [blocks]),
         call=SimpleNamespace(pair_tile=tile, num_blocks=BLOCKS, hidden_size=5, low_rank_pitch=16),
         tokens=TokenRange(tokens, first_token, capacity),
         routed_pairs=1000,
@@ -45,8 +47,7 @@ def build(kept, coef, count, first_token, capacity, first_block, num_blocks, mos
         dlow_rank=None,
     )
     pairs = pair_lists.Kept(bitmap, bitmap.stride(0), most_rows.to(DEVICE), coef_rows.to(DEVICE))
-    blocks = range(first_block, first_block + num_blocks)
-    items = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    items = torch.zeros(pair_lists.ITEMS, dtype=torch.int32, device=DEVICE)
     lists = pair_lists.empty(sweep, blocks, crossover, items)
     pair_lists.fill(sweep, pairs, lists, blocks, 0, crossover)
     assert not sweep.done.any() and sweep.dhidden.any() == (first_block > 0)
