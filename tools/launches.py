@@ -1,6 +1,7 @@
 """Every launch of real models' training steps, found without a GPU and compiled for cards it may meet.
 
-python -m tools.launches [--model NAME ...] [--arch 86 ...] [--dtype bf16 ...] [--run NAME ...] [--record] [--json FILE]
+python -m tools.launches [--model NAME ...] [--arch 86 ...] [--dtype bf16 ...] [--run NAME ...]
+                         [--handful] [--record] [--json FILE]
 
 Public calls run on tensors without storage (fake_gpu.py) at the models' own sizes, in several batches each. Of every
 launch the grid, the conditions of TMA and the number of forms of one model are checked; every form is compiled, and its
@@ -17,13 +18,14 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import triton
 from rich.console import Console
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -187,27 +189,20 @@ class Form:
     found: tuple[str, ...]
 
 
-def record(names: list[str], types: list[str], runs: list[str], capability: int) -> tuple[list[Form], list[str], dict]:
-    """(forms, faults that are no form's, how many forms each training has)."""
-    forms: dict[str, Form] = {}
+def record(types: list[str], runs: list[str], capability: int, name: str) -> tuple[list[Form], list[str], dict]:
+    """(forms, faults that are no form's, how many forms each training of the model has)."""
+    forms: list[Form] = []
     problems, counts = [], {}
-    for name in names:
-        for kind in types:
-            for run in runs:
-                of_run = set()
-                batches = (*BATCHES, LONG) if run == runs[0] and kind == types[0] else BATCHES
-                for one in launches(MODELS[name], kind, run, capability, batches):
-                    key = one.variant.key
-                    of_run.add(key)
-                    form = forms.get(key) or Form(replace(one.variant, problems=[]), frozenset(), ())
-                    where = f"{kind}: {name}, {run}"
-                    if where not in form.variant.problems:
-                        form.variant.problems.append(where)
-                    forms[key] = Form(form.variant, form.large | set(one.large), tuple({*form.found, *one.found}))
-                counts[name, kind, run] = len(of_run)
-                if len(of_run) > MOST_FORMS:
-                    problems.append(f"sm_{capability} {name}, {kind}, {run}: {len(of_run)} forms; {MOST_FORMS} at most")
-    return list(forms.values()), problems, counts
+    for kind in types:
+        for run in runs:
+            batches = (*BATCHES, LONG) if (kind, run) == (types[0], runs[0]) else BATCHES
+            where = f"{kind}: {name}, {run}"
+            found = list(launches(MODELS[name], kind, run, capability, batches))
+            forms += [Form(replace(x.variant, problems=[where]), frozenset(x.large), x.found) for x in found]
+            count = counts[name, kind, run] = len({x.variant.key for x in found})
+            if count > MOST_FORMS:
+                problems.append(f"sm_{capability} {where}: {count} forms; {MOST_FORMS} at most")
+    return _merged(forms), problems, counts
 
 
 def check(form: Form) -> tuple[Form, Code | None, list[str]]:
@@ -229,57 +224,61 @@ def _chosen(parser: argparse.ArgumentParser, option: str, wanted: list[str] | No
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", help=f"of {', '.join(MODELS)}; all by default")
-    parser.add_argument("--handful", action="store_true", help=f"only {', '.join(HANDFUL)}")
+    parser.add_argument("--handful", action="store_true", help=f"only {', '.join(HANDFUL)}, as `make kernels` does")
     parser.add_argument("--arch", type=int, nargs="+", choices=MULTIPROCESSORS, default=list(MULTIPROCESSORS))
     parser.add_argument("--dtype", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--run", nargs="+", help=f"of {', '.join(RUNS)}; all by default")
     parser.add_argument("--record", action="store_true", help="compile nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes; 1: this one")
     parser.add_argument("--json", type=Path, help="write every form's figures to this file")
     args = parser.parse_args()
     names = list(HANDFUL) if args.handful else _chosen(parser, "--model", args.model, MODELS)
     runs = _chosen(parser, "--run", args.run, RUNS)
     console, failed, figures = Console(width=150), 0, []
-    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+    with multiprocessing.get_context("spawn").Pool(args.jobs) if args.jobs > 1 else nullcontext() as pool:
+        each = pool.imap if pool else map
         for capability in args.arch:
             started = time.monotonic()
-            groups = defaultdict(list)
-            recorded = pool.starmap(record, [([name], args.dtype, runs, capability) for name in names], chunksize=1)
-            problems = [problem for _, more, _ in recorded for problem in more]
-            counts = {name: n for _, _, more in recorded for name, n in more.items()}
-            for forms, _, _ in recorded:
-                for form in forms:
-                    groups[form.variant.key].append(form)
-            merged = [_merged(forms) for forms in groups.values()]
-            results = [(form, None, list(form.found)) for form in merged]
+            recorded = list(each(functools.partial(record, args.dtype, runs, capability), names))
+            forms = _merged(form for found, _, _ in recorded for form in found)
+            problems = [problem for _, found, _ in recorded for problem in found]
+            counts = {name: n for _, _, found in recorded for name, n in found.items()}
+            results = [(form, None, list(form.found)) for form in forms]
             if not args.record:
-                results = list(pool.imap(check, merged, chunksize=2))
+                results = list(each(check, forms))
                 console.print(table_of(capability, [(form.variant, code, found) for form, code, found in results]))
+            for form, _, found in results:
+                if found:
+                    v = form.variant
+                    problems.append(f"sm_{capability} {v.name} {v.compute} {v.shape}: {'; '.join(found)} (launched for "
+                                    f"{v.problems[0]})")  # fmt: skip
             for problem in problems:
                 console.print(f"FAULT {problem}", markup=False)
-            bad = [(form.variant, found) for form, _, found in results if found]
-            for variant, found in bad:
-                where = f"sm_{capability} {variant.name} {variant.compute} {variant.shape}"
-                console.print(f"FAULT {where}: {'; '.join(found)} (launched for {variant.problems[0]})", markup=False)
             most = max(counts, key=counts.get)
             console.print(
-                f"sm_{capability}: {len(counts)} trainings, at most {counts[most]} forms of one ({', '.join(most)}); "
-                f"{len(results)} forms in all, {len(bad) + len(problems)} with faults, "
+                f"sm_{capability}, Triton {triton.__version__}: {len(counts)} trainings, at most {counts[most]} forms "
+                f"of one ({', '.join(most)}); {len(results)} forms in all, {len(problems)} faults, "
                 f"{time.monotonic() - started:.0f} s\n", markup=False)  # fmt: skip
-            failed += len(bad) + len(problems)
+            failed += len(problems)
             figures += [
                 {"capability": capability, "kernel": form.variant.name, "type": form.variant.compute,
                  "tile": form.variant.shape, "launched for": form.variant.problems, "faults": found,
                  **({} if code is None else asdict(code))} for form, code, found in results
             ]  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+            if args.json:
+                args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if failed else 0
 
 
-def _merged(forms: list[Form]) -> Form:
-    problems = [problem for form in forms for problem in form.variant.problems]
-    large = frozenset().union(*(form.large for form in forms))
-    return Form(replace(forms[0].variant, problems=problems), large, tuple({x for form in forms for x in form.found}))
+def _merged(forms: Iterable[Form]) -> list[Form]:
+    """Each once, the costly ones first."""
+    found: dict[str, Form] = {}
+    for form in forms:
+        known = found.setdefault(form.variant.key, Form(replace(form.variant, problems=[]), frozenset(), ()))
+        known.variant.problems.extend(form.variant.problems)
+        both = tuple({*known.found, *form.found})
+        found[form.variant.key] = Form(known.variant, known.large | form.large, both)
+    return sorted(found.values(), key=lambda form: form.variant.name != "exact")
 
 
 if __name__ == "__main__":

@@ -135,9 +135,9 @@ def backends() -> dict:
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
     ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
-    ...), ``engines`` (``available`` and ``reason`` of each), ``operations`` (per operation and device
-    type, of several GPUs in use per device: the engine and why) and ``forward_kernel`` (of the Triton engine: which one serves what, and why). Raises nothing, and
-    starts no GPU context.
+    ...), ``engines`` (``available`` and ``reason`` of each), ``operations`` (per operation and device type, of several
+    GPUs in use per device: the engine and why) and ``forward_kernel`` (of the Triton engine: which one serves what, and
+    why). Raises nothing, and starts no GPU context.
     """
     from .._version import __version__
     from .cpu.operands import USES_ONEDNN
