@@ -171,14 +171,16 @@ def exact_kernel(
 
 def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
     """Of the tiles of dz, dhidden and dweight: others than the call's where what shares the kernel takes registers, as
-    a low-rank head's three products do, or the terms of the entropy."""
+    a low-rank head's three products do, a bias, a softcap, the entropy's terms, or sums over several chunks."""
     call = sweep.call
-    if call.lora_rank and call.kind in ("fp32", "narrow"):
+    more = call.lora_rank or call.bias is not None or call.transform.softcap is not None
+    if (call.kind == "fp32" and more) or (call.kind == "narrow" and call.lora_rank):
         return "crowded", "crowded", "crowded"
     if call.kind != "half":
         return None, None, None
-    entropy = sweep.terms.coef_entropy is not None
-    return "narrow" if entropy else None, "narrow" if call.lora_rank else None, None
+    several = sweep.tokens.capacity > sweep.part.slab[0]
+    kinds = sweep.terms.coef_entropy is not None, call.lora_rank, more or several
+    return tuple("narrow" if wanted else None for wanted in kinds)
 
 
 def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor | None) -> None:
