@@ -179,7 +179,8 @@ def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
     if call.kind != "half":
         return None, None, None
     several = sweep.tokens.capacity > sweep.part.slab[0]
-    kinds = sweep.terms.coef_entropy is not None, call.lora_rank, more or several
+    entropy = sweep.terms.coef_entropy is not None
+    kinds = entropy, call.lora_rank, more or several or entropy
     return tuple("narrow" if wanted else None for wanted in kinds)
 
 

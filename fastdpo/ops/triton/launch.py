@@ -204,7 +204,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
             100: Tile(64, 128, 64, 4, 4, per_sm=2),
             120: Tile(64, 128, 64, 4, 3, per_sm=2),
         },
-        "narrow": {80: Tile(64, 128, 32, 4, 4, per_sm=2), 120: Tile(64, 128, 32, 4, 2, per_sm=2)},
+        "narrow": {80: Tile(64, 128, 32, 4, 4, per_sm=2), 120: Tile(64, 128, 32, 8, 2)},
         "fp32": {
             80: Tile(64, 128, 32, 8, 3),
             90: Tile(64, 128, 32, 4, 2, per_sm=2),
@@ -216,7 +216,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
             80: Tile(64, 128, 128, 4, 2, per_sm=2),
             90: Tile(128, 128, 128, 4, 1, per_sm=2),
             100: Tile(64, 128, 128, 4, 1, per_sm=3),
-            120: Tile(64, 128, 128, 4, 1, per_sm=2),
+            120: Tile(64, 128, 128, 8, 1, per_sm=2),
         },
         "fp32": {80: Tile(64, 64, 32, 4, 3, per_sm=2)},
         "low_rank": {80: Tile(64, 16, 128, 4, 1, per_sm=2)},
