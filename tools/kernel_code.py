@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from fastdpo.ops.triton.launch import OPTIONS
 from tools.code_paths import Instruction, TilePath, tile_path
 from tools.gpus import KIB, MULTIPROCESSORS, RESERVED_MEMORY
 from tools.kernel_variants import Variant
@@ -89,7 +90,7 @@ def compile_variant(variant: Variant) -> Code:
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", variant.capability, 32),
-        options={"num_warps": variant.warps, "num_stages": variant.stages},
+        options={"num_warps": variant.warps, "num_stages": variant.stages, **OPTIONS},
     )
     registers, code = disassemble(compiled.asm["cubin"])
     found = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])

@@ -19,7 +19,7 @@ from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton import special
-from fastdpo.ops.triton.launch import Recorder, Target
+from fastdpo.ops.triton.launch import OPTIONS, Recorder, Target
 from tools.gpus import MULTIPROCESSORS
 
 ARCHITECTURES = (80, 90, 100, 120)  # whose tiles differ
@@ -156,7 +156,7 @@ def variant_of(capability: int, kernel, arguments: dict, warps: int, stages: int
     """What Triton compiles for kernel[grid](**arguments)."""
     triton.runtime.driver.set_active(_NoDevice(capability))
     *_, backend, binder = kernel.device_caches[capability]
-    keywords = {**arguments, "num_warps": warps, "num_stages": stages, "debug": False}
+    keywords = {**arguments, "num_warps": warps, "num_stages": stages, "debug": False, **OPTIONS}
     bound, specialization, options = binder(**keywords)
     _, signature, constexprs, attributes = kernel._pack_args(backend, keywords, bound, specialization, options)
     return Variant(kernel.__module__, kernel.__name__, capability, signature, constexprs, attributes, warps, stages)

@@ -19,7 +19,7 @@ from .selective import cpu as cpu_logits
 from .selective import cuda as cuda_logits
 
 ENGINES = ("reference", "cpu", "triton")
-TRITON_VERSION = (3, 6)  # the oldest whose kernels are tested
+TRITON_VERSIONS = ((3, 6), (3, 9))  # the oldest and the newest whose machine code is checked and kernels are tested
 OLDEST_GPU = (8, 0)
 _LOGITS = {
     "reference": (reference.logits_forward, reference.logits_backward),
@@ -49,8 +49,8 @@ def _unavailable(engine: str, device: torch.device, interpret: str | None) -> st
     version = _triton_version()
     if version is None:
         return "Triton cannot be imported"
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TRITON_VERSION:
-        return f"Triton {version} is older than {'.'.join(map(str, TRITON_VERSION))}"
+    if _release(version) < TRITON_VERSIONS[0]:
+        return f"Triton {version} is older than {_text(TRITON_VERSIONS[0])}"
     if not interpreted and torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return f"the GPU's compute capability is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
     return None
@@ -65,6 +65,22 @@ def _engine_reasons() -> dict[str, str | None]:
     elif reasons["triton"] is not None and _unavailable("triton", cuda, interpret) is None:
         reasons["triton"] = "no GPU here; TRITON_INTERPRET=1 serves CPU tensors"
     return reasons
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
+def _text(release: tuple[int, ...]) -> str:
+    return ".".join(map(str, release))
+
+
+def _newer_than_checked() -> str:
+    version = _triton_version()
+    if _release(version) <= TRITON_VERSIONS[1]:
+        return ""
+    checked = " to ".join(map(_text, TRITON_VERSIONS))
+    return f"; Triton {version} is newer than any whose machine code was checked, {checked}"
 
 
 @cache
@@ -91,7 +107,9 @@ def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interp
         return "reference", "fp64 inputs are computed in fp64"
     wanted = "cpu" if device.type == "cpu" else "triton"
     problem = _unavailable(wanted, device, interpret)
-    return (wanted, f"fastest for {device.type}") if problem is None else ("reference", problem)
+    if problem is not None:
+        return "reference", problem
+    return wanted, f"fastest for {device.type}" + (_newer_than_checked() if wanted == "triton" else "")
 
 
 @cache

@@ -29,6 +29,14 @@ def test_why_an_engine_cannot_run(monkeypatch, engine_name, device, version, env
     assert problem is None if reason is None else reason in problem
 
 
+@pytest.mark.parametrize("version, is_newer", [("3.6.0", False), ("3.9.1", False), ("3.10.0+git", True), ("4.0", True)])
+def test_a_triton_newer_than_any_checked_is_named(monkeypatch, version, is_newer):
+    monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
+    monkeypatch.setattr(engines, "_triton_version", lambda: version)
+    why = fastdpo.backends()["operations"]["linear_logps"]["cuda"]
+    assert why.startswith("triton") and (f"Triton {version} is newer than any" in why) == is_newer
+
+
 def test_an_amd_gpu_is_served_by_the_reference(monkeypatch):
     """torch names it "cuda" too."""
     monkeypatch.setattr(engines, "_triton_version", lambda: "3.6.0")

@@ -52,6 +52,10 @@ class Tile:
     per_sm: int = 1  # programs of a persistent kernel on one multiprocessor
 
 
+# What every kernel is compiled with: Triton's defaults change, and what is checked ahead of time is what runs.
+OPTIONS = {"enable_fp_fusion": True}
+
+
 @functools.cache
 def _target(device: torch.device) -> Target:
     if device.type != "cuda":
@@ -100,7 +104,7 @@ def launch(kernel, grid: tuple[int, ...], tile: Tile | None = None, *, warps: in
     if Recorder.active is not None:
         Recorder.active.launches.append((kernel, grid, arguments, warps, stages))
         return
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages)
+    kernel[grid](**arguments, num_warps=warps, num_stages=stages, **OPTIONS)
 
 
 def are_aligned(*tensors: Tensor) -> bool:

@@ -85,6 +85,18 @@ def test_a_kernel_stands_beside_its_launcher_and_says_what_a_program_does(name):
     assert len(inspect.signature(function).parameters) <= 25
 
 
+def test_fusion_of_floating_point_operations_is_asked_for():
+    """Triton 3.10 will not fuse by default: other code than the one that is checked, and other bits."""
+    given = {}
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda **options: given.update(options)
+
+    launch(Kernel(), (1,), warps=2)
+    assert given == {"num_warps": 2, "num_stages": 2, "enable_fp_fusion": True}
+
+
 def test_launches_are_by_keyword():
     """A kernel's arguments by position would be taken for its tile."""
     taken = inspect.signature(launch).parameters
