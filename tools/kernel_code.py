@@ -126,8 +126,8 @@ def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage, listing = run_tool("cuobjdump", "-res-usage", path), run_tool("cuobjdump", "-sass", path)
-    return max(int(n) for n in re.findall(r"REG:(\d+)", usage)), instructions(listing)
+        listing = run_tool("cuobjdump", "-res-usage", "-sass", path)
+    return max(int(n) for n in re.findall(r"REG:(\d+)", listing)), instructions(listing)
 
 
 def instructions(listing: str) -> list[Instruction]:

@@ -7,6 +7,7 @@ would be compiled for, so the forms are those of a real run: types, alignment, c
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -211,18 +212,28 @@ def special_forms(capability: int) -> list[str]:
     return list(special.load(kernel).FORMS) if kernel else []
 
 
-# The types that are compiled much as bf16 is need not go through every problem each time.
-ESSENTIAL = {"exact", "exact, options", "routed", "routed, options", "forward", "statistics"}
+# By type, the problems whose forms no other type's forms stand for; bf16's are used where few must do.
+ESSENTIAL = {
+    "bf16": {"exact", "exact, options", "routed", "routed, options", "forward", "statistics", "entropy"},
+    "fp16": {"exact", "routed, options", "forward"},
+    "fp32": {"exact", "exact, options", "routed", "statistics"},
+    "mixed": {"exact, options", "routed"},
+}
 
 
 def variants(
-    capability: int, types: list[str], kernel: str | None = None, *, everything: bool = False
+    capability: int,
+    types: list[str],
+    kernel: str | None = None,
+    *,
+    essential: Collection[str] = ("fp16", "fp32", "mixed"),
 ) -> list[Variant]:
-    """Each once, in the order in which they are first launched; `kernel` is part of a name."""
+    """Each once, in the order in which they are first launched; `kernel` is part of a name, `essential` the types whose
+    essential problems are enough."""
     found: dict[str, Variant] = {}
     for name in types:
         for problem in PROBLEMS:
-            if not (everything or name == "bf16" or problem.name in ESSENTIAL):
+            if name in essential and problem.name not in ESSENTIAL[name]:
                 continue
             launched = set()
             launches = []

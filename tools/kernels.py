@@ -120,6 +120,7 @@ def main() -> int:
     parser.add_argument("--kernel", help="part of a kernel's name")
     parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
+    parser.add_argument("--essential", action="store_true", help="only the problems that matter most, in every type")
     parser.add_argument("--json", type=Path, help="write every form's figures to this file")
     parser.add_argument("--problem", action="append", help="by its name in kernel_variants.py; all by default")
     parser.add_argument("--counts", action="store_true", help="print instructions")
@@ -127,12 +128,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.revision:
         return of_revision(args.revision, [*sys.argv[1:], "--revision", ""])
+    essential = TYPES if args.essential else () if args.all else ("fp16", "fp32", "mixed")
     console = Console(width=170 if args.counts else 150)
     failed, figures = 0, []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for capability in args.arch or ARCHITECTURES:
             started = time.monotonic()
-            wanted = variants(capability, args.dtype or list(TYPES), args.kernel, everything=args.all)
+            wanted = variants(capability, args.dtype or list(TYPES), args.kernel, essential=essential)
             if args.problem:
                 wanted = [one for one in wanted if any(p.split(": ")[1] in args.problem for p in one.problems)]
             results = []
