@@ -3,8 +3,9 @@
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
 # make test-trainers   the tests of other trainers, each in an environment with the real package; TRAINERS="ms-swift"
-# make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code; the
-#              same for the CUDA kernels, where nvcc was found
+# make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code, with the
+#              oldest and the newest Triton; the launches of a few models; the CUDA kernels, where nvcc was found
+# make launches every launch of real models' steps, compiled for six GPU architectures (an hour); LAUNCHES_ARGS="--arch 86"
 # make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
 # make lint    ruff
 # make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
@@ -16,7 +17,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-trl test-trainers models kernels gpu lint bench bench-micro bench-compare clean
+.PHONY: demo test test-trl test-trainers models kernels launches gpu lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -49,7 +50,12 @@ $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
 
 kernels: $(VENV)/triton-$(TRITON)/installed
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.kernels $(KERNELS_ARGS)
+	$(RUN) -m tools.kernels --essential --dtype bf16 $(KERNELS_ARGS)
+	PYTHONPATH=$(dir $<) $(RUN) -m tools.launches --handful --dtype bf16 --run "trained head" --arch 86 90
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.cuda_kernels
+
+launches: $(VENV)/installed-lint
+	$(RUN) -m tools.launches $(LAUNCHES_ARGS)
 
 # Into the Python that has this machine's torch: a GPU machine often has no network. Peers are timed if installed.
 gpu:

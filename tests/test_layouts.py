@@ -9,7 +9,7 @@ from heads import small_head
 
 import fastdpo
 
-CASES = {"reference": 4000, "cpu": 4000, "triton": 2000}
+CASES = {"reference": 4000, "cpu": 4000, "triton": 1000}
 # In Triton's interpreter the head's own function, whose kernels differ; the others reach them through it.
 KINDS = {"triton": ("linear",) * 9 + ("dpo",)}
 

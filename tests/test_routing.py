@@ -214,7 +214,10 @@ def test_the_mean_is_exact_at_every_decision(engine, tau):
     """A block of mass 0.7 and 15 of 0.02: around tau = 0.0296 the cpu engine changes over to its exact path, around
     0.0794 the triton engine. A choice that saw the draws was off by 44 standard errors on the one, 12% on the other.
     """
-    seeds = 40 if engine == "triton" and not torch.cuda.is_available() else 2000
+    interpreted = engine == "triton" and not torch.cuda.is_available()
+    if interpreted and tau < 0.05:
+        pytest.skip("the cpu engine's decision, and minutes in the interpreter")
+    seeds = 40 if interpreted else 2000
     mass = torch.full((16, 128), 0.02 / 128)
     mass[0] = 0.7 / 128
     bias, hidden, weight = mass.flatten().log().requires_grad_(), torch.zeros(4, 1), torch.zeros(2048, 1)

@@ -111,6 +111,7 @@ def _repeatable(x: Inputs) -> None:
 RUNS: dict[str, Callable[[Inputs], None]] = {
     "trained head": _dpo,
     "frozen head": lambda x: _dpo(x._replace(weight=x.weight.detach())),
+    "forward": lambda x: fastdpo.linear_logps(x.hidden.detach(), x.weight.detach(), x.labels, **x.options),
     "exact": lambda x: _dpo(x, backward="exact"),
     "low rank 16": _low_rank(16),
     "low rank 64": _low_rank(64),
