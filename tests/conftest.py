@@ -14,6 +14,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it decides when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from interpreter import interpreter_problem
+
 import fastdpo
 
 ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
@@ -24,6 +26,7 @@ def engine(request, monkeypatch) -> Iterator[str]:
     """Each engine in turn; the triton engine's inputs are made on the GPU where there is one."""
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     reason = fastdpo.backends()["engines"][request.param]["reason"]
+    reason = reason or (interpreter_problem() if request.param == "triton" else None)
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setenv("FASTDPO_ENGINE", request.param)
