@@ -21,6 +21,11 @@ import fastdpo
 ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    if interpreter_problem():
+        terminalreporter.write_line(f"not run: tests of the Triton engine: {interpreter_problem()}")
+
+
 @pytest.fixture(params=ENGINES)
 def engine(request, monkeypatch) -> Iterator[str]:
     """Each engine in turn; the triton engine's inputs are made on the GPU where there is one."""

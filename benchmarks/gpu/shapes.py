@@ -10,6 +10,7 @@ from typing import ClassVar
 from benchmarks.gpu.processes import LOST, TIMED_OUT, Ended
 from benchmarks.gpu.results import Results
 
+START = 60.0  # seconds that a worker may take to import and to make its inputs, beside a contender's limit
 GROUPS = ("errors", "step", "forward", "backward", "frozen step", "loss", "logits")
 GRID = [  # (N, V, H), dtype, groups, seconds to time them in; the first one is the target
     ((8192, 128256, 4096), "bfloat16", (*GROUPS, "kernels"), 60),
@@ -68,8 +69,8 @@ class ShapeRun:
         return [*command, "--seconds", seconds, *(["--without", *self.without] if self.without else []), *self.options]
 
     def _hangs(self) -> bool:
-        rounds = self.seconds if self.now and self.now["name"] == "rounds" else 0.0
-        return time.monotonic() - self.since > self.contender_limit + rounds
+        more = START if self.now is None else self.seconds if self.now["name"] == "rounds" else 0.0
+        return time.monotonic() - self.since > self.contender_limit + more
 
     def _blame(self, ended: Ended) -> None:
         """What ended a worker is left out of the next one."""
