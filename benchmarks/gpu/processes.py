@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import queue
@@ -99,7 +100,11 @@ def run(
         reader.join(timeout=1.0)
     while receive(0.0 if not any(reader.is_alive() for reader in readers) else 0.05):
         pass
-    return Ended(TIMED_OUT if timed_out else child.returncode, "\n".join(tail), time.monotonic() - begin)
+    return Ended(
+        TIMED_OUT if timed_out or child.returncode is None else child.returncode,
+        "\n".join(tail),
+        time.monotonic() - begin,
+    )
 
 
 def _read(stream, lines: queue.Queue, may_be_taken: bool) -> None:
@@ -112,7 +117,8 @@ def _kill(child: subprocess.Popen) -> None:
         os.killpg(child.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):
         pass
-    child.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that the driver holds does not end
+        child.wait(timeout=20)
 
 
 def _in_its_own_group() -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from benchmarks.gpu.summary import summary
@@ -38,7 +39,13 @@ class Results:
 
     def save(self) -> None:
         _replace(self.file, json.dumps(self.record, indent=1) + "\n")
-        _replace(self.folder / "summary.txt", summary(self.record) + "\n")
+        _replace(self.folder / "summary.txt", self.summary() + "\n")
+
+    def summary(self) -> str:
+        try:
+            return summary(self.record)
+        except Exception:  # figures are worth more than their table
+            return traceback.format_exc()
 
     def say(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)

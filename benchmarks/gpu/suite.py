@@ -18,6 +18,7 @@ import datetime
 import functools
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sys
@@ -31,7 +32,6 @@ from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.measured import digests
 from benchmarks.gpu.processes import TIMED_OUT, Ended, Stopped, run, stop_on_signals
 from benchmarks.gpu.results import OtherState, Results
-from benchmarks.gpu.summary import summary
 
 TABLES = [ROOT / "fastdpo" / "ops" / "triton" / name for name in ("special.json", "tuned.json")]
 # Files, so that nothing is collected that is not for a GPU
@@ -64,11 +64,15 @@ class Suite:
     def wheels(self) -> str | None:
         """The peers, from a folder; one that does not install leaves the others."""
         found = sorted(str(file) for file in self.args.wheels.glob("*.whl"))
-        install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps"]
+        beside = self.args.wheels.resolve() / "installed"  # the machine's own packages stay as they are
+        install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", beside]
         if found and self.child([*install, *found], 120, interpret=False).status != 0:
             for wheel in found:
                 self.child([*install, wheel], 60, interpret=False)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(beside)]))
+        sys.path.append(str(beside))
         self.record["peers"] = machine.peers()
+        self.results.say(f"  {self.record['peers']}")
         return None if found else f"no wheels in {self.args.wheels}"
 
     def first(self) -> str | None:
@@ -191,9 +195,9 @@ class Suite:
     def run(self) -> int:
         """0, or 1 where something of ours failed."""
         for name, (stage, seconds) in self.stages().items():
-            if self.args.stages and name not in self.args.stages:
+            if self.args.stages and name not in (*self.args.stages, "wheels", "install"):
                 continue
-            if self.results.is_done(name):
+            if self.results.is_done(name) and name not in ("wheels", "install"):  # it may be another machine
                 self.results.say(f"{name}: done before")
                 continue
             if self.left() < seconds:
@@ -235,8 +239,7 @@ def _json_into(found: list) -> Callable[[str], bool]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = ("wheels", "first", "install", "ceilings", "target", "compile", "tests", "forwards", "tune", "shapes",
-             "sanitizers")  # fmt: skip
+    names = ("first", "ceilings", "target", "compile", "tests", "forwards", "tune", "shapes", "sanitizers")
     parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
     parser.add_argument("--output", type=Path, default=ROOT / "gpu_output", help="folder; default: gpu_output")
     parser.add_argument("--stages", nargs="+", choices=names, help="these only, in the usual order")
@@ -244,15 +247,15 @@ def main() -> int:
     parser.add_argument("--wheels", type=Path, help="folder of the peers' wheels (benchmarks.gpu.wheels makes it)")
     parser.add_argument("--head", help="safetensors file with hidden, weight and labels of a trained model")
     parser.add_argument("--commit", help="what is measured, where git cannot say it")
-    parser.add_argument("--contender-limit", type=float, default=90, help="seconds after which one counts as hanging")
+    parser.add_argument("--contender-limit", type=float, default=120, help="seconds after which one counts as hanging")
     parser.add_argument("--dry-run", action="store_true", help="walk every stage without a GPU")
     args = parser.parse_args()
     if args.wheels and not args.wheels.is_dir():
         parser.error(f"--wheels {args.wheels} is no folder")
+    stop_on_signals()
     if not args.dry_run and not machine.has_gpu():
         print("no CUDA GPU here: nothing was measured (--dry-run walks the suite without one)")
         return 2
-    stop_on_signals()
     record = {
         "title": "fastdpo GPU suite" + (" (dry run: no GPU, nothing here is a measurement)" * args.dry_run),
         "date": datetime.date.today().isoformat(),
@@ -273,7 +276,7 @@ def main() -> int:
     except Stopped:
         pass
     results.save()
-    print(summary(results.record))
+    print(results.summary())
     return status
 
 

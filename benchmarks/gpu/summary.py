@@ -14,13 +14,13 @@ def targets(record: dict) -> list[tuple[str, float, float]]:
             found.append((f"{name}: forward over torch.mm", forward["fastdpo"]["over unit"], 1.10))
         logits = groups.get("logits", {})
         for part, unit in (("forward", "copy of half"), ("backward", "copy")):
-            if f"fastdpo, {part}" in logits:
+            if f"fastdpo, {part}" in logits and unit in logits:
                 ratio = logits[f"fastdpo, {part}"]["median"] / logits[unit]["median"]
                 found.append((f"{name}: logits to logps, {part}, over a {unit}", ratio, 1.10))
         for kernel, (took, _) in shape.get("loss kernels", {}).items():
             found.append((f"{name}: microseconds of {kernel}, 64 sequences", took * 1e3, 15))
         routing = [row["ms"] for row in shape.get("kernels", {}).get("routed", []) if row["kernel"].startswith("list_")]
-        if "fastdpo" in forward and routing and None not in routing:
+        if "torch.mm" in forward and routing and None not in routing:
             found.append((f"{name}: routing over torch.mm", sum(routing) / forward["torch.mm"]["median"], 0.03))
         if "fastdpo routed" not in step or "fastdpo exact" not in step:
             continue

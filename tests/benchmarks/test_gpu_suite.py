@@ -122,7 +122,7 @@ def test_what_was_measured_outlives_a_kill_and_a_second_run_goes_on(tmp_path):
     assert "FAILED" not in (tmp_path / "summary.txt").read_text()
 
     again = suite(tmp_path, *options)
-    until(lambda record: "step" in record["shapes"][1]["first figures"], tmp_path)
+    until(lambda record: record["runs"] == 2 and "step" in record["shapes"][1]["first figures"], tmp_path)
     again.send_signal(signal.SIGTERM)
     printed, _ = again.communicate(timeout=20)
     record = record_of(tmp_path)
@@ -138,12 +138,12 @@ def test_a_machine_without_tools_or_peers(tmp_path):
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "broken-1-py3-none-any.whl").write_text("no wheel")
     (tmp_path / "empty").mkdir()
-    options = "--wheels", tmp_path / "wheels", "--stages", "wheels", "ceilings", "sanitizers", "--budget", "60"
+    options = "--wheels", tmp_path / "wheels", "--stages", "ceilings", "--budget", "90"
     done = suite(tmp_path / "out", *options, PATH=str(tmp_path / "empty"))
     printed, _ = done.communicate()
     record = record_of(tmp_path / "out")
     assert record["commit"] == record["changed files"] == "unknown" and record["ceilings"]["flops"] > 0
-    assert "broken" in printed and record["sanitizers"] == {"without": 0}
+    assert "broken" in printed and (tmp_path / "out" / "tuned.json").exists()
 
 
 def test_nothing_is_begun_that_the_budget_cannot_hold(tmp_path):
