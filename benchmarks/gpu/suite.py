@@ -45,6 +45,8 @@ class Suite:
         self.args, self.results, self.record = args, results, results.record
         self.deadline = time.monotonic() + args.budget
         self.device = "cpu" if args.dry_run else "cuda"
+        for table in () if args.dry_run else TABLES:
+            results.restore(table)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()

@@ -131,7 +131,6 @@ def _one_round(contenders: dict[str, Callable[[], object]], device: str) -> dict
 
 def _extra_memory(run: Callable[[], object], device: str) -> float | None:
     if device != "cuda":
-        run()
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

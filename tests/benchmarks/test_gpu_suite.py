@@ -122,7 +122,8 @@ def test_what_was_measured_outlives_a_kill_and_a_second_run_goes_on(tmp_path):
     assert "FAILED" not in (tmp_path / "summary.txt").read_text()
 
     again = suite(tmp_path, *options)
-    until(lambda record: record["runs"] == 2 and "step" in record["shapes"][1]["first figures"], tmp_path)
+    log = tmp_path / "log.txt"
+    until(lambda record: "at first" in log.read_text().partition("first: done before")[2], tmp_path)
     again.send_signal(signal.SIGTERM)
     printed, _ = again.communicate(timeout=20)
     record = record_of(tmp_path)
@@ -144,6 +145,21 @@ def test_a_machine_without_tools_or_peers(tmp_path):
     record = record_of(tmp_path / "out")
     assert record["commit"] == record["changed files"] == "unknown" and record["ceilings"]["flops"] > 0
     assert "broken" in printed and (tmp_path / "out" / "tuned.json").exists()
+
+
+def test_a_table_that_was_measured_reaches_a_fresh_machine(tmp_path):
+    from benchmarks.gpu.results import Results
+
+    results = Results(tmp_path / "out", {"title": "a", "device": {"name": "none"}, "date": "2026-01-01", "commit": "b"})
+    measured, fresh = tmp_path / "tuned.json", tmp_path / "fresh" / "tuned.json"
+    fresh.parent.mkdir()
+    measured.write_text("[1]")
+    fresh.write_text("[]")
+    results.restore(fresh)  # nothing is known yet
+    assert fresh.read_text() == "[]"
+    results.copy(measured)
+    results.restore(fresh)
+    assert fresh.read_text() == "[1]"
 
 
 def test_nothing_is_begun_that_the_budget_cannot_hold(tmp_path):
