@@ -6,7 +6,8 @@
 # make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code, with the
 #              oldest and the newest Triton; the launches of a few models; the CUDA kernels, where nvcc was found
 # make launches every launch of real models' steps, compiled for six GPU architectures (an hour); LAUNCHES_ARGS="--arch 86"
-# make gpu     on a machine with a GPU: install this checkout beside its torch, run the tests, time everything
+# make gpu     on a machine with a GPU: is it right, how fast is it, do the tests pass; GPU_ARGS="--output DIR --wheels DIR"
+# make wheels  the peers' wheels for a GPU machine without network, in one folder; WHEELS_ARGS="--python 3.12"
 # make lint    ruff
 # make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
 # make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
@@ -17,7 +18,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-trl test-trainers models kernels launches gpu lint bench bench-micro bench-compare clean
+.PHONY: demo test test-trl test-trainers models kernels launches gpu wheels lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -60,6 +61,9 @@ launches: $(VENV)/installed-lint
 # Into the Python that has this machine's torch: a GPU machine often has no network. Peers are timed if installed.
 gpu:
 	$(PYTHON) -m benchmarks.gpu.suite --install $(GPU_ARGS)
+
+wheels:
+	$(PYTHON) -m benchmarks.gpu.wheels $(WHEELS_ARGS)
 
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .

@@ -25,6 +25,13 @@ PACKAGES = (
     "flash-attn",
 )  # fmt: skip
 
+# What benchmarks.gpu.wheels takes along, pinned as in pyproject.toml and constraints.txt, with what they need beside
+# torch, triton and transformers. Left out for its size: CuTe DSL, without which QuACK and Liger's scaled loss say so.
+WHEELS = (
+    "trl==1.16.0", "accelerate==1.15.0", "psutil==7.2.2", "liger-kernel==0.8.5", "cut-cross-entropy==25.1.1",
+    "fla-core==0.6.0", "einops==0.8.2",
+)  # fmt: skip
+
 
 class Unavailable(RuntimeError):
     pass

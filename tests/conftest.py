@@ -14,9 +14,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if not torch.cuda.is_available():  # Triton's kernels then run in its interpreter, which it decides when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from interpreter import interpreter_problem
+
 import fastdpo
 
 ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if interpreter_problem():
+        terminalreporter.write_line(f"not run: tests of the Triton engine: {interpreter_problem()}")
 
 
 @pytest.fixture(params=ENGINES)
@@ -24,6 +31,7 @@ def engine(request, monkeypatch) -> Iterator[str]:
     """Each engine in turn; the triton engine's inputs are made on the GPU where there is one."""
     on_gpu = request.param == "triton" and torch.cuda.is_available()
     reason = fastdpo.backends()["engines"][request.param]["reason"]
+    reason = reason or (interpreter_problem() if request.param == "triton" else None)
     if reason is not None:
         pytest.skip(reason)
     monkeypatch.setenv("FASTDPO_ENGINE", request.param)

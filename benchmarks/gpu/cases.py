@@ -1,13 +1,11 @@
 """What the GPU suite measures at one shape: contenders in groups, each beside the floor of its operations and bytes.
 
-Runs as a process of its own (`worker`), so that a crash on the GPU ends one shape and not the suite.
+Nothing of ours runs while a group is put together: what fails does so as a contender, and takes no other along.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.timing import interleaved, kernel_times, launches_of
+from benchmarks.gpu.timing import elapsed, kernel_times
 from benchmarks.inputs import HeadInputs, lifted, load, synthetic_head
 from benchmarks.peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
 from fastdpo.ops.triton import special
@@ -23,8 +21,8 @@ from tools.cost_model import STEP, Shape, StepCost, step_cost
 from tools.gpus import Gpu
 
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
-LAUNCHES = ("step", "frozen step", "loss")  # groups of which every contender's launches are counted
 GROUPS = ("forward", "backward", "step", "frozen step", "loss", "logits")
+GRADIENT_LIMITS = {"exact": 0.01, "routed": 0.1}  # roundings to bf16; and the noise of the pairs that are drawn
 
 
 @dataclass
@@ -33,7 +31,10 @@ class Case:
 
     unit: str
     contenders: dict[str, Callable[[], object]]
-    floors: dict[str, StepCost] = field(default_factory=dict)
+    floors: dict[str, Callable[[], StepCost]] = field(default_factory=dict)
+
+    def is_ours(self, name: str) -> bool:
+        return name in self.floors or name.startswith("fastdpo")
 
 
 class ShapeCases:
@@ -50,7 +51,11 @@ class ShapeCases:
         noise = torch.randn(self.hidden.shape, generator=g, device=device, dtype=dtype)
         self.ref_hidden = self.hidden + 0.02 * self.hidden.std() * noise
         self.coef = torch.randn(n, generator=g, device=device) / n
-        self.live_hidden, self.live = (self._live(tau) for tau in _taus())
+
+    @functools.cached_property
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Tokens that keep each block: for the gradient of the hidden states, and for that of the head."""
+        return tuple(self._live(tau) for tau in _taus())
 
     def _head(self, path: str | None) -> HeadInputs:
         n, v, h = self.shape.num_tokens, self.shape.vocab_size, self.shape.hidden_size
@@ -81,7 +86,8 @@ class ShapeCases:
     def _cost(self, backward: str, parts: tuple[str, ...], frozen: bool = False) -> StepCost:
         live = (None, None)
         if backward == "routed":
-            live = (self.live_hidden if frozen else self.live, self.live_hidden)
+            of_hidden, of_weight = self.live
+            live = (of_hidden if frozen else of_weight, of_hidden)
         return step_cost(self.shape, *live, frozen=frozen, backward=backward, tau=None, target=self.target, parts=parts)
 
     # Groups
@@ -112,8 +118,8 @@ class ShapeCases:
         ).detach()
         contenders |= {name: forward(run) for name, run in TOKEN_LOGPS.items() if name != "fastdpo"}
         floors = {
-            "fastdpo": self._cost("exact", ("reference",)),
-            "fastdpo, for a routed backward": self._cost("routed", ("forward",), True),
+            "fastdpo": partial(self._cost, "exact", ("reference",)),
+            "fastdpo, for a routed backward": partial(self._cost, "routed", ("forward",), True),
         }
         return Case("torch.mm", contenders, floors)
 
@@ -126,11 +132,11 @@ class ShapeCases:
             wanted = (hidden,) if frozen else (hidden, weight)
             for backward in ("exact", "routed"):
                 name = backward + (", frozen head" if frozen else "")
-                logps = fastdpo.linear_logps(hidden, weight, self.labels, backward=backward)
+                logps = functools.cache(partial(fastdpo.linear_logps, hidden, weight, self.labels, backward=backward))
                 contenders[name] = lambda logps=logps, wanted=wanted: torch.autograd.grad(
-                    logps, wanted, self.coef, retain_graph=True
+                    logps(), wanted, self.coef, retain_graph=True
                 )
-                floors[name] = self._cost(backward, ("backward",), frozen)
+                floors[name] = partial(self._cost, backward, ("backward",), frozen)
         return Case("two torch.mm", contenders, floors)
 
     def _problem(self, frozen: bool) -> Problem:
@@ -149,7 +155,9 @@ class ShapeCases:
         names = ["fastdpo routed", "fastdpo exact", *STEP_PEERS]
         contenders = {"two torch.mm": self._products(2)}
         contenders |= {name: partial(_step, PEERS[name], problem) for name in names}
-        floors = {f"fastdpo {backward}": self._cost(backward, STEP, frozen) for backward in ("routed", "exact")}
+        floors = {
+            f"fastdpo {backward}": partial(self._cost, backward, STEP, frozen) for backward in ("routed", "exact")
+        }
         return Case("two torch.mm", contenders, floors)
 
     def _frozen_step(self) -> Case:
@@ -194,30 +202,61 @@ class ShapeCases:
         }
         for name, run in functions.items():
             contenders[f"{name}, forward"] = lambda run=run: run(plain, labels)
-        saved = fastdpo.selective_log_softmax(logits, labels)
-        contenders["fastdpo, backward"] = lambda: torch.autograd.grad(saved, logits, coef, retain_graph=True)
+        saved = functools.cache(lambda: fastdpo.selective_log_softmax(logits, labels))
+        contenders["fastdpo, backward"] = lambda: torch.autograd.grad(saved(), logits, coef, retain_graph=True)
         for name, run in functions.items():
             contenders[f"{name}, both"] = lambda run=run: torch.autograd.grad(run(logits, labels), logits, coef)
-        pair = fastdpo.selective_log_softmax(logits, labels, return_entropy=True)
+        pair = functools.cache(lambda: fastdpo.selective_log_softmax(logits, labels, return_entropy=True))
         contenders["fastdpo with entropy, forward"] = lambda: fastdpo.selective_log_softmax(
             plain, labels, return_entropy=True
         )
         contenders["fastdpo with entropy, backward"] = lambda: torch.autograd.grad(
-            pair, logits, (coef, coef), retain_graph=True
+            pair(), logits, (coef, coef), retain_graph=True
         )
         few, few_labels = plain[:8], labels[:8]  # too few to fill a GPU with a block of threads each
         contenders["copy of 8 rows"] = lambda: target[:8].copy_(few)
         contenders["fastdpo, forward of 8 rows"] = lambda: fastdpo.selective_log_softmax(few, few_labels)
         return Case("copy", contenders)
 
+    # Errors
+
+    def errors(self, backward: str, tokens: int = 512) -> dict[str, tuple[float, float]]:
+        """What: (error, limit), of log-probabilities and gradients against fp64 with the same inputs."""
+        import fastdpo
+
+        inputs = self.hidden.detach().requires_grad_(), self.weight.detach().requires_grad_()
+        logps = fastdpo.linear_logps(*inputs, self.labels, backward=backward, seed=1 if backward == "routed" else None)
+        hidden, weight = torch.autograd.grad(logps, inputs, self.coef)
+        wide, largest, off, length = self.weight.double(), 0.0, 0.0, 0.0
+        sums = torch.zeros_like(wide)
+        for begin in range(0, self.shape.num_tokens, tokens):
+            part = slice(begin, begin + tokens)
+            x, labels, coef = self.hidden[part].double(), self.labels[part, None], self.coef[part, None].double()
+            z = (x @ wide.T).log_softmax(-1)
+            error = (logps[part].double() - z.gather(1, labels)[:, 0]).abs().amax().item()
+            largest = error if not error <= largest else largest  # NaN stays
+            dz = z.exp_().mul_(-coef).scatter_add_(1, labels, coef)
+            exact = dz @ wide
+            off += (hidden[part].double() - exact).square().sum().item()
+            length += exact.square().sum().item()
+            sums.addmm_(dz.T, x)
+        limit = GRADIENT_LIMITS[backward]
+        of_weight = (sums.sub_(weight.double()).norm(), sums.add_(weight.double()).norm())
+        return {
+            f"{backward}, log-probabilities, nats": (largest, 1e-2),
+            f"{backward}, dhidden, relative": ((off / length) ** 0.5, limit),
+            f"{backward}, dweight, relative": ((of_weight[0] / of_weight[1]).item(), limit),
+        }
+
     # One step's kernels
 
-    def kernels(self, backward: str, gpu: Gpu) -> list[dict]:
-        """Every kernel of a step: measured beside its floor."""
+    def kernels(self, backward: str, gpu: Gpu | None) -> list[dict]:
+        """Every kernel of a step: measured beside its floor, where the GPU's rates are known."""
         cost = self._cost(backward, STEP)
         problem = self._problem(False)
         run = PEERS[f"fastdpo {backward}"]
         measured = kernel_times(partial(_step, run, problem)) if self.device == "cuda" else {}
+        traced = bool(measured)
         for kernel in special.KERNELS.values():  # in the place of the fold that is counted
             if f"{kernel}_fold_kernel" in measured:
                 measured["fold_kernel"] = measured.pop(f"{kernel}_fold_kernel")
@@ -226,8 +265,12 @@ class ShapeCases:
             took = measured.pop(f"{name}_kernel", None)
             rows.append({
                 "kernel": name, "passes": one.flops / self.shape.one_pass, "GB": one.bytes / 1e9,
-                "floor ms": one.floor(gpu) * 1e3, "ms": took and took[0], "launches": took[1] if took else one.launches,
+                **({"floor ms": one.floor(gpu) * 1e3} if gpu else {}), "ms": took and took[0],
+                "launches": took[1] if took else one.launches,
             })  # fmt: skip
+        if self.device == "cuda" and not traced:
+            whole = elapsed(partial(_step, run, problem), self.device)
+            rows.append({"kernel": "the whole step: the profiler's trace is empty", "ms": whole, "launches": 0})
         others = [sum(x) for x in zip(*measured.values())] or [None, cost.other_launches.total()]
         rows.append({"kernel": "torch's own", "ms": others[0], "launches": others[1]})
         return rows
@@ -254,66 +297,3 @@ def _taus() -> tuple[float, float]:
 
     tau = taus(None)
     return tau[0], min(tau)
-
-
-def worker(argv: list[str]) -> int:
-    """Measures one shape and prints one line of JSON."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("shape", type=int, nargs=3)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--groups", nargs="*", default=GROUPS)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--rates", type=float, nargs=2, default=(785e12, 4.3e12))
-    parser.add_argument("--kernels", action="store_true", help="profile a step of each kind")
-    parser.add_argument("--head")
-    args = parser.parse_args(argv)
-    from fastdpo.ops.triton.launch import Target
-
-    target, gpu = Target(90, 132), Gpu(*args.rates)
-    if args.device == "cuda":
-        from fastdpo.ops.triton.launch import target_of
-
-        target = target_of(torch.device("cuda"))
-    torch.manual_seed(0)
-    shape = Shape(*args.shape, getattr(torch, args.dtype))
-    cases = ShapeCases(shape, args.device, target, args.head)
-    record = {
-        "N": shape.num_tokens, "V": shape.vocab_size, "H": shape.hidden_size, "dtype": args.dtype,
-        "head": cases.inputs_name,
-        "live blocks per token": [
-            round(x.sum().item() / shape.num_tokens, 2) for x in (cases.live_hidden, cases.live)
-        ],
-        "groups": {}, "left out": {},
-    }  # fmt: skip
-    for group in args.groups:
-        case = cases.case(group)
-        timings, left_out = interleaved(
-            case.contenders, args.device, rounds=args.rounds, seconds=args.seconds / len(args.groups)
-        )
-        rows = []
-        for name, timing in timings.items():
-            cost = case.floors.get(name)
-            rows.append({
-                "name": name, **timing.row(), "over unit": timing.median / timings[case.unit].median,
-                "floor ms": cost and cost.floor(gpu) * 1e3, "launches counted": cost and cost.total().launches,
-                "launches": launches_of(case.contenders[name], args.device) if group in LAUNCHES else None,
-                "passes": cost and cost.total().flops / shape.one_pass,
-            })  # fmt: skip
-        if group == "loss" and args.device == "cuda":
-            found = kernel_times(case.contenders["fastdpo, from tokens"])
-            record["loss kernels"] = {name: took for name, took in found.items() if "preference" in name}
-        record["groups"][group] = {"unit": case.unit, "rows": rows}
-        record["left out"].update(left_out)
-        del case
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
-    if args.kernels:
-        record["kernels"] = {backward: cases.kernels(backward, gpu) for backward in ("routed", "exact")}
-    print(json.dumps(record))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(worker(sys.argv[1:]))

@@ -1,10 +1,11 @@
 """Which kernels changed since they were last measured on a GPU.
 
-python -m benchmarks.gpu.measured [--check]
+python -m benchmarks.gpu.measured [--check] [--keep FOLDER]
 
 A result file of the GPU suite carries a digest of every kernel it ran: of a Triton kernel's code with all that it calls
 and its tiles, of a CUDA file with the headers that it includes. `--check` fails where the README's line on the last run
-is not what the newest result file says.
+is not what the newest result file says. `--keep` takes a folder that the suite wrote: its result becomes
+benchmarks/results/<date>-<device>.json, its tables of measured kernels and tiles those of the library.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import ast
 import hashlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 KERNELS = sorted((ROOT / "fastdpo" / "ops" / "triton").glob("*.py"))
+TABLES = ROOT / "fastdpo" / "ops" / "triton"
 CUDA = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 README_LINE = re.compile(r"^\*\*Last GPU run:\*\* .*$", re.MULTILINE)
 
@@ -114,10 +117,27 @@ def line(runs: list[dict]) -> str:
     return f"**Last GPU run:** {last['date']}, {last['device']['name']} ([figures](benchmarks/results/{last['file']}))."
 
 
+def keep(folder: Path, results: Path = RESULTS, tables: Path = TABLES) -> list[Path]:
+    """The files that were written."""
+    record = json.loads((folder / "result.json").read_text())
+    if record["device"]["name"] == "none":
+        raise ValueError(f"{folder} is of a dry run: nothing in it is a measurement")
+    name = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
+    copies = {folder / "result.json": results / f"{record['date']}-{name}.json"}
+    copies |= {folder / table: tables / table for table in ("special.json", "tuned.json")}
+    copies = {source: target for source, target in copies.items() if source.exists()}
+    for source, target in copies.items():
+        shutil.copyfile(source, target)
+    return list(copies.values())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER")
     args = parser.parse_args()
+    for file in keep(args.keep) if args.keep else ():
+        print(f"written: {file.relative_to(ROOT)}")
     runs = results()
     stale = changed(runs, digests())
     print(line(runs))

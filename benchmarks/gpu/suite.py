@@ -1,348 +1,285 @@
-"""The GPU suite: tests on the GPU engines, then every time that matters beside its floor and beside every peer.
+"""The GPU suite: is it right, how fast is it beside its floor and every peer, do the tests pass, which tiles are best.
 
-python -m benchmarks.gpu.suite [--install] [--budget 480] [--output FILE] [--head FILE] [--tune [KERNEL ...]]
-                               [--dry-run]
+python -m benchmarks.gpu.suite [--install] [--wheels DIR] [--output DIR] [--budget 540] [--stages NAME ...]
+                               [--head FILE] [--commit NAME] [--dry-run]
 
-Most important first, each stage a process of its own; what the budget (seconds) leaves no time for is named in the
-result. Writes one JSON and prints a short table. Without a GPU: exit status 2. `--dry-run` walks every stage without
-one, at toy shapes in Triton's interpreter, and measures nothing that means anything.
+Most important first; each stage in processes of its own. Whatever is known is in DIR/result.json at once, so that a
+kill at any second loses only what ran; a second call with the same folder goes on where the first one stopped. What
+the budget (seconds) leaves no time for is named. Exit status 1: something of ours failed; 2: no GPU. `--dry-run` walks
+every stage without one, at toy shapes in Triton's interpreter, and measures nothing that means anything.
+
+`python -m benchmarks.gpu.measured --keep DIR` makes the folder the committed result and tables.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import importlib.util
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-TESTS = ["-q", "-k", "triton or cuda or gpu or kernels", "--ignore=tests/demo", "--ignore=tests/test_build.py"]
-GRID = [  # (N, V, H), dtype, groups, seconds to time them in
-    ((8192, 128256, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss", "logits"), 60),
-    ((2048, 32000, 4096), "bfloat16", ("forward", "step", "backward", "frozen step", "loss", "logits"), 15),
-    ((8192, 151936, 2048), "bfloat16", ("forward", "step", "backward", "frozen step"), 40),
-    ((16384, 256000, 2304), "bfloat16", ("forward", "step", "backward", "frozen step", "logits"), 60),
-    ((8192, 128256, 4096), "float16", ("forward", "backward"), 15),
-    ((2048, 32000, 4096), "float32", ("forward", "backward", "logits"), 15),
-]
-DRY_GRID = [
-    ((64, 384, 32), "float32", GRID[0][2], 1),
-    ((32, 300, 16), "bfloat16", ("forward", "backward"), 1),
-]
+from benchmarks.gpu import machine, shapes
+from benchmarks.gpu.machine import ROOT
+from benchmarks.gpu.measured import digests
+from benchmarks.gpu.processes import TIMED_OUT, Ended, Stopped, run, stop_on_signals
+from benchmarks.gpu.results import OtherState, Results
+
+TABLES = [ROOT / "fastdpo" / "ops" / "triton" / name for name in ("special.json", "tuned.json")]
+# Files, so that nothing is collected that is not for a GPU
+TESTS = ["tests/ops", *sorted(str(file.relative_to(ROOT)) for file in (ROOT / "tests").glob("test_*.py"))]
+TESTS = [name for name in TESTS if name not in ("tests/test_build.py", "tests/test_house.py")]
+ONE_TEST = re.compile(r"^(?:tests/.+?|\[gw\d+\].*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b *(tests/.*)?")
 
 
-@dataclass
 class Suite:
-    args: argparse.Namespace
-    deadline: float
-
-    @property
-    def device(self) -> str:
-        return "cpu" if self.args.dry_run else "cuda"
+    def __init__(self, args: argparse.Namespace, results: Results):
+        self.args, self.results, self.record = args, results, results.record
+        self.deadline = time.monotonic() + args.budget
+        self.device = "cpu" if args.dry_run else "cuda"
+        for table in () if args.dry_run else TABLES:
+            results.restore(table)
 
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def run(
-        self, command: list, limit: float, *, interpret: bool = True, under: Sequence[str] = ()
-    ) -> tuple[int, str, float]:
-        """(exit status, output, seconds); 124 when it ran out of time. `interpret`: in a dry run."""
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-        environment.pop("TRITON_INTERPRET", None)
-        if self.args.dry_run and interpret:
-            environment |= {"TRITON_INTERPRET": "1", "FASTDPO_ENGINE": "triton"}
-        begin = time.monotonic()
-        try:
-            done = subprocess.run(
-                [*under, sys.executable, *map(str, command)], cwd=ROOT, env=environment, capture_output=True, text=True,
-                timeout=max(1.0, min(limit, self.left())),
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            return 124, (error.stdout or b"").decode(errors="replace"), time.monotonic() - begin
-        return done.returncode, done.stdout + ("" if done.returncode == 0 else done.stderr), time.monotonic() - begin
+    def child(
+        self, command: Sequence, limit: float, *, interpret: bool = True, under: Sequence[str] = (), more=None, **hooks
+    ) -> Ended:
+        """`interpret`: in a dry run. `more`: environment variables."""
+        environment = machine.environment(self.args.dry_run and interpret) | (more or {})
+        return run(
+            [*under, sys.executable, *map(str, command)], limit=max(1.0, min(limit, self.left())),
+            environment=environment, folder=ROOT, show=self.results.say, **hooks,
+        )  # fmt: skip
 
-    # Stages
+    # Stages: None, or why one failed. What they find is in the record before they return.
 
-    def ceilings(self) -> dict:
-        status, output, _ = self.run(["-m", "benchmarks.gpu.ceilings", self.device], 60)
-        return json.loads(output.splitlines()[-1]) if status == 0 else {"failed": output[-2000:]}
+    def wheels(self) -> str | None:
+        """The peers, from a folder; one that does not install leaves the others."""
+        found = sorted(str(file) for file in self.args.wheels.glob("*.whl"))
+        beside = self.args.wheels.resolve() / "installed"  # the machine's own packages stay as they are
+        install = ["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--upgrade", "--target", beside]
+        if found and self.child([*install, *found], 120, interpret=False).status != 0:
+            for wheel in found:
+                self.child([*install, wheel], 60, interpret=False)
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(beside)]))
+        sys.path.append(str(beside))
+        self.record["peers"] = machine.peers()
+        self.results.say(f"  {self.record['peers']}")
+        return None if found else f"no wheels in {self.args.wheels}"
 
-    def compile(self, capability: int) -> dict:
-        """Every form of every kernel, in parallel, so that the tests and timings find them in Triton's cache."""
+    def first(self) -> str | None:
+        return self.shape(shapes.DRY_FIRST if self.args.dry_run else shapes.FIRST, ["--ours"])
+
+    def install(self) -> str | None:
+        """Of this checkout, for this GPU alone. Without it Triton's kernels serve, from the source tree."""
+        command = ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."]
+        archs = {"FASTDPO_CUDA_ARCHS": str(self.record["device"].get("capability", 90))}
+        ended = self.child(command, 240, interpret=False, more=archs)
+        built = ROOT / "fastdpo" / "_build.json"
+        self.record["build"] = json.loads(built.read_text()) if built.exists() else "none: Triton's kernels only"
+        self.results.say(f"  {self.record['build']}")
+        return None if ended.status == 0 else ended.cause
+
+    def ceilings(self) -> str | None:
+        found = []
+        ended = self.child(["-m", "benchmarks.gpu.ceilings", self.device], 60, take=_json_into(found))
+        if not found:
+            return ended.cause
+        self.record["ceilings"] = found[-1]
+        return None
+
+    def target(self) -> str | None:
+        return self.shape((shapes.DRY_GRID if self.args.dry_run else shapes.GRID)[0])
+
+    def compile(self) -> str | None:
+        """Every form of every kernel, in parallel, so that the tests find them in Triton's cache."""
         narrow = ["--kernel", "compact", "--dtype", "bf16"] if self.args.dry_run else []
-        command = ["-m", "tools.kernels", "--arch", capability, *narrow]
-        status, output, seconds = self.run(command, 90, interpret=False)
-        faults = [found for found in output.splitlines() if found.startswith("FAULT")]
-        return {"status": status, "seconds": round(seconds, 1), "faults": faults}
+        command = ["-m", "tools.kernels", "--arch", self.record["device"].get("capability", 90), *narrow]
+        ended = self.child(command, 90, interpret=False)
+        faults = [found for found in ended.output.splitlines() if found.startswith("FAULT")]
+        self.record["compile"] = {"status": ended.status, "seconds": round(ended.seconds, 1), "faults": faults}
+        return ended.cause if ended.status == TIMED_OUT else None
 
-    def tests(self) -> dict:
+    def tests(self) -> str | None:
+        """Counted as they end, a failure named at once."""
+        record = self.record["tests"] = {"counts": {}, "failures": []}
+
+        def take(line: str) -> bool:
+            found = ONE_TEST.match(line)
+            if found is None:
+                return False
+            outcome = found[1].lower()
+            record["counts"][outcome] = record["counts"].get(outcome, 0) + 1
+            if outcome in ("failed", "error"):
+                record["failures"].append(line)
+                self.results.say(line)
+            if outcome != "passed" or record["counts"]["passed"] % 50 == 0:
+                self.results.save()
+            return True
+
         parallel = ["-n", "8"] if importlib.util.find_spec("xdist") and not self.args.dry_run else []
-        only_collect = ["--collect-only"] if self.args.dry_run else []
-        status, output, seconds = self.run(["-m", "pytest", *TESTS, *parallel, *only_collect], 240)
-        counts = {name: int(n) for n, name in re.findall(r"(\d+) (passed|failed|errors?|skipped|deselected)", output)}
-        collected = re.search(r"(\d+)(?:/\d+)? tests collected", output)
-        if collected:
-            counts["collected"] = int(collected.group(1))
-        failures = re.findall(r"^(?:FAILED|ERROR) (.*)$", output, re.MULTILINE)
-        record = {"status": status, "seconds": round(seconds, 1), **counts, "failures": failures}
-        if status not in (0, 1):
-            record["output"] = output[-2000:]
-        if failures:
-            print(output[-6000:], file=sys.stderr)
-        return record
+        how = ["--collect-only", "-q"] if self.args.dry_run else ["-v", *parallel]
+        command = ["-m", "pytest", *TESTS, "-k", "triton or cuda or gpu", "--tb=short", *how]
+        ended = self.child(command, 300, interpret=False, take=take)
+        collected = re.search(r"(\d+)(?:/\d+)? tests collected", ended.output)
+        record |= {"collected": int(collected[1])} if collected else {}
+        record |= {"status": ended.status, "seconds": round(ended.seconds, 1)}
+        self.results.say(f"  {record['counts']}")
+        return None if ended.status == 0 else ended.cause
 
-    def forwards(self) -> dict:
+    def forwards(self) -> str | None:
         """Which forward kernel is the faster one: the table that the library reads is written."""
-        status, output, seconds = self.run(["-m", "benchmarks.gpu.forwards", "--write", "--device", self.device], 90)
-        return {"status": status, "seconds": round(seconds, 1), "output": output[-2000:].splitlines()}
+        ended = self.child(["-m", "benchmarks.gpu.forwards", "--write", "--device", self.device], 90)
+        self.record["forwards"] = ended.output[-2000:].splitlines()
+        return None if ended.status == 0 else ended.cause
 
-    def sanitizers(self) -> dict:
+    def tune(self) -> str | None:
+        """Which tiles are the fastest: as above."""
+        seconds = min(240.0, self.left() - 30)
+        command = ["-m", "benchmarks.gpu.tune", "--write", "--device", self.device, "--seconds", seconds]
+        ended = self.child([*command, *(["fold"] if self.args.dry_run else [])], seconds + 60)
+        self.record["tune"] = ended.output[-8000:].splitlines()
+        return None if ended.status == 0 else ended.cause
+
+    def shapes(self) -> str | None:
+        causes = []
+        for case in (shapes.DRY_GRID if self.args.dry_run else shapes.GRID)[1:]:
+            causes.append(self.shape(case))
+        return "; ".join(filter(None, causes)) or None
+
+    def sanitizers(self) -> str | None:
         """The CUDA kernels under compute-sanitizer: what each tool ended with; 0 where it found nothing."""
         script = ["-m", "benchmarks.gpu.sanitized", "--device", self.device]
+        found = self.record["sanitizers"] = {}
         checker = shutil.which("compute-sanitizer")
         if self.args.dry_run:
-            return {"without": self.run(script, 120)[0]}
-        if checker is None:
-            return {"left out": "compute-sanitizer is not on PATH"}
-        found = {}
-        for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+            found["without"] = self.child(script, 120).status
+        elif checker is None:
+            return "compute-sanitizer is not on PATH"
+        for tool in () if self.args.dry_run else ("memcheck", "racecheck", "initcheck", "synccheck"):
             if self.left() < 20:
-                found[tool] = "not reached"
+                return f"no time for {tool}"
+            found[tool] = self.child(script, 90, under=[checker, "--tool", tool, "--error-exitcode", "99"]).status
+            self.results.save()
+        return None if not any(found.values()) else f"{found}"
+
+    def shape(self, case: tuple, options: Sequence[str] = ()) -> str | None:
+        shape, dtype, *_ = case
+        self.results.say(f"{shape} {dtype}")
+        options = [*options, "--device", self.device, *(["--rounds", 1] if self.args.dry_run else [])]
+        options += ["--head", self.args.head] if self.args.head and case is not shapes.FIRST else []
+        rates = self.record.get("ceilings")
+        options += ["--rates", rates["flops"], rates["bandwidth"]] if rates else []
+        one = shapes.ShapeRun(self.results, case, self.args.contender_limit, self.left, options)
+        missing = one.measure(functools.partial(self.child, limit=self.args.budget))
+        failed = shapes.failures({"shapes": [one.record]})
+        return "; ".join([*failed, *(f"{shape} {dtype}: no time for {group}" for group in missing)]) or None
+
+    def stages(self) -> dict[str, tuple[Callable[[], str | None], float]]:
+        """Most important first: what it does, and the seconds without which it is not begun."""
+        found = {"wheels": (self.wheels, 20)} if self.args.wheels else {}
+        found["first"] = self.first, 10
+        if self.args.install:
+            found["install"] = self.install, 30
+        names = ("ceilings", "target", "compile", "tests", "forwards", "tune", "shapes", "sanitizers")
+        return found | {name: (getattr(self, name), 20) for name in names}
+
+    def run(self) -> int:
+        """0, or 1 where something of ours failed."""
+        for name, (stage, seconds) in self.stages().items():
+            if self.args.stages and name not in (*self.args.stages, "wheels", "install"):
                 continue
-            status, output, _ = self.run(script, 90, under=[checker, "--tool", tool, "--error-exitcode", "99"])
-            found[tool] = status
-            if status != 0:
-                found[f"{tool} output"] = output[-3000:]
-        return found
-
-    def shape(self, shape, dtype: str, groups, seconds: float, rates, kernels: bool) -> dict:
-        command = [
-            "-m",
-            "benchmarks.gpu.cases",
-            *shape,
-            "--dtype",
-            dtype,
-            "--device",
-            self.device,
-            "--seconds",
-            seconds,
-        ]
-        command += ["--rates", *rates, "--groups", *groups, *(["--kernels"] if kernels else [])]
-        command += ["--rounds", 1] if self.args.dry_run else []
-        command += ["--head", self.args.head] if self.args.head else []
-        status, output, took = self.run(command, 3 * seconds + (300 if self.args.dry_run else 90))
-        if status != 0:
-            return {"N": shape[0], "V": shape[1], "H": shape[2], "dtype": dtype, "failed": output[-2000:]}
-        return {**json.loads(output.splitlines()[-1]), "seconds": round(took, 1)}
-
-    def everything(self) -> dict:
-        from benchmarks.gpu.measured import digests
-
-        record = {
-            "title": "fastdpo GPU suite" + (" (dry run: no GPU, nothing here is a measurement)" * self.args.dry_run),
-            "date": datetime.date.today().isoformat(),
-            **_commit(),
-            "device": {"name": "none"} if self.args.dry_run else _device(),
-            "versions": _versions(),
-            "kernels": digests(),
-            "not reached": [],
-            "forwards": {"left out": "tests failed"},
-        }
-        _say("ceilings")
-        record["ceilings"] = self.ceilings()
-        rates = [record["ceilings"].get("flops", 785e12), record["ceilings"].get("bandwidth", 4.3e12)]
-        _say("compiling")
-        record["compile"] = self.compile(record["device"].get("capability", 90))
-        if not self.args.skip_tests:
-            _say("tests")
-            record["tests"] = self.tests()
-            _say(f"  {record['tests']}")
-        if record.get("tests", {}).get("status", 0) == 0:
-            _say("forwards")
-            record["forwards"] = self.forwards()
-        record["shapes"] = []
-        for index, (shape, dtype, groups, seconds) in enumerate(DRY_GRID if self.args.dry_run else GRID):
-            if self.left() < 30 and not self.args.dry_run:
-                record["not reached"].append(f"{shape} {dtype}")
+            if self.results.is_done(name) and name not in ("wheels", "install"):  # it may be another machine
+                self.results.say(f"{name}: done before")
                 continue
-            _say(f"{shape} {dtype}")
-            record["shapes"].append(self.shape(shape, dtype, groups, seconds, rates, kernels=index == 0))
-        _say("sanitizers")
-        record["sanitizers"] = self.sanitizers()
-        return record
+            if self.left() < seconds:
+                self.results.say(f"{name}: not reached")
+                self.results.mark(name, "not reached")
+                continue
+            self.results.say(f"{name}")
+            self.results.mark(name, "running")
+            begin = time.monotonic()
+            try:
+                why = stage()
+            except Stopped as signal:
+                self.results.mark(name, "stopped", why=str(signal))
+                self.results.say(f"{name}: stopped by {signal}")
+                raise
+            except Exception:
+                why = traceback.format_exc()
+            more = {"why": why, "seconds": round(time.monotonic() - begin, 1)}
+            self.results.mark(name, "failed" if why else "done", **more)
+            if why:
+                self.results.say(f"{name}: {why}")
+            for table in TABLES:
+                self.results.copy(table)
+        asked = [state["state"] for name, state in self.record["stages"].items() if name not in ("wheels", "install")]
+        return 1 if "failed" in asked or shapes.failures(self.record) else 0
 
 
-def _has_gpu() -> bool:
-    if importlib.util.find_spec("torch") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _commit() -> dict:
-    """The commit that is measured, and whether files differ from it."""
-    return {"commit": _git("rev-parse", "HEAD") or None, "changed files": _git("status", "--porcelain").splitlines()}
-
-
-def _device() -> dict:
-    import torch
-
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "name": properties.name,
-        "capability": properties.major * 10 + properties.minor,
-        "multiprocessors": properties.multi_processor_count,
-        "memory GiB": round(properties.total_memory / 2**30, 1),
-        "cuda": torch.version.cuda,
-    }
-
-
-def _versions() -> dict:
-    from importlib.metadata import PackageNotFoundError, version
-
-    from benchmarks.peers import PACKAGES
-
-    found = {"python": sys.version.split()[0]}
-    for package in ("torch", "triton", "fastdpo", "transformers", *PACKAGES):
+def _json_into(found: list) -> Callable[[str], bool]:
+    def take(line: str) -> bool:
         try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+            one = json.loads(line)
+        except ValueError:
+            return False
+        found.append(one)
+        return True
 
-
-# What it says
-
-
-def targets(record: dict) -> list[tuple[str, float, float]]:
-    """(what, measured, at most), of the shapes that were measured."""
-    found = []
-    for shape in record["shapes"]:
-        groups = {name: {row["name"]: row for row in group["rows"]} for name, group in shape.get("groups", {}).items()}
-        name = f"({shape['N']}, {shape['V']}, {shape['H']}) {shape['dtype']}"
-        forward, step = groups.get("forward", {}), groups.get("step", {})
-        if "fastdpo" in forward:
-            found.append((f"{name}: forward over torch.mm", forward["fastdpo"]["over unit"], 1.10))
-        logits = groups.get("logits", {})
-        for part, unit in (("forward", "copy of half"), ("backward", "copy")):
-            if f"fastdpo, {part}" in logits:
-                ratio = logits[f"fastdpo, {part}"]["median"] / logits[unit]["median"]
-                found.append((f"{name}: logits to logps, {part}, over a {unit}", ratio, 1.10))
-        for kernel, (took, _) in shape.get("loss kernels", {}).items():
-            found.append((f"{name}: microseconds of {kernel}, 64 sequences", took * 1e3, 15))
-        routing = [row["ms"] for row in shape.get("kernels", {}).get("routed", []) if row["kernel"].startswith("list_")]
-        if "fastdpo" in forward and routing and None not in routing:
-            found.append((f"{name}: routing over torch.mm", sum(routing) / forward["torch.mm"]["median"], 0.03))
-        if "fastdpo routed" not in step or "fastdpo exact" not in step:
-            continue
-        routed, exact = step["fastdpo routed"], step["fastdpo exact"]
-        found.append((f"{name}: routed step over two torch.mm", routed["over unit"], 1.25))
-        peers = [row for key, row in step.items() if not key.startswith("fastdpo") and key != "two torch.mm"]
-        if peers:
-            fastest = min(peers, key=lambda row: row["median"])
-            found.append((f"{name}: exact step over {fastest['name']}", exact["median"] / fastest["median"], 1.0))
-            found.append((f"{name}: routed step over {fastest['name']}", routed["median"] / fastest["median"], 1.0))
-        for row in (routed, exact):
-            if row["extra_mib"] is not None:
-                limit = 128 + shape["N"] * 256 / 2**20
-                found.append((f"{name}: MiB beyond inputs and gradients, {row['name']}", row["extra_mib"], limit))
-    return found
-
-
-def summary(record: dict) -> str:
-    lines = [record["title"], f"{record['device']['name']}, {record['date']}, commit {record['commit']}"]
-    lines += [f"tests: {record.get('tests', 'skipped')}", f"ceilings: {record['ceilings']}", ""]
-    for shape in record["shapes"]:
-        lines.append(f"(N, V, H) = ({shape['N']}, {shape['V']}, {shape['H']}), {shape['dtype']}")
-        if "failed" in shape:
-            lines.append(f"  failed: {shape['failed'][-600:]}")
-            continue
-        lines.append(f"  live blocks per token (dhidden, dweight): {shape['live blocks per token']}")
-        for name, group in shape["groups"].items():
-            lines.append(f"  {name:34} {'ms':>9} {'over unit':>9} {'floor ms':>9} {'MiB':>8} {'launches':>8}")
-            for row in group["rows"]:
-                launches = next(
-                    (f"{row[key]:.0f}" for key in ("launches", "launches counted") if row[key] is not None), ""
-                )
-                floor = "" if row["floor ms"] is None else f"{row['floor ms']:.3f}"
-                extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
-                times = f"{row['median']:9.3f} {row['over unit']:9.3f} {floor:>9}"
-                lines.append(f"    {row['name']:32} {times} {extra:>8} {launches:>8}")
-        for backward, rows in shape.get("kernels", {}).items():
-            lines.append(f"  kernels of a {backward} step{'ms':>26} {'floor ms':>9} {'launches':>8}")
-            for row in rows:
-                took = "" if row["ms"] is None else f"{row['ms']:.3f}"
-                floor = f"{row['floor ms']:.3f}" if "floor ms" in row else ""
-                lines.append(f"    {row['kernel']:32} {took:>9} {floor:>9} {row['launches']:8.0f}")
-        lines += [f"  left out: {name}: {why}" for name, why in shape["left out"].items()]
-    lines += ["", *(f"not reached: {name}" for name in record["not reached"])]
-    lines.append(f"forward kernels: {record['forwards']}")
-    lines.append(
-        f"sanitizers: { {tool: status for tool, status in record['sanitizers'].items() if 'output' not in tool} }"
-    )
-    for what, value, limit in [] if record["device"]["name"] == "none" else targets(record):
-        lines.append(f"{'ok  ' if value <= limit else 'MISS'} {what}: {value:.3f} (at most {limit:.2f})")
-    return "\n".join(lines)
+    return take
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=480, help="seconds for everything")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<date>-<device>.json")
+    names = ("first", "ceilings", "target", "compile", "tests", "forwards", "tune", "shapes", "sanitizers")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for everything")
+    parser.add_argument("--output", type=Path, default=ROOT / "gpu_output", help="folder; default: gpu_output")
+    parser.add_argument("--stages", nargs="+", choices=names, help="these only, in the usual order")
+    parser.add_argument("--install", action="store_true", help="pip install this checkout; needs no network")
+    parser.add_argument("--wheels", type=Path, help="folder of the peers' wheels (benchmarks.gpu.wheels makes it)")
     parser.add_argument("--head", help="safetensors file with hidden, weight and labels of a trained model")
-    parser.add_argument("--install", action="store_true", help="pip install this checkout first; needs no network")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--commit", help="what is measured, where git cannot say it")
+    parser.add_argument("--contender-limit", type=float, default=120, help="seconds after which one counts as hanging")
     parser.add_argument("--dry-run", action="store_true", help="walk every stage without a GPU")
-    parser.add_argument("--tune", nargs="*", metavar="KERNEL", help="time tiles instead, of these kernels or of all")
     args = parser.parse_args()
-    if not _has_gpu() and not args.dry_run:
+    if args.wheels and not args.wheels.is_dir():
+        parser.error(f"--wheels {args.wheels} is no folder")
+    stop_on_signals()
+    if not args.dry_run and not machine.has_gpu():
         print("no CUDA GPU here: nothing was measured (--dry-run walks the suite without one)")
         return 2
-    suite = Suite(args, time.monotonic() + args.budget)
-    if args.install:
-        status, output, _ = suite.run(
-            ["-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", "."], 200
-        )
-        if status != 0:
-            print(output)
-            return 1
-    if args.tune is not None:
-        command = ["-m", "benchmarks.gpu.tune", *args.tune, "--device", suite.device, "--seconds", args.budget - 60]
-        status, output, _ = suite.run(command, args.budget)
-        print(output)
-        return status
-    record = suite.everything()
-    output = args.output
-    if output is None and not args.dry_run:
-        name = re.sub(r"[^a-z0-9]+", "-", record["device"]["name"].lower()).strip("-")
-        output = RESULTS / f"{record['date']}-{name}.json"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(record, indent=1) + "\n")
-    print(summary(record))
-    failed = record["forwards"].get("status", 0) != 0
-    failed = failed or any("failed" in part for part in (record["ceilings"], *record["shapes"]))
-    return 1 if failed or record.get("tests", {}).get("status", 0) != 0 or record["compile"]["status"] == 124 else 0
+    record = {
+        "title": "fastdpo GPU suite" + (" (dry run: no GPU, nothing here is a measurement)" * args.dry_run),
+        "date": datetime.date.today().isoformat(),
+        **machine.commit(args.commit),
+        "device": {"name": "none"} if args.dry_run else machine.device(),
+        "versions": machine.versions(),
+        "peers": machine.peers(),
+        "kernels": digests(),
+    }
+    try:
+        results = Results(args.output, record)
+    except OtherState as why:
+        print(why)
+        return 1
+    status = 1
+    try:
+        status = Suite(args, results).run()
+    except Stopped:
+        pass
+    results.save()
+    print(results.summary())
+    return status
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -29,23 +30,48 @@ class Timing:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a contender has no time."""
+
+    why: str  # one line
+    trace: str = ""  # of an error; empty where it cannot run here by its own word
+    is_sticky: bool = False  # the GPU serves this process no more
+
+
+class Watch:
+    """Is told what happens to each contender, as it happens."""
+
+    def begins(self, name: str) -> None: ...
+
+    def ran(self, name: str, milliseconds: float) -> None: ...
+
+    def failed(self, name: str, failure: Failure) -> None: ...
+
+
 def interleaved(
-    contenders: dict[str, Callable[[], object]], device: str, *, rounds: int = 15, seconds: float = 20.0
+    contenders: dict[str, Callable[[], object]],
+    device: str,
+    *,
+    rounds: int = 15,
+    seconds: float = 20.0,
+    watch: Watch | None = None,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """(timings, why the others were left out). Each round runs every contender once, in turn."""
-    extra, left_out = {}, {}
+    watch, extra, left_out = watch or Watch(), {}, {}
     for name, run in contenders.items():
+        watch.begins(name)
         try:
             run()  # compiles
             extra[name] = _extra_memory(run, device)
-        except Unavailable as reason:
-            left_out[name] = str(reason)
-        except torch.OutOfMemoryError:
-            left_out[name] = "out of memory"
-            torch.cuda.empty_cache()
-        except Exception as error:  # a peer's own failure is a result, not the end of the suite
-            left_out[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"
+            watch.ran(name, _one_round({name: run}, device)[name])
+        except Exception as error:
+            extra.pop(name, None)
+            failure = failure_of(error, device)
+            left_out[name] = failure.why
+            watch.failed(name, failure)
     samples: dict[str, list[float]] = {name: [] for name in extra}
+    watch.begins("rounds")
     deadline = time.monotonic() + seconds
     for done in range(rounds):
         if done >= 3 and time.monotonic() > deadline:
@@ -57,6 +83,30 @@ def interleaved(
         low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
         timings[name] = Timing(statistics.median(values), low, high, len(values), extra[name])
     return timings, left_out
+
+
+def failure_of(error: Exception, device: str) -> Failure:
+    """Of an error that has just been caught."""
+    if isinstance(error, Unavailable):
+        return Failure(str(error))
+    trace = traceback.format_exc()
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+        return Failure("out of memory", trace)
+    last = (str(error).strip().splitlines() or [""])[-1][:200]
+    return Failure(f"{type(error).__name__}: {last}", trace, gpu_is_lost(device))
+
+
+def gpu_is_lost(device: str) -> bool:
+    """After an illegal access, say, every later call of the process fails."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.zeros(1, device=device).add_(1).item()
+    except Exception:
+        return True
+    return False
 
 
 def _one_round(contenders: dict[str, Callable[[], object]], device: str) -> dict[str, float]:
@@ -81,7 +131,6 @@ def _one_round(contenders: dict[str, Callable[[], object]], device: str) -> dict
 
 def _extra_memory(run: Callable[[], object], device: str) -> float | None:
     if device != "cuda":
-        run()
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -94,7 +143,10 @@ def _extra_memory(run: Callable[[], object], device: str) -> float | None:
 
 
 def kernel_times(run: Callable[[], object], runs: int = 3) -> dict[str, tuple[float, float]]:
-    """Per GPU kernel (milliseconds, launches) of one run, by the profiler's trace. csrc's by their bare names."""
+    """Per GPU kernel (milliseconds, launches) of one run, by the profiler's trace. csrc's by their bare names.
+
+    Empty where the machine lets nobody trace (CUPTI refused): the caller says so, and asks `elapsed`.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     run()
@@ -117,5 +169,11 @@ def _bare(name: str) -> str:
 
 
 def launches_of(run: Callable[[], object], device: str) -> float | None:
-    """GPU kernels, copies and fills of one run."""
-    return sum(count for _, count in kernel_times(run, runs=1).values()) if device == "cuda" else None
+    """GPU kernels, copies and fills of one run; None where nothing can count them."""
+    found = kernel_times(run, runs=1) if device == "cuda" else {}
+    return sum(count for _, count in found.values()) if found else None
+
+
+def elapsed(run: Callable[[], object], device: str, runs: int = 5) -> float:
+    """Median milliseconds of a whole run, on the GPU's clock."""
+    return statistics.median(_one_round({"run": run}, device)["run"] for _ in range(runs))

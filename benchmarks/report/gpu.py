@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 
 
 def plot(record: dict, output: Path) -> None:
-    shapes = [shape for shape in record["shapes"] if "step" in shape.get("groups", {})]
+    shapes = [shape for shape in record["shapes"] if _has_unit(shape.get("groups", {}).get("step"))]
     profiled = [shape for shape in record["shapes"] if shape.get("kernels")]
     figure, axes = plt.subplots(1, len(shapes) + len(profiled), figsize=(6 * (len(shapes) + len(profiled)), 5))
     axes = list(axes) if len(shapes) + len(profiled) > 1 else [axes]
@@ -48,6 +48,10 @@ def plot(record: dict, output: Path) -> None:
     figure.suptitle(f"{record['title']}: {record['device']['name']}, {record['date']}")
     figure.tight_layout()
     figure.savefig(output, dpi=110)
+
+
+def _has_unit(group: dict | None) -> bool:
+    return group is not None and any(row["name"] == group["unit"] for row in group["rows"])
 
 
 def main() -> None:

@@ -41,36 +41,46 @@ def test_without_a_gpu_the_suite_says_so():
 
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory) -> dict:
-    output = tmp_path_factory.mktemp("gpu") / "dry.json"
-    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--output", output)
+    folder = tmp_path_factory.mktemp("gpu")
+    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--output", folder)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return {**json.loads(output.read_text()), "printed": done.stdout}
+    assert {file.name for file in folder.iterdir()} == {
+        "result.json", "summary.txt", "log.txt", "special.json", "tuned.json",
+    }  # fmt: skip
+    return {**json.loads((folder / "result.json").read_text()), "printed": done.stdout}
 
 
 def test_a_dry_run_walks_every_stage(dry_run):
     from benchmarks.gpu.cases import GROUPS
-    from benchmarks.gpu.suite import GRID
+    from benchmarks.gpu.shapes import GRID
 
+    assert {name: stage["state"] for name, stage in dry_run["stages"].items()} == dict.fromkeys(
+        ("first", "ceilings", "target", "compile", "tests", "forwards", "tune", "shapes", "sanitizers"), "done"
+    )
     assert dry_run["device"]["name"] == "none" and "no GPU" in dry_run["title"]
     assert dry_run["compile"]["status"] == 0 and dry_run["compile"]["faults"] == []
     assert dry_run["tests"]["status"] == 0 and dry_run["tests"]["collected"] > 200
     assert dry_run["sanitizers"] == {"without": 0}
-    assert dry_run["forwards"]["output"] == ["no special forward kernel for the interpreter"]
+    assert dry_run["forwards"] == ["no special forward kernel for the interpreter"]
+    assert any("(present)" in line for line in dry_run["tune"])
     assert dry_run["ceilings"]["flops"] > 0 and dry_run["ceilings"]["left out"] == {}
-    assert {group for _, _, groups, _ in GRID for group in groups} == set(GROUPS) == set(dry_run["shapes"][0]["groups"])
+    assert {"errors", "kernels", *GROUPS} == {group for _, _, groups, _ in GRID for group in groups}
+    assert set(dry_run["shapes"][1]["groups"]) == set(GROUPS) and len(dry_run["shapes"][1]["errors"]) == 6
+    assert any(shape[2] <= 1024 for shape, *_ in GRID)
     assert "MISS" not in dry_run["printed"]  # nothing of a dry run is judged
 
 
 def test_a_dry_run_runs_every_contender(dry_run):
     from benchmarks.peers import PEERS, TOKEN_LOGPS
 
-    shape = dry_run["shapes"][0]
+    shape = dry_run["shapes"][1]
+    left_out = {name.partition("/")[2]: why for name, why in shape["left out"].items()}
     seen = {name: {row["name"] for row in group["rows"]} for name, group in shape["groups"].items()}
     assert {"fastdpo exact", "fastdpo routed", "eager", "two torch.mm"} <= seen["step"] & seen["frozen step"]
     assert {"exact", "routed", "exact, frozen head", "routed, frozen head"} <= seen["backward"]
-    assert set(TOKEN_LOGPS) <= seen["forward"] | shape["left out"].keys()
-    assert set(PEERS) - {"trl as its trainer"} <= seen["step"] | shape["left out"].keys()
-    assert all(is_a_reason(why) for why in shape["left out"].values()), shape["left out"]
+    assert set(TOKEN_LOGPS) <= seen["forward"] | left_out.keys()
+    assert set(PEERS) - {"trl as its trainer"} <= seen["step"] | left_out.keys()
+    assert all(is_a_reason(why) for why in left_out.values()), left_out
     for backward in ("routed", "exact"):
         kernels = {row["kernel"] for row in shape["kernels"][backward]}
         assert {"fold", "compact", "finish", "exact"} <= kernels and ("routed_dz" in kernels) == (backward == "routed")
@@ -118,7 +128,7 @@ def test_the_table_of_forwards_is_written(monkeypatch, tmp_path):
 
 
 def test_targets_are_judged_by_ratios():
-    from benchmarks.gpu.suite import targets
+    from benchmarks.gpu.summary import targets
 
     def row(name, median, over, extra=None):
         return {"name": name, "median": median, "over unit": over, "extra_mib": extra}
@@ -162,12 +172,6 @@ def test_a_contender_that_fails_is_named_and_the_others_timed():
     assert {name: timing.runs for name, timing in timings.items()} == {"a": 4, "b": 4}
     assert order[-8:] == ["a", "b"] * 4
     assert all(timing.low <= timing.median <= timing.high for timing in timings.values())
-
-
-def test_tiles_are_timed_and_put_back():
-    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--tune", "fold", "dweight")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("(present)") == 2 and '"fold": {"fp32": {90: Tile(' in done.stdout
 
 
 # The peers

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import triton
@@ -118,8 +120,39 @@ def are_aligned(*tensors: Tensor) -> bool:
     return True
 
 
+TUNED = Path(__file__).with_name("tuned.json")
+
+
+@functools.cache
+def tuned() -> dict[tuple[str, str, int], Tile]:
+    """By kernel, kind and capability: what benchmarks.gpu.tune found to be the fastest with this release of Triton."""
+    found = {}
+    for index, one in enumerate(json.loads(TUNED.read_text())):
+        try:
+            key, shape = (one["kernel"], one["kind"], one["capability"]), Tile(**one["tile"])
+            powers = [x & (x - 1) == 0 < x for x in (shape.m, shape.n, shape.k, shape.warps)]
+            if key[0] not in _TILES or not all(powers) or min(shape.stages, shape.group, shape.per_sm) < 1:
+                raise ValueError(f"no kernel {key[0]!r}, or no tile of one: {shape}")
+            if one["triton"].split(".")[:2] == triton.__version__.split(".")[:2]:
+                found[key] = shape
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{TUNED.name}, entry {index}: {error!r}") from error
+    return found
+
+
+_RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
+
+
+def _since(kernel: str, kind: str, architecture: int) -> Tile | None:
+    """Another tile than the table's where newer releases of Triton need it."""
+    for release in sorted(_SINCE, reverse=True):
+        if release <= _RELEASE and (kernel, kind, architecture) in _SINCE[release]:
+            return _SINCE[release][kernel, kind, architecture]
+    return None
+
+
 def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None) -> Tile:
-    """The tile of a kernel for operands of a kind, no wider than its output.
+    """The tile of a kernel for operands of a kind, no wider than its output: the measured one, or that of the table.
 
     Chosen by ahead-of-time compilation: no spills, most tensor-core work per byte of shared memory. `make kernels`
     prints what they use.
@@ -127,10 +160,12 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
     if target.tiles == 0:
         shape = _INTERPRETED[kernel]
     else:
+        asked = kind
         while kind not in _TILES[kernel]:
             kind = _LIKE[kind]
-        by_architecture = _TILES[kernel][kind]
-        shape = by_architecture.get(target.tiles, by_architecture[80])
+        architecture = target.tiles if target.tiles in _TILES[kernel][kind] else 80
+        shape = _since(kernel, kind, architecture) or _TILES[kernel][kind][architecture]
+        shape = tuned().get((kernel, asked, target.capability), shape)
     if out_columns is not None:
         shape = replace(shape, n=min(shape.n, max(16, triton.next_power_of_2(out_columns))))
     return shape
@@ -237,6 +272,14 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "narrow": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 8, 3)},
         "fp32": {80: Tile(128, 64, 32, 8, 2)},
         "unaligned": {80: Tile(128, 64, 32, 8, 2)},
+    },
+}
+# From these releases of Triton on, whose code for the tiles above spills in the loop (compiled, not measured).
+_SINCE: dict[tuple[int, int], dict[tuple[str, str, int], Tile]] = {
+    (3, 9): {
+        ("dhidden", "half", 80): Tile(64, 128, 64, 8, 3),
+        ("dhidden", "narrow", 80): Tile(64, 128, 64, 8, 3),
+        ("routed_dhidden", "half", 80): Tile(64, 128, 128, 8, 2),
     },
 }
 _INTERPRETED = {

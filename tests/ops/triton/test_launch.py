@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 
 import pytest
 import torch
+import triton
 
 from fastdpo.head import LoRA, Routing
 from fastdpo.ops import triton as wing
 from fastdpo.ops.problem import STATS, Forward, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward
+from fastdpo.ops.triton import launch as launching
 from fastdpo.ops.triton.forward import forward
-from fastdpo.ops.triton.launch import Recorder, Target, launch
+from fastdpo.ops.triton.launch import Recorder, Target, Tile, launch
 
 OPTIONS = {
     "exact": {},
@@ -102,3 +105,47 @@ def test_launches_are_by_keyword():
     taken = inspect.signature(launch).parameters
     assert [x.kind.name for x in taken.values()] == [*["POSITIONAL_OR_KEYWORD"] * 3, "KEYWORD_ONLY", "VAR_KEYWORD"]
     assert list(taken)[:3] == ["kernel", "grid", "tile"]
+
+
+def entry(**changed) -> dict:
+    tile = {"m": 64, "n": 64, "k": 32, "warps": 4, "stages": 2, "group": 8, "per_sm": 1, **changed.pop("tile", {})}
+    return {"kernel": "fold", "kind": "half", "capability": 90, "triton": triton.__version__, "tile": tile, **changed}
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    monkeypatch.setattr(launching, "TUNED", tmp_path / "tuned.json")
+
+    def write(*entries):
+        launching.TUNED.write_text(json.dumps(entries))
+        launching.tuned.cache_clear()
+
+    yield write
+    launching.tuned.cache_clear()
+
+
+def test_a_measured_tile_serves_what_it_was_measured_for(table):
+    def tile_of(kernel="fold", capability=90, kind="half", columns=None):
+        return launching.tile(kernel, Target(capability, 132), kind, columns)
+
+    def every() -> dict:
+        kinds = {(kernel, c, kind) for kernel in ("fold", "dz") for c in (80, 90, 100) for kind in ("half", "short")}
+        return {key: tile_of(*key) for key in kinds}
+
+    table()
+    before = every()
+    table(entry())
+    assert {key for key, tile in every().items() if tile != before[key]} == {("fold", 90, "half")}
+    assert tile_of() == Tile(64, 64, 32, 4, 2) and tile_of(columns=32).n == 32
+    table(entry(triton="1.0.0"))  # another release makes other code
+    assert every() == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kernel": "flod"}, {"tile": {"m": 65}}, {"tile": {"stages": 0}}, {"tile": {"x": 1}}, {"triton": None}]
+)
+def test_a_wrong_entry_is_named(table, wrong):
+    good, bad = entry(), entry(**wrong)
+    table(good, {key: value for key, value in bad.items() if value is not None})
+    with pytest.raises(ValueError, match=r"tuned\.json, entry 1"):
+        launching.tile("fold", Target(90, 132), "half")
