@@ -29,7 +29,8 @@ CSRC = Path(__file__).parents[1] / "csrc"
 STAND_IN = Path(__file__).with_name("cuda_stand_in")
 NAME = "cuda_on_cpu"
 LAUNCH = re.compile(r"([\w:]+(?:<[^;<>]*>)?)<<<(.+?)>>>\(")  # the one thing in these files that is not C++
-FLAGS = "-O1 -g1 -std=c++17 -fPIC -Wall -Wextra -fno-math-errno -fno-gnu-unique -Wno-attributes -DFASTDPO_HAVE_CUDA".split()
+FLAGS = "-O1 -g1 -std=c++17 -fPIC -Wall -Wextra -Wno-attributes -fno-math-errno -fno-gnu-unique".split()
+FLAGS.append("-DFASTDPO_HAVE_CUDA")
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 SANITIZE = os.environ.get("FASTDPO_SANITIZE") == "1"
 
@@ -141,6 +142,7 @@ class Extension:
 
     def __init__(self, kernels: ModuleType):
         self.kernels = kernels
+        self.launched: set[str] = set()
 
     def __getattr__(self, name: str):
         return getattr(self.kernels if name.startswith("cuda_") else CPU, name)
@@ -167,18 +169,21 @@ CPU = native.EXTENSION
 def launch(name: str, device: torch.device, *, what: str = "", **fields) -> None:
     """In the place of native.launch, which asks torch for a stream."""
     assert device.type == "cpu"
+    native.EXTENSION.launched.add(name)
     error = getattr(native.EXTENSION, name)(device=0, stream=0, **fields)
     if error:
         raise RuntimeError(f"{name}{what}: CUDA error {error}, {native.EXTENSION.cuda_error_text(error)}")
 
 
-def install(monkeypatch, kernels: ModuleType, seed: int) -> None:
-    """The host's side of the CUDA kernels, for CPU tensors."""
+def install(monkeypatch, kernels: ModuleType, seed: int) -> set[str]:
+    """The host's side of the CUDA kernels, for CPU tensors; the names of those that have run, as they run."""
     from fastdpo.ops import engines
     from fastdpo.ops.selective import cuda
 
     kernels.seed(seed % 2**32)
-    monkeypatch.setattr(native, "EXTENSION", Extension(kernels))
+    extension = Extension(kernels)
+    monkeypatch.setattr(native, "EXTENSION", extension)
     monkeypatch.setattr(native, "launch", launch)
     monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 132)
     monkeypatch.setattr(engines, "_choose_logits", lambda device, dtype: ("cuda", "a test"))
+    return extension.launched

@@ -20,9 +20,9 @@ def cuda_kernels() -> ModuleType:
 
 
 @pytest.fixture
-def cuda_on_the_cpu(cuda_kernels, monkeypatch, seeded) -> Iterator[None]:
-    """CPU tensors go the way of a GPU's, to the kernels of csrc/cuda; memory that nobody filled holds NaN."""
-    cuda_on_cpu.install(monkeypatch, cuda_kernels, seeded)
+def cuda_on_the_cpu(cuda_kernels, monkeypatch, seeded) -> Iterator[set[str]]:
+    """CPU tensors go the way of a GPU's, to the kernels of csrc/cuda; which have run. Unfilled memory holds NaN."""
+    launched = cuda_on_cpu.install(monkeypatch, cuda_kernels, seeded)
     torch.use_deterministic_algorithms(True)  # which fills it
-    yield
+    yield launched
     torch.use_deterministic_algorithms(False)
