@@ -5,6 +5,7 @@ has no CUDA kernels, and `fastdpo/_build.json` keeps the reasons for `fastdpo.ba
 makes code that does not compile an error.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -93,7 +94,7 @@ def with_ptx(archs):
     """
     before_gap = [
         arch
-        for arch, following in zip(archs, archs[1:])
+        for arch, following in itertools.pairwise(archs)
         if following // 10 > arch // 10 + 1 or (following // 10 > arch // 10 and following % 10)
     ]
     return [*before_gap, archs[-1]]
