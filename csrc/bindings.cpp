@@ -9,6 +9,7 @@
 #include "call.h"
 #include "cpu/folds.h"
 #include "cpu/parallel.h"
+#include "shared/logits_row.h"
 #include "shared/preference_batch.h"
 #include "shared/routing.h"
 
