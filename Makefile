@@ -1,5 +1,6 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
 # make test    set up .venv and run the tests
+# make sanitize    the CUDA kernels executed on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
 # make test-trainers   the tests of other trainers, each in an environment with the real package; TRAINERS="ms-swift"
@@ -18,7 +19,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-trl test-trainers models kernels launches gpu wheels lint bench bench-micro bench-compare clean
+.PHONY: demo test sanitize test-trl test-trainers models kernels launches gpu wheels lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -34,6 +35,9 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	$(RUN) -m pytest $(TEST_ARGS)
+
+sanitize: $(VENV)/installed-test
+	$(RUN) -m tests.cuda_on_cpu $(TEST_ARGS)
 
 models: $(VENV)/installed-test
 	$(RUN) tests/model_matrix.py $(MODELS_ARGS)

@@ -5,6 +5,7 @@ has no CUDA kernels, and `fastdpo/_build.json` keeps the reasons for `fastdpo.ba
 makes code that does not compile an error.
 """
 
+import itertools
 import json
 import os
 import platform
@@ -85,9 +86,23 @@ def find_cuda():
     return nvcc, sorted(set(map(int, names)))
 
 
+def with_ptx(archs):
+    """Of which, in order, PTX is kept: the newest for GPUs to come, and those before a gap that machine code leaves.
+
+    Machine code runs on its own major version from its minor version on, PTX on all that is newer: between 100 and 120
+    are GPUs of 11.x, which compile the PTX of 100.
+    """
+    before_gap = [
+        arch
+        for arch, following in itertools.pairwise(archs)
+        if following // 10 > arch // 10 + 1 or (following // 10 > arch // 10 and following % 10)
+    ]
+    return [*before_gap, archs[-1]]
+
+
 def gencode(archs):
-    """nvcc's options: machine code for each architecture, and PTX of the newest for those to come."""
-    targets = [(arch, f"sm_{arch}") for arch in archs] + [(archs[-1], f"compute_{archs[-1]}")]
+    """nvcc's options: machine code for each architecture, and PTX."""
+    targets = [(arch, f"sm_{arch}") for arch in archs] + [(arch, f"compute_{arch}") for arch in with_ptx(archs)]
     return [option for arch, code in targets for option in ("-gencode", f"arch=compute_{arch},code={code}")]
 
 
@@ -156,7 +171,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
 class NativeBuild(build_ext):
     def run(self):
         info = {"native": False, "reason": None, "compiler": None, "isas": []}
-        info.update(cuda_archs=[], cuda_ptx=None, cuda_reason="the native extension is missing")
+        info.update(cuda_archs=[], cuda_ptx=[], cuda_reason="the native extension is missing")
         try:
             self.build_native(info)
         except Exception as error:  # a broken toolchain is a slower install, not a failed one
@@ -195,7 +210,7 @@ class NativeBuild(build_ext):
                 raise
             info["cuda_reason"] = f"{nvcc}: {error}"
             return False
-        info.update(cuda_archs=archs, cuda_ptx=archs[-1], cuda_reason=None)
+        info.update(cuda_archs=archs, cuda_ptx=with_ptx(archs), cuda_reason=None)
         return True
 
     def build_with(self, compiler, ninja, nvcc=None, archs=()):

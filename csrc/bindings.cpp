@@ -6,31 +6,21 @@
 #include <string>
 #include <vector>
 
-#include "arguments.h"
+#include "call.h"
 #include "cpu/folds.h"
 #include "cpu/parallel.h"
+#include "shared/logits_row.h"
 #include "shared/preference_batch.h"
 #include "shared/routing.h"
-#include "testing/logits_host.h"
 
 #ifdef FASTDPO_HAVE_CUDA
-#include "cuda/logits.h"
+#include "cuda/bindings.h"
 #endif
 
 namespace py = pybind11;
 using namespace fastdpo;
 
 namespace {
-
-template <class Args, class Call>
-auto run(const char* name, const py::kwargs& given, Call call, int cuda_device = -1) {
-  Args a = {};
-  Arguments in(name, given, cuda_device);
-  a.fields(in);
-  in.done();
-  const py::gil_scoped_release nogil;
-  return call(a);
-}
 
 template <class Args, class Call>
 void def(py::module_& m, const char* name, Call call) {
@@ -45,27 +35,6 @@ void def_of_types(py::module_& m, const char* name, Call call) {
   };
   m.def(name, function, py::kw_only(), py::arg("is_double"));
 }
-
-// For tests alone: a row walk of the CUDA kernels, with `lanes` threads in a block.
-template <class Args, class Call>
-void def_of_lanes(py::module_& m, const char* name, Call call) {
-  const auto function = [name, call](int64_t lanes, const py::kwargs& given) {
-    run<Args>(name, given, [&](const Args& a) { call(a, lanes); });
-  };
-  m.def(name, function, py::kw_only(), py::arg("lanes"));
-}
-
-#ifdef FASTDPO_HAVE_CUDA
-// On the stream of a device, given as integers; returns CUDA's error.
-template <class Args, class Call>
-void def_cuda(py::module_& m, const char* name, Call call) {
-  const auto function = [name, call](int device, std::uintptr_t stream, const py::kwargs& given) {
-    const auto launch = [&](const Args& a) { return call(a, device, reinterpret_cast<void*>(stream)); };
-    return run<Args>(name, given, launch, device);
-  };
-  m.def(name, function, py::kw_only(), py::arg("device"), py::arg("stream"));
-}
-#endif
 
 template <class Entries>
 py::dict names(const Entries& entries) {
@@ -117,20 +86,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def_of_types<PreferenceBackwardArgs>(m, "host_preference_backward",
                                        [](const auto& a) { host_preference_backward(a.batch, a.up); });
 
-  def_of_lanes<LogitsForwardArgs>(m, "host_logits_forward", &host_logits_forward);
-  def_of_lanes<LogitsBackwardArgs>(m, "host_logits_backward", &host_logits_backward);
-
 #ifdef FASTDPO_HAVE_CUDA
-  m.def("cuda_error_text", &cuda_error_text);
-  m.def("cuda_runtime_version", &cuda_runtime_version);
-  m.def("cuda_driver_version", &cuda_driver_version);
-  def_cuda<LogitsForwardArgs>(m, "cuda_logits_forward", &launch_logits_forward);
-  def_cuda<LogitsBackwardArgs>(m, "cuda_logits_backward", &launch_logits_backward);
-  def_cuda<PreferenceForwardArgs<float>>(m, "cuda_preference_forward", [](const auto& a, int device, void* stream) {
-    return launch_preference_forward(a.batch, a.out, device, stream);
-  });
-  def_cuda<PreferenceBackwardArgs<float>>(m, "cuda_preference_backward", [](const auto& a, int device, void* stream) {
-    return launch_preference_backward(a.batch, a.up, device, stream);
-  });
+  def_cuda_kernels(m);
 #endif
 }

@@ -4,7 +4,7 @@
 //   dx[v] = inv_temperature * (coef * ((v == label) - p[v]) - coef_entropy * p[v] * (log p[v] + entropy))
 //
 // `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of one or several blocks in cuda/logits.cu, a
-// loop in testing/logits_host.h, through which the tests run every line of this file without a GPU.
+// and in the tests, which compile that file for the CPU.
 #pragma once
 
 #include <cassert>

@@ -61,10 +61,10 @@ def launch(name: str, device: torch.device, *, what: str = "", **fields) -> None
         raise RuntimeError(f"{name} on {device}{what}: CUDA error {error}, {EXTENSION.cuda_error_text(error)}")
 
 
-def serves(capability: tuple[int, int], archs: list[int], ptx: int) -> bool:
+def serves(capability: tuple[int, int], archs: list[int], ptx: list[int]) -> bool:
     """Machine code runs on its own major version from its minor version on; PTX on all that is newer."""
     gpu = 10 * capability[0] + capability[1]
-    return gpu >= ptx or any(arch // 10 == capability[0] and arch <= gpu for arch in archs)
+    return any(gpu >= arch for arch in ptx) or any(arch // 10 == capability[0] and arch <= gpu for arch in archs)
 
 
 def _version(number: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from heads import relative_error
@@ -21,8 +23,30 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
     [((8, 0), True), ((8, 9), True), ((9, 0), True), ((7, 5), False), ((10, 3), False), ((12, 1), False)],
 )
 def test_which_gpus_machine_code_serves(capability, runs):
-    assert native.serves(capability, [80, 90], ptx=999) == runs
-    assert native.serves(capability, [], ptx=90) == (capability >= (9, 0))
+    assert native.serves(capability, [80, 90], ptx=[]) == runs
+    assert native.serves(capability, [], ptx=[90]) == (capability >= (9, 0))
+
+
+CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (11, 0), (12, 0), (12, 1), (13, 0))
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_gpu_from_the_oldest_on_is_served(capability):
+    assert native.serves(capability, [80, 90, 100, 120], ptx=[100, 120])
+    assert native.serves(capability, [80, 90, 100, 120], ptx=[120]) == (capability != (11, 0))
+
+
+@pytest.mark.skipif(not hasattr(native.EXTENSION, "cuda_logits_forward"), reason="built without CUDA kernels")
+def test_the_extension_holds_what_the_build_recorded():
+    tool = pytest.importorskip("tools.kernel_code").run_tool
+    path, info = native.EXTENSION.__file__, native.build_info()
+    for option, recorded in (("--list-elf", info["cuda_archs"]), ("--list-ptx", info["cuda_ptx"])):
+        held = re.findall(r"\.sm_(\d+)\.(?:cubin|ptx)", tool("cuobjdump", option, path))
+        of_sources = {int(arch) for arch in held if held.count(arch) > 1}  # two; nvcc's linker adds an empty one
+        assert of_sources == set(recorded), option
+    oldest = min(info["cuda_archs"])
+    for major, minor in CAPABILITIES:
+        assert native.serves((major, minor), info["cuda_archs"], info["cuda_ptx"]) == (10 * major + minor >= oldest)
 
 
 @pytest.mark.parametrize("forced", [None, "reference"])

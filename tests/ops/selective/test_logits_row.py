@@ -1,23 +1,22 @@
-"""The row walk of the CUDA kernels (csrc/shared/logits_row.h), run on the CPU lane by lane, against fp64."""
+"""csrc/cuda/logits.cu and the row walk in it (csrc/shared/logits_row.h), executed on the CPU, against fp64."""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
 
 import pytest
 import test_selective
 import torch
 from heads import relative_error
 
-from fastdpo.ops import engines as ops
 from fastdpo.ops import native
 from fastdpo.ops.selective import cuda as cuda_logits
 from fastdpo.ops.selective.operators import LEFT_OUT, NO_LABEL
 
-if not native.available():
-    pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
+pytestmark = pytest.mark.usefixtures("cuda_on_the_cpu")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
-LANES = 32
 CANARY = 7.0
 
 
@@ -27,39 +26,26 @@ def canvas(N: int, V: int, stride: int, offset: int, dtype) -> tuple[torch.Tenso
     return buffer, buffer.as_strided((N, V), (stride, 1), offset)
 
 
-def forward(logits, labels, temperature=1.0, lanes=LANES, with_entropy=False, splits=1):
+@contextmanager
+def in_parts(splits: int | None):
+    """Each row walked by so many blocks; by as many as on a GPU where None."""
+    with pytest.MonkeyPatch.context() as patched:
+        if splits is not None:
+            patched.setattr(cuda_logits, "_splits", lambda logits: splits)
+        yield
+
+
+def forward(logits, labels, temperature=1.0, with_entropy=False, splits=None):
     """(logps, lse), and the entropy where it is asked for."""
-    results = torch.full((2 + with_entropy, len(labels)), CANARY)
-    native.EXTENSION.host_logits_forward(
-        lanes=lanes,
-        logits=logits,
-        labels=labels,
-        logps=results[0],
-        lse=results[1],
-        entropy=results[2] if with_entropy else None,
-        inv_temperature=1 / temperature,
-        splits=splits,
-        partials=torch.full((len(labels), splits, native.EXTENSION.PARTIAL_FLOATS), NAN),
-    )
-    return tuple(results)
+    with in_parts(splits):
+        results = cuda_logits.forward(logits, labels, temperature, with_entropy)
+    return results[: 2 + with_entropy]
 
 
-def backward(logits, labels, logps, lse, coef, out, temperature=1.0, lanes=LANES, splits=1, of_entropy=None):
+def backward(logits, labels, logps, lse, coef, out, temperature=1.0, splits=None, of_entropy=(None, None)):
     """`of_entropy`: (entropy, coef_entropy)."""
-    entropy, coef_entropy = of_entropy or (None, None)
-    native.EXTENSION.host_logits_backward(
-        lanes=lanes,
-        logits=logits,
-        labels=labels,
-        logps=logps,
-        lse=lse,
-        coef=coef,
-        entropy=entropy,
-        coef_entropy=coef_entropy,
-        dlogits=out,
-        inv_temperature=1 / temperature,
-        splits=splits,
-    )
+    with in_parts(splits):
+        cuda_logits.backward(logits, labels, logps, lse, coef, temperature, out, *of_entropy)
 
 
 def expected(logits, labels, coef, temperature):
@@ -101,14 +87,15 @@ def test_every_alignment_of_a_row(dtype, V):
         assert (buffer[:offset] == CANARY).all()
 
 
-@pytest.mark.parametrize("lanes", [1, 5, 128, 512])
-def test_any_number_of_lanes(lanes):
-    logits, labels, coef = torch.randn(3, 20011) * 5, torch.tensor([0, 20010, 77]), torch.randn(3)
+@pytest.mark.parametrize("splits", [None, 1, 3])
+@pytest.mark.parametrize("V", [4095, 4096, 20011])
+def test_blocks_of_either_size(V, splits):
+    logits, labels, coef = torch.randn(3, V) * 5, torch.tensor([0, V - 1, 77]), torch.randn(3)
     logps, lse, dlogits = expected(logits, labels, coef, 1.0)
-    ours = forward(logits, labels, lanes=lanes)
+    ours = forward(logits, labels, splits=splits)
     torch.testing.assert_close(torch.stack(ours).double(), torch.stack((logps, lse)), rtol=2e-6, atol=4e-6)
     out = torch.full_like(logits, CANARY)
-    backward(logits, labels, *ours, coef, out, lanes=lanes)
+    backward(logits, labels, *ours, coef, out, splits=splits)
     assert relative_error(out, dlogits) < 3e-6
 
 
@@ -239,7 +226,7 @@ def test_coef_zero_gives_zeros_and_nan_gives_nan(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_are_rounded_to_nearest(dtype):
     """p = 1 makes the gradient of an unlabelled logit -coef: any float, against torch's own rounding, bit for bit."""
-    coef = torch.randint(-(2**31), 2**31, (200_000,)).int().view(torch.float32)
+    coef = torch.randint(-(2**31), 2**31, (20_000,)).int().view(torch.float32)
     half = torch.arange(2**16, dtype=torch.int32).to(torch.int16)  # every value, and every midpoint of neighbours
     for kind in (torch.float16, torch.bfloat16):
         bits = half.view(kind).float().view(torch.int32)
@@ -251,29 +238,19 @@ def test_gradients_are_rounded_to_nearest(dtype):
     torch.testing.assert_close(out[:, 0], (-coef).to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
-# The Python side of the CUDA engine, with the CPU's walk in the place of its launches
-
-
-@pytest.fixture
-def launched_on_the_cpu(monkeypatch):
-    def launch(name, logits, **fields):
-        getattr(native.EXTENSION, name.replace("cuda", "host"))(lanes=LANES, logits=logits, **fields)
-
-    monkeypatch.setattr(cuda_logits, "_launch", launch)
-    monkeypatch.setattr(cuda_logits, "_multiprocessors", lambda device: 132)
-    monkeypatch.setattr(ops, "_choose_logits", lambda device, dtype: ("cuda", "a test"))
+# The engine in front of them
 
 
 @pytest.mark.parametrize("columns", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_engine_matches_definition(launched_on_the_cpu, dtype, columns):
+def test_engine_matches_definition(dtype, columns):
     test_selective.test_matches_definition(None, dtype, (3, 5, 1000), columns)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("columns", [None, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_engine_matches_definition_of_entropy(launched_on_the_cpu, dtype, columns, inplace):
+def test_engine_matches_definition_of_entropy(dtype, columns, inplace):
     test_selective.test_entropy_matches_definition(None, dtype, (3, 5, 1000), columns, inplace)
 
 
@@ -302,5 +279,5 @@ def test_engine_matches_definition_of_entropy(launched_on_the_cpu, dtype, column
         "entropy of a split row",
     ],
 )
-def test_engine_keeps_the_contract(launched_on_the_cpu, test):
+def test_engine_keeps_the_contract(test):
     test(None)
