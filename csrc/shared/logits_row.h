@@ -3,8 +3,8 @@
 //   z = x * inv_temperature      logp = -softplus(lse_{v != label} z[v] - z[label])
 //   dx[v] = inv_temperature * (coef * ((v == label) - p[v]) - coef_entropy * p[v] * (log p[v] + entropy))
 //
-// `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of one or several blocks in cuda/logits.cu, a
-// and in the tests, which compile that file for the CPU.
+// `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of one or several blocks in cuda/logits.cu,
+// which the tests compile for the CPU too: they run every line of this file without a GPU.
 #pragma once
 
 #include <cassert>
