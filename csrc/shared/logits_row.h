@@ -4,7 +4,7 @@
 //   dx[v] = inv_temperature * (coef * ((v == label) - p[v]) - coef_entropy * p[v] * (log p[v] + entropy))
 //
 // `lane` of `lanes` walkers takes every lanes-th vector of 16 bytes: threads of one or several blocks in cuda/logits.cu,
-// which the tests compile for the CPU too.
+// which the tests compile for the CPU too: they run every line of this file without a GPU.
 #pragma once
 
 #include <cassert>
