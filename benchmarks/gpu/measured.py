@@ -61,6 +61,10 @@ def _triton_digests(files: list[Path]) -> dict[str, str]:
                 functions[node.name] = _without_docstring(node)
             if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_TILES":
                 tiles = {key.value: ast.dump(value) for key, value in zip(node.value.keys, node.value.values)}
+            if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "_SINCE":  # after _TILES
+                for release, entries in zip(node.value.keys, node.value.values):
+                    for key, value in zip(entries.keys, entries.values):
+                        tiles[key.elts[0].value] += ast.dump(release) + ast.dump(key) + ast.dump(value)
     found = {}
     for name in functions:
         if not name.endswith("_kernel"):

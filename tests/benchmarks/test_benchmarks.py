@@ -389,6 +389,8 @@ def test_an_edit_changes_the_digests_of_what_it_reaches(sources):
     reached = edited(sources, "0xFFFFE000", "0xFFFFF000")  # what start_products calls
     assert {"fold", "exact", "routed_dz"} <= reached and not reached & {"routed_dweight", "list", "finish"}
     assert edited(sources, '"dhidden": {', '"dhidden": {"other": {80: Tile(1, 1, 1, 1, 1)}, ') == {"exact"}
+    newer = '("routed_dhidden", "half", 80): Tile(64'  # from a release of Triton on
+    assert edited(sources, newer, newer.replace("64", "32")) == {"routed_dhidden"}
     assert every - {"routed_dz"} - edited(sources, "+ 0x7FFF", "+ 0x7FFE") < every
 
 

@@ -72,6 +72,14 @@ def test_a_card_gets_tiles_that_fit(capability, memory, tiles):
     assert Target(capability, 1, memory and memory * KIB).tiles == tiles
 
 
+@pytest.mark.parametrize("release, newer", [((3, 6), False), ((3, 8), False), ((3, 9), True), ((3, 12), True)])
+def test_a_tile_that_newer_releases_spill_is_replaced_from_then_on(monkeypatch, release, newer):
+    monkeypatch.setattr(launching, "_RELEASE", release)
+    for (kernel, kind, architecture), tile in launching._SINCE[3, 9].items():
+        chosen = launching.tile(kernel, Target(architecture, 1), kind)
+        assert chosen == (tile if newer else launching._TILES[kernel][kind][architecture])
+
+
 def kernels() -> dict:
     found = {}
     for module in pkgutil.iter_modules(wing.__path__):
