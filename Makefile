@@ -48,18 +48,18 @@ test-trl: $(VENV)/installed-test
 test-trainers: $(VENV)/installed-test
 	$(RUN) tests/integrations/environments.py $(or $(TRAINERS),trainers)
 
-# The oldest Triton that is supported, beside the one that torch brings.
+# The oldest Triton that is supported, beside the newest, which the tests use.
 $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
 	$(RUN) -m pip install -q --no-deps --target $(@D) triton==$(TRITON)
 	touch $@
 
-kernels: $(VENV)/triton-$(TRITON)/installed
+kernels: $(VENV)/triton-$(TRITON)/installed $(VENV)/installed-test
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.kernels $(KERNELS_ARGS)
 	$(RUN) -m tools.kernels --essential --dtype bf16 $(KERNELS_ARGS)
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.launches --handful --dtype bf16 --run "trained head" --arch 86 90
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.cuda_kernels
 
-launches: $(VENV)/installed-lint
+launches: $(VENV)/installed-test
 	$(RUN) -m tools.launches $(LAUNCHES_ARGS)
 
 # Into the Python that has this machine's torch: a GPU machine often has no network. Peers are timed if installed.
