@@ -50,7 +50,7 @@ def examine(variants: list[Variant]) -> list[Result]:
 
 
 def together(wanted: list[Variant]) -> Iterator[list[Variant]]:
-    """The costly ones first, so that no process is left with one at the end."""
+    """Parts of the list, the costly ones first, so that no process is left with one at the end."""
     costly_first = sorted(wanted, key=lambda one: (one.name != "exact", not one.compute))
     for first in range(0, len(costly_first), TOGETHER):
         yield costly_first[first : first + TOGETHER]

@@ -36,7 +36,7 @@ from tools.fake_gpu import FakeGpu
 from tools.gpus import MULTIPROCESSORS
 from tools.kernel_code import Code
 from tools.kernel_variants import TYPES, Variant, deterministic, variant_of
-from tools.kernels import examine, table_of
+from tools.kernels import TOGETHER, examine, table_of
 from tools.offsets import LIMIT
 
 MOST_FORMS = 20  # of one model's training: each is compiled once, at its first step
@@ -206,13 +206,15 @@ def record(types: list[str], runs: list[str], capability: int, name: str) -> tup
     return _merged(forms), problems, counts
 
 
-def check(form: Form) -> tuple[Form, Code | None, list[str]]:
-    ((_, code, found),) = examine([form.variant])
-    found = [*form.found, *found]
-    short = form.large & set(code.narrow) if code is not None else set()
-    if short:
-        found.append(f"offsets of 32 bits into {', '.join(sorted(short))}, which has more than 2^31 elements")
-    return form, code, found
+def check(forms: list[Form]) -> list[tuple[Form, Code | None, list[str]]]:
+    results = []
+    for form, (_, code, found) in zip(forms, examine([form.variant for form in forms])):
+        found = [*form.found, *found]
+        short = form.large & set(code.narrow) if code is not None else set()
+        if short:
+            found.append(f"offsets of 32 bits into {', '.join(sorted(short))}, which has more than 2^31 elements")
+        results.append((form, code, found))
+    return results
 
 
 def _chosen(parser: argparse.ArgumentParser, option: str, wanted: list[str] | None, known) -> list[str]:
@@ -246,7 +248,8 @@ def main() -> int:
             counts = {name: n for _, _, found in recorded for name, n in found.items()}
             results = [(form, None, list(form.found)) for form in forms]
             if not args.record:
-                results = list(each(check, forms))
+                parts = [forms[first : first + TOGETHER] for first in range(0, len(forms), TOGETHER)]
+                results = [result for part in each(check, parts) for result in part]
                 console.print(table_of(capability, [(form.variant, code, found) for form, code, found in results]))
             for form, _, found in results:
                 if found:

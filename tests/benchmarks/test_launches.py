@@ -79,7 +79,7 @@ print(json.dumps({
     "fitting": fitting, "planted": planted, "too many": too_many, "problems": problems,
     "large": sorted({name for form in large for name in form.large}),
     "long and narrow": sorted({name for form in large if form.variant.name in ("compact", "gather", "fold")
-                               for name in form.large & set(check(form)[1].narrow)}),
+                               for name in form.large & set(check([form])[0][1].narrow)}),
     "boxes": boxes, "shifted": shifted, "64": offsets(in_64_bits), "32": offsets(in_32_bits),
 }))
 """
