@@ -214,7 +214,10 @@ def special_forms(capability: int) -> list[str]:
 # kernels with a product are compiled: the others' code is hardly the type's. A routed call's exact kernel is that of an
 # exact call, but for a flag that it reads at its start.
 ESSENTIAL = {
-    "bf16": {"exact", "exact, options", "routed", "routed, options", "forward", "statistics", "entropy"},
+    "bf16": {
+        *("exact", "exact, options", "routed", "routed, options", "routed, options, one tau"),
+        *("forward", "statistics", "entropy"),
+    },
     "fp16": {"exact", "routed, options", "forward"},
     "fp32": {"exact, options", "routed", "statistics"},
     "mixed": {"exact, options", "routed"},
