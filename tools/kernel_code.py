@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
+import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import triton
@@ -83,16 +86,35 @@ class Code:
         return min(limits)
 
 
-def compile_variant(variant: Variant) -> Code:
+def compile_variant(variant: Variant):
     function = getattr(importlib.import_module(variant.module), variant.kernel)
     language = GluonASTSource if function.is_gluon() else ASTSource
     source = language(function, variant.signature, variant.constants, variant.attributes)
-    compiled = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", variant.capability, 32),
         options={"num_warps": variant.warps, "num_stages": variant.stages, **OPTIONS},
     )
-    registers, code = disassemble(compiled.asm["cubin"])
+
+
+def code_of(variants: list[Variant]) -> list[Code | Exception]:
+    """Of forms for one architecture, together: the disassembler takes longer to start than to read a kernel. In the
+    place of one that does not compile stands the compiler's error."""
+    compiled: list = []
+    for variant in variants:
+        try:
+            compiled.append(compile_variant(variant))
+        except Exception as error:  # the compiler's own, of many types
+            compiled.append(error)
+    right = [one for one in compiled if not isinstance(one, Exception)]
+    codes = iter(disassemble([one.asm["cubin"] for one in right], variants[0].capability))
+    return [
+        one if isinstance(one, Exception) else counted(variant, one, next(codes))
+        for variant, one in zip(variants, compiled)
+    ]
+
+
+def counted(variant: Variant, compiled, code: list[Instruction]) -> Code:
     found = re.search(r"\.reqntid (\d+)", compiled.asm["ptx"])
     threads = int(found.group(1)) if found else 32 * variant.warps
     loops = hot_loops(code)
@@ -106,7 +128,7 @@ def compile_variant(variant: Variant) -> Code:
         found = [(loop, one) for loop, one in paths if one is not None]
         main, path = min(found, key=lambda one: sum(one[1].epilogue.values()), default=(main, None))
     return Code(
-        registers=registers,
+        registers=registers(compiled.asm["cubin"]),
         shared=compiled.metadata.shared,
         threads=threads,
         tensor_columns=getattr(compiled.metadata, "tmem_size", 0) or 0,
@@ -121,13 +143,32 @@ def compile_variant(variant: Variant) -> Code:
     )
 
 
-def disassemble(cubin: bytes) -> tuple[int, list[Instruction]]:
-    """(registers of a thread, the code)."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "kernel.cubin"
-        path.write_bytes(cubin)
-        listing = run_tool("cuobjdump", "-res-usage", "-sass", path)
-    return max(int(n) for n in re.findall(r"REG:(\d+)", listing)), instructions(listing)
+def disassemble(cubins: list[bytes], capability: int) -> list[list[Instruction]]:
+    """Addresses go on from kernel to kernel."""
+    codes = [machine_code(cubin) for cubin in cubins]
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(codes))
+        file.flush()
+        listed = instructions(run_tool("nvdisasm", "--binary", f"SM{capability}", file.name)) if codes else []
+    ends = [bisect_left(listed, (end,)) for end in accumulate(map(len, codes))]
+    return [listed[first:last] for first, last in zip([0, *ends], ends)]
+
+
+def machine_code(cubin: bytes) -> bytes:
+    """The kernel's section of an ELF file of 64 bits."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + i * size) for i in range(count)]
+    (code,) = (s for s in sections if cubin.startswith(b".text.", sections[names][4] + s[0]))
+    return cubin[code[4] : code[4] + code[5]]
+
+
+def registers(cubin: bytes) -> int:
+    """Of a thread."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        return max(int(n) for n in re.findall(r"REG:(\d+)", run_tool("cuobjdump", "-res-usage", file.name)))
 
 
 def instructions(listing: str) -> list[Instruction]:

@@ -22,7 +22,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
@@ -32,23 +32,33 @@ from rich.console import Console
 from rich.table import Table
 
 from tools.gpus import KIB
-from tools.kernel_code import SPILL, TENSOR_CORE, TMA, Code, compile_variant, faults
+from tools.kernel_code import SPILL, TENSOR_CORE, TMA, Code, code_of, faults
 from tools.kernel_variants import ARCHITECTURES, TYPES, Variant, variants
 
-
-def examine(variant: Variant) -> tuple[Variant, Code | None, list[str]]:
-    try:
-        code = compile_variant(variant)
-    except (
-        Exception
-    ) as error:  # the compiler's own, of many types: a kernel that does not compile is a fault like others
-        return variant, None, [f"does not compile: {str(error).strip().splitlines()[-1]}"]
-    return variant, code, faults(variant, code)
+Result = tuple[Variant, Code | None, list[str]]  # with its faults; no code: it does not compile
+TOGETHER = 8  # forms that a process compiles before it disassembles them
 
 
-def table_of(capability: int, results: list[tuple[Variant, Code | None, list[str]]]) -> Table:
+def examine(variants: list[Variant]) -> list[Result]:
+    results: list[Result] = []
+    for variant, code in zip(variants, code_of(variants)):
+        if isinstance(code, Exception):
+            results.append((variant, None, [f"does not compile: {str(code).strip().splitlines()[-1]}"]))
+        else:
+            results.append((variant, code, faults(variant, code)))
+    return results
+
+
+def together(wanted: list[Variant]) -> Iterator[list[Variant]]:
+    """The costly ones first, so that no process is left with one at the end."""
+    costly_first = sorted(wanted, key=lambda one: (one.name != "exact", not one.compute))
+    for first in range(0, len(costly_first), TOGETHER):
+        yield costly_first[first : first + TOGETHER]
+
+
+def table_of(capability: int, results: list[Result]) -> Table:
     """A line per kernel, type and tile: the worst of its forms."""
-    table = Table(title=f"sm_{capability}", title_justify="left")
+    table = Table(title=f"sm_{capability}, Triton {triton.__version__}", title_justify="left")
     for column in ("kernel", "type", "tile", "forms", "registers", "KiB shared", "programs / SM", "local",
                    "tensor core",
                    "TMA",
@@ -75,7 +85,7 @@ def table_of(capability: int, results: list[tuple[Variant, Code | None, list[str
     return table
 
 
-def counts_of(capability: int, results: list[tuple[Variant, Code | None, list[str]]]) -> Table:
+def counts_of(capability: int, results: list[Result]) -> Table:
     """A line per form of a kernel with a product: instructions of one thread; spills are loads from local memory, those
     on the way of a common tile first."""
     table = Table(title=f"sm_{capability}, Triton {triton.__version__}", title_justify="left")
@@ -129,33 +139,41 @@ def main() -> int:
     if args.revision:
         return of_revision(args.revision, [*sys.argv[1:], "--revision", ""])
     essential = TYPES if args.essential else () if args.all else ("fp16", "fp32", "mixed")
-    console = Console(width=170 if args.counts else 150)
+    console, started = Console(width=170 if args.counts else 150), time.monotonic()
+    forms: dict[int, list[Variant]] = {}
+    for capability in args.arch or ARCHITECTURES:
+        wanted = variants(capability, args.dtype or list(TYPES), args.kernel, essential=essential)
+        if args.problem:
+            wanted = [one for one in wanted if any(p.split(": ")[1] in args.problem for p in one.problems)]
+        forms[capability] = wanted
     failed, figures = 0, []
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for capability in args.arch or ARCHITECTURES:
-            started = time.monotonic()
-            wanted = variants(capability, args.dtype or list(TYPES), args.kernel, essential=essential)
-            if args.problem:
-                wanted = [one for one in wanted if any(p.split(": ")[1] in args.problem for p in one.problems)]
-            results = []
-            for result in pool.imap(examine, wanted, chunksize=4):
-                results.append(result)
+        # one queue: no architecture waits for another's last form
+        examined = pool.imap(examine, [some for wanted in forms.values() for some in together(wanted)])
+        for capability, wanted in forms.items():
+            of_key: dict[str, Result] = {}
+            while len(of_key) < len(wanted):
+                of_key |= {result[0].key: result for result in next(examined)}
                 if sys.stderr.isatty():
-                    print(f"\rsm_{capability}: {len(results)} of {len(wanted)}", end="", file=sys.stderr)
+                    print(f"\rsm_{capability}: {len(of_key)} of {len(wanted)}", end="", file=sys.stderr)
+            results = [of_key[one.key] for one in wanted]
             console.print((counts_of if args.counts else table_of)(capability, results))
             bad = [(variant, found) for variant, _, found in results if found]
             for variant, found in bad:
                 form = f"sm_{capability} {variant.name} {variant.compute} {variant.shape}"
                 console.print(f"FAULT {form}: {'; '.join(found)}"
                               f" (launched for {variant.problems[0]})", markup=False)  # fmt: skip
-            seconds = time.monotonic() - started
-            console.print(f"sm_{capability}: {len(results)} forms, {len(bad)} with faults, {seconds:.0f} s\n")
+            console.print(f"sm_{capability}: {len(results)} forms, {len(bad)} with faults\n")
             failed += len(bad)
             figures += [
                 {"capability": capability, "kernel": v.name, "type": v.compute, "tile": v.shape,
                  "launched for": v.problems,
                  "faults": f, **({} if c is None else asdict(c))} for v, c, f in results
             ]  # fmt: skip
+        pool.close()
+        pool.join()  # before their time is counted
+    took = f"{time.monotonic() - started:.0f} s, of a core {sum(os.times()[:4]):.0f} s"
+    console.print(f"Triton {triton.__version__}: {len(figures)} forms, {failed} with faults, {took}\n")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 1 if failed else 0

@@ -207,7 +207,7 @@ def record(types: list[str], runs: list[str], capability: int, name: str) -> tup
 
 
 def check(form: Form) -> tuple[Form, Code | None, list[str]]:
-    _, code, found = examine(form.variant)
+    ((_, code, found),) = examine([form.variant])
     found = [*form.found, *found]
     short = form.large & set(code.narrow) if code is not None else set()
     if short:

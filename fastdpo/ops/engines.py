@@ -19,7 +19,7 @@ from .selective import cpu as cpu_logits
 from .selective import cuda as cuda_logits
 
 ENGINES = ("reference", "cpu", "triton")
-TRITON_VERSIONS = ((3, 6), (3, 9))  # the oldest and the newest whose machine code is checked and kernels are tested
+TRITON_VERSIONS = ((3, 6), (3, 9))  # whose machine code is checked; an older one than the first does not serve
 OLDEST_GPU = (8, 0)
 _LOGITS = {
     "reference": (reference.logits_forward, reference.logits_backward),
@@ -75,12 +75,13 @@ def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
 
-def _newer_than_checked() -> str:
+def _unchecked(engine: str, device: torch.device) -> str:
+    """What to know where a release of Triton compiles whose machine code nobody has checked."""
     version = _triton_version()
-    if _release(version) <= TRITON_VERSIONS[1]:
+    if engine != "triton" or device.type != "cuda" or _release(version) in TRITON_VERSIONS:
         return ""
-    checked = " to ".join(map(_text, TRITON_VERSIONS))
-    return f"; Triton {version} is newer than any whose machine code was checked, {checked}"
+    which = "newer than any" if _release(version) > TRITON_VERSIONS[-1] else "none of those"
+    return f"; Triton {version} is {which} whose machine code was checked, {' and '.join(map(_text, TRITON_VERSIONS))}"
 
 
 @cache
@@ -102,14 +103,14 @@ def _choose(device: torch.device, dtype: torch.dtype, forced: str | None, interp
         if problem:
             raise RuntimeError(f"FASTDPO_ENGINE={forced} cannot run here: {problem}")
         if dtype != torch.float64:
-            return forced, "FASTDPO_ENGINE"
+            return forced, "FASTDPO_ENGINE" + _unchecked(forced, device)
     if dtype == torch.float64:
         return "reference", "fp64 inputs are computed in fp64"
     wanted = "cpu" if device.type == "cpu" else "triton"
     problem = _unavailable(wanted, device, interpret)
     if problem is not None:
         return "reference", problem
-    return wanted, f"fastest for {device.type}" + (_newer_than_checked() if wanted == "triton" else "")
+    return wanted, f"fastest for {device.type}" + _unchecked(wanted, device)
 
 
 @cache

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 # In a process of its own: in this one Triton may be its interpreter.
 COMPILE = """
-import json, sys
+import json, os, sys, warnings
 from dataclasses import replace
 from functools import partial
 
@@ -26,7 +26,8 @@ from fastdpo.ops.triton import special
 from fastdpo.ops.triton.call import Call
 from fastdpo.ops.triton.launch import Recorder, Target
 from fastdpo.ops.triton.common import dot
-from tools.kernel_code import compile_variant, faults
+from tools import kernel_code
+from tools.kernel_code import code_of, faults
 from tools.kernel_variants import variant_of, variants
 
 # before anything is compiled, so that no cache takes the changed kernels for ours: products of fp32 off tensor cores
@@ -38,7 +39,7 @@ def with_tma(variant):
     return replace(variant, constants={**variant.constants, path: True})
 
 def examined(variant, judged_as=None):
-    code = compile_variant(variant)
+    (code,) = code_of([variant])
     found = faults(judged_as or variant, code)
     return {
         "faults": found, "tensor core": code.tensor_core(), "registers": code.registers, "spills": code.spills,
@@ -48,7 +49,7 @@ def examined(variant, judged_as=None):
 
 def counted(name):
     variant = next(one for one in variants(90, ["bf16"], name) if one.name == name)
-    code = compile_variant(variant)
+    (code,) = code_of([variant])
     spills = sum(n for way in (code.path.epilogue, code.path.start) for one, n in way.items() if one.startswith("LDL"))
     exponentials = code.path.epilogue["MUFU.EX2"]
     return {"per logit": sum(code.path.epilogue.values()) / code.logits, "spills": spills, "loop": code.main_loop,
@@ -67,7 +68,21 @@ def compared():
         special.difference(Call(Head(x, x, compute_dtype=x.dtype), rows), fold, fold)
     return {variant_of(90, function, *rest).key for function, _, *rest in launches}
 
+def fused(options):
+    kernel_code.OPTIONS = options
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        ptx = kernel_code.compile_variant(half).asm["ptx"]
+    return ptx.count("fma.rn.f32"), [str(one.message) for one in said if "FP_FUSION" in str(one.message)]
+
+asked_for = kernel_code.OPTIONS
+fusion = {"default off": fused({})[0], "asked for": fused(asked_for)[0]}
+del os.environ["TRITON_DEFAULT_FP_FUSION"]
+fusion["said"] = fused(asked_for)[1]
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
+
 print(json.dumps({
+    "fusion": fusion,
     "as launched": examined(half),
     "fold": counted("fold"),
     "exact": counted("exact"),
@@ -85,6 +100,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # as in Triton 3.10: nothing here may count on it
     command = [sys.executable, "-c", COMPILE, str(ROOT)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -95,6 +111,13 @@ def test_a_kernel_as_it_is_launched_has_no_fault(compiled):
     assert compiled["as launched"]["faults"] == []
     assert compiled["as launched"]["tensor core"]["HMMA"] > 0
     assert 32 < compiled["as launched"]["registers"] <= 255
+
+
+def test_fusion_is_asked_for_whatever_the_default(compiled):
+    """And so Triton 3.9 does not announce another default. A logit's own multiplication is fused by name."""
+    found = compiled["fusion"]
+    assert found["asked for"] > found["default off"] >= 128  # a thread's logits
+    assert found["said"] == []
 
 
 def test_the_fold_for_hopper(compiled):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,12 +31,31 @@ def test_why_an_engine_cannot_run(monkeypatch, engine_name, device, version, env
     assert problem is None if reason is None else reason in problem
 
 
-@pytest.mark.parametrize("version, is_newer", [("3.6.0", False), ("3.9.1", False), ("3.10.0+git", True), ("4.0", True)])
-def test_a_triton_newer_than_any_checked_is_named(monkeypatch, version, is_newer):
+@pytest.mark.parametrize(
+    "version, which",
+    [
+        ("3.6.0", ""),
+        ("3.9.1", ""),
+        ("3.7.1", "none of those"),
+        ("3.10.0+git", "newer than any"),
+        ("4.0", "newer than any"),
+    ],
+)
+@pytest.mark.parametrize("forced", [None, "triton"])
+def test_a_triton_whose_machine_code_nobody_checked_is_named(monkeypatch, version, which, forced):
     monkeypatch.delenv("FASTDPO_ENGINE", raising=False)
     monkeypatch.setattr(engines, "_triton_version", lambda: version)
+    if forced:
+        monkeypatch.setenv("FASTDPO_ENGINE", forced)
     why = fastdpo.backends()["operations"]["linear_logps"]["cuda"]
-    assert why.startswith("triton") and (f"Triton {version} is newer than any" in why) == is_newer
+    expected = f"; Triton {version} is {which} whose machine code was checked, 3.6 and 3.9" if which else ""
+    assert why == f"triton ({'FASTDPO_ENGINE' if forced else 'fastest for cuda'}{expected})"
+
+
+def test_the_checked_tritons_are_those_of_make_kernels():
+    makefile = Path(__file__).parents[2] / "Makefile"
+    oldest = re.search(r"^TRITON = (\S+)", makefile.read_text(), re.MULTILINE).group(1)
+    assert engines._release(oldest) == engines.TRITON_VERSIONS[0]
 
 
 def test_an_amd_gpu_is_served_by_the_reference(monkeypatch):

@@ -278,7 +278,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
 _SINCE: dict[tuple[int, int], dict[tuple[str, str, int], Tile]] = {
     (3, 9): {
         ("dhidden", "half", 80): Tile(64, 128, 64, 8, 3),
-        ("dhidden", "narrow", 80): Tile(64, 128, 64, 8, 3),
+        ("dhidden", "narrow", 80): Tile(64, 128, 32, 8, 3),
         ("routed_dhidden", "half", 80): Tile(64, 128, 128, 8, 2),
     },
 }
