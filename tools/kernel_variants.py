@@ -216,7 +216,7 @@ def special_forms(capability: int) -> list[str]:
 ESSENTIAL = {
     "bf16": {
         *("exact", "exact, options", "routed", "routed, options", "routed, options, one tau"),
-        *("forward", "statistics", "entropy"),
+        *("forward", "statistics", "entropy", "short rows"),
     },
     "fp16": {"exact", "routed, options", "forward"},
     "fp32": {"exact, options", "routed", "statistics"},
