@@ -130,7 +130,7 @@ def main() -> int:
     parser.add_argument("--kernel", help="part of a kernel's name")
     parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
-    parser.add_argument("--essential", action="store_true", help="only the problems that matter most, in every type")
+    parser.add_argument("--essential", action="store_true", help="few problems in bf16 too, unless --all")
     parser.add_argument("--json", type=Path, help="write every form's figures to this file")
     parser.add_argument("--problem", action="append", help="by its name in kernel_variants.py; all by default")
     parser.add_argument("--counts", action="store_true", help="print instructions")
@@ -138,7 +138,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.revision:
         return of_revision(args.revision, [*sys.argv[1:], "--revision", ""])
-    essential = TYPES if args.essential else () if args.all else ("fp16", "fp32", "mixed")
+    essential = () if args.all else TYPES if args.essential else ("fp16", "fp32", "mixed")
     console, started = Console(width=170 if args.counts else 150), time.monotonic()
     forms: dict[int, list[Variant]] = {}
     for capability in args.arch or ARCHITECTURES:
