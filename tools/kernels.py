@@ -1,6 +1,6 @@
 """What the compiler makes of every Triton kernel, in every form the engine launches it, for four GPU architectures.
 
-python -m tools.kernels [--arch 90 --kernel fold --dtype bf16 --problem exact] [--all] [--json FILE]
+python -m tools.kernels [--arch 90 --kernel fold --dtype bf16 --problem exact] [--essential | --all] [--json FILE]
                         [--counts] [--revision REVISION]
 
 No GPU is needed. Fails on registers spilled in a hot loop (or more than a few elsewhere), on a product without tensor

@@ -29,6 +29,7 @@ from fastdpo.ops.triton.common import dot
 from tools import kernel_code
 from tools.kernel_code import code_of, faults
 from tools.kernel_variants import variant_of, variants
+from tools.kernels import examine
 
 # before anything is compiled, so that no cache takes the changed kernels for ours: products of fp32 off tensor cores
 dot._unsafe_update_src(dot.src.replace('"tf32x3"', '"ieee"'))
@@ -56,8 +57,12 @@ def counted(name):
             "exponentials": exponentials / code.logits}
 
 half, *_ = variants(80, ["bf16"], "fold")
-single, *_ = variants(80, ["fp32"], "fold")
+single, *_ = variants(80, ["fp32"], "fold", essential=())
 overlapping, *others = variants(90, ["bf16"], "hopper_fold")
+
+broken = replace(half, warps=3)
+beside = examine([broken, half, single])
+alone = [*code_of([half]), *code_of([single])]
 
 def compared():
     # what the first use of a special kernel compiles for its comparison
@@ -83,6 +88,8 @@ os.environ["TRITON_DEFAULT_FP_FUSION"] = "0"
 
 print(json.dumps({
     "fusion": fusion,
+    "broken": beside[0][2],
+    "beside others": [code for _, code, _ in beside[1:]] == alone,
     "as launched": examined(half),
     "fold": counted("fold"),
     "exact": counted("exact"),
@@ -111,6 +118,12 @@ def test_a_kernel_as_it_is_launched_has_no_fault(compiled):
     assert compiled["as launched"]["faults"] == []
     assert compiled["as launched"]["tensor core"]["HMMA"] > 0
     assert 32 < compiled["as launched"]["registers"] <= 255
+
+
+def test_forms_are_disassembled_together(compiled):
+    """One that does not compile is a fault like others, and takes no other's code."""
+    assert len(compiled["broken"]) == 1 and compiled["broken"][0].startswith("does not compile: ")
+    assert compiled["beside others"]
 
 
 def test_fusion_is_asked_for_whatever_the_default(compiled):
