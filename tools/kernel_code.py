@@ -18,10 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from fastdpo.ops.triton.launch import OPTIONS
 from tools.code_paths import Instruction, TilePath, tile_path
 from tools.gpus import KIB, MULTIPROCESSORS, RESERVED_MEMORY
-from tools.kernel_variants import Variant
+from tools.kernel_variants import OPTIONS, Variant
 from tools.offsets import narrow
 
 REGISTERS = 65536  # given to warps 256 at a time

@@ -19,11 +19,13 @@ from fastdpo.head import LogitTransform, LoRA, Routing
 from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
-from fastdpo.ops.triton import special
-from fastdpo.ops.triton.launch import OPTIONS, Recorder, Target
+from fastdpo.ops.triton import launch, special
+from fastdpo.ops.triton.launch import Recorder, Target
 from tools.gpus import MULTIPROCESSORS
 
 ARCHITECTURES = (80, 90, 100, 120)  # whose tiles differ
+# What launches ask for; earlier commits (tools.kernels --revision) left it to a default that was the same.
+OPTIONS = getattr(launch, "OPTIONS", {"enable_fp_fusion": True})
 
 TYPES = {  # (hidden, weight, multiplied in)
     "bf16": (torch.bfloat16, torch.bfloat16, torch.bfloat16),

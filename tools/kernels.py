@@ -33,7 +33,7 @@ from rich.table import Table
 
 from tools.gpus import KIB
 from tools.kernel_code import SPILL, TENSOR_CORE, TMA, Code, code_of, faults
-from tools.kernel_variants import ARCHITECTURES, TYPES, Variant, variants
+from tools.kernel_variants import ARCHITECTURES, PROBLEMS, TYPES, Variant, variants
 
 Result = tuple[Variant, Code | None, list[str]]  # with its faults; no code: it does not compile
 TOGETHER = 8  # forms that a process compiles before it disassembles them
@@ -132,7 +132,8 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")
     parser.add_argument("--essential", action="store_true", help="few problems in bf16 too, unless --all")
     parser.add_argument("--json", type=Path, help="write every form's figures to this file")
-    parser.add_argument("--problem", action="append", help="by its name in kernel_variants.py; all by default")
+    names = [problem.name for problem in PROBLEMS]
+    parser.add_argument("--problem", action="append", choices=names, help="all by default")
     parser.add_argument("--counts", action="store_true", help="print instructions")
     parser.add_argument("--revision", help="a commit, whose kernels are compiled instead")
     args = parser.parse_args()
@@ -176,7 +177,7 @@ def main() -> int:
     console.print(f"Triton {triton.__version__}: {len(figures)} forms, {failed} with faults, {took}\n")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
-    return 1 if failed else 0
+    return 1 if failed or not figures else 0  # nothing was checked where there is no form
 
 
 if __name__ == "__main__":

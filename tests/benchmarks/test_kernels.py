@@ -230,12 +230,29 @@ def test_the_way_of_a_common_tile():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
-def test_the_kernels_of_another_commit():
+def test_the_kernels_of_another_commit(monkeypatch):
     """Which stand before this one's in the other process."""
     from tools import kernels
 
-    asked = ["--counts", "--arch", "80", "--kernel", "no such kernel", "--dtype", "bf16"]
-    assert kernels.of_revision("HEAD", [*asked, "--revision", ""]) == 0
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    asked = ["--arch", "80", "--kernel", "finish", "--dtype", "bf16", "--problem", "exact", "--revision", ""]
+    assert kernels.of_revision("HEAD", asked) == 0
+
+
+def test_commits_before_launches_asked_for_fusion():
+    without = "from fastdpo.ops.triton import launch; del launch.OPTIONS; from tools import kernel_code as code; "
+    command = [sys.executable, "-c", without + "assert code.OPTIONS == {'enable_fp_fusion': True}"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize("option, value", [("--kernel", "no such kernel"), ("--problem", "no such problem")])
+def test_a_check_of_nothing_fails(monkeypatch, option, value):
+    from tools import kernels
+
+    monkeypatch.setattr(sys, "argv", ["kernels", "--arch", "80", "--dtype", "bf16", option, value])
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(kernels.main())
+    assert ended.value.code != 0
 
 
 # A CUDA kernel's loop over whole vectors, then one over single elements.
