@@ -55,7 +55,7 @@ $(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
 
 kernels: $(VENV)/triton-$(TRITON)/installed $(VENV)/installed-test
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.kernels $(KERNELS_ARGS)
-	$(RUN) -m tools.kernels --essential $(KERNELS_ARGS)
+	$(RUN) -m tools.kernels --essential --dtype bf16 $(KERNELS_ARGS)
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.launches --handful --dtype bf16 --run "trained head" --arch 86
 	PYTHONPATH=$(dir $<) $(RUN) -m tools.cuda_kernels
 

@@ -31,7 +31,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from tools.gpus import KIB
+from tools.gpus import KIB, MULTIPROCESSORS
 from tools.kernel_code import SPILL, TENSOR_CORE, TMA, Code, code_of, faults
 from tools.kernel_variants import ARCHITECTURES, PROBLEMS, TYPES, Variant, variants
 
@@ -126,7 +126,7 @@ def of_revision(revision: str, arguments: list[str]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES, help="all by default")
+    parser.add_argument("--arch", type=int, action="append", choices=MULTIPROCESSORS, help="default: 80, 90, 100, 120")
     parser.add_argument("--kernel", help="part of a kernel's name")
     parser.add_argument("--dtype", action="append", choices=TYPES, help="all by default")
     parser.add_argument("--all", action="store_true", help="every problem in every type, not in bf16 alone")

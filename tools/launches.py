@@ -75,7 +75,7 @@ MODELS = {
 }
 HANDFUL = ("Qwen2.5-0.5B", "Gemma 2 2B", "Llama 3.1 8B", "Granite 3.0 8B")
 BATCHES = ((4, 512), (16, 512), (6, 1111), (64, 1024))  # sequences, tokens of each
-LONG = (8, 65536)  # for the first run only
+LONG = (8, 65536)  # for the first run in the first type only
 
 
 class Inputs(NamedTuple):
@@ -83,7 +83,7 @@ class Inputs(NamedTuple):
     weight: Tensor
     labels: Tensor
     options: dict
-    small: Callable[..., Tensor]  # makes a tensor of the head's type
+    like_head: Callable[..., Tensor]  # an empty tensor of this size, of the head's type
 
 
 def _dpo(x: Inputs, **options) -> None:
@@ -97,7 +97,7 @@ def _dpo(x: Inputs, **options) -> None:
 def _low_rank(rank: int) -> Callable[[Inputs], None]:
     def run(x: Inputs) -> None:
         weight = x.weight.detach()
-        a, b = (x.small(*size).requires_grad_() for size in ((rank, weight.shape[1]), (weight.shape[0], rank)))
+        a, b = (x.like_head(*size).requires_grad_() for size in ((rank, weight.shape[1]), (weight.shape[0], rank)))
         fastdpo.linear_logps(x.hidden, weight, x.labels, lora=(a, b, 2.0), **x.options)
 
     return run
@@ -133,15 +133,15 @@ def launches(model: Model, types: str, run: str, capability: int, batches=BATCHE
     seen = set()
     for sequences, tokens in batches:
         with FakeGpu(capability) as gpu, torch.autocast("cuda", compute, enabled=hidden_type != compute):
-            small = functools.partial(gpu.empty, dtype=weight_type)
+            like_head = functools.partial(gpu.empty, dtype=weight_type)
             hidden = gpu.empty(sequences, tokens + 1, model.hidden_size, dtype=hidden_type).requires_grad_()
-            weight = small(model.vocab_size, model.hidden_size).requires_grad_()
+            weight = like_head(model.vocab_size, model.hidden_size).requires_grad_()
             labels = gpu.empty(sequences, tokens, dtype=torch.int64)
             options = {"softcap": model.softcap, "logit_scale": model.logit_scale}
             if model.bias:
-                options["bias"] = small(model.vocab_size).requires_grad_()
+                options["bias"] = like_head(model.vocab_size).requires_grad_()
             # a causal model's: the last token predicts nothing
-            RUNS[run](Inputs(hidden[:, :-1].detach().requires_grad_(), weight, labels, options, small))
+            RUNS[run](Inputs(hidden[:, :-1].detach().requires_grad_(), weight, labels, options, like_head))
             for kernel, grid, arguments, warps, stages in gpu.launches:
                 variant = variant_of(capability, kernel, arguments, warps, stages)
                 large = tuple(name for name, x in _tensors(arguments) if _reach(x) > LIMIT)
@@ -226,8 +226,9 @@ def _chosen(parser: argparse.ArgumentParser, option: str, wanted: list[str] | No
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", help=f"of {', '.join(MODELS)}; all by default")
-    parser.add_argument("--handful", action="store_true", help=f"only {', '.join(HANDFUL)}, as `make kernels` does")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--model", nargs="+", help=f"of {', '.join(MODELS)}; all by default")
+    which.add_argument("--handful", action="store_true", help=f"only {', '.join(HANDFUL)}, as `make kernels` does")
     parser.add_argument("--arch", type=int, nargs="+", choices=MULTIPROCESSORS, default=list(MULTIPROCESSORS))
     parser.add_argument("--dtype", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--run", nargs="+", help=f"of {', '.join(RUNS)}; all by default")

@@ -30,7 +30,7 @@ from pathlib import Path
 from benchmarks.gpu import machine, shapes
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.measured import digests
-from benchmarks.gpu.processes import TIMED_OUT, Ended, Stopped, run, stop_on_signals
+from benchmarks.gpu.processes import Ended, Stopped, run, stop_on_signals
 from benchmarks.gpu.results import OtherState, Results
 
 TABLES = [ROOT / "fastdpo" / "ops" / "triton" / name for name in ("special.json", "tuned.json")]
@@ -108,7 +108,7 @@ class Suite:
         ended = self.child(command, 90, interpret=False)
         faults = [found for found in ended.output.splitlines() if found.startswith("FAULT")]
         self.record["compile"] = {"status": ended.status, "seconds": round(ended.seconds, 1), "faults": faults}
-        return ended.cause if ended.status == TIMED_OUT else None
+        return None if ended.status in (0, 1) else ended.cause  # 1: with faults, which are in the record
 
     def tests(self) -> str | None:
         """Counted as they end, a failure named at once."""

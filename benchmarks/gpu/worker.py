@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 import traceback
+from collections.abc import Callable
 
 import torch
 
@@ -49,28 +50,17 @@ class Reporter(Watch):
             raise Lost(f"{self.group}, {name}: {failure.why}")
 
 
-def errors(cases: ShapeCases, without: set[str]) -> None:
-    watch = Reporter("errors", lambda name: True)
+def both_ways(group: str, device: str, without: set[str], found: Callable[[str], dict]) -> None:
+    """What is `found` of the exact backward and of the routed one, which are ours."""
+    watch = Reporter(group, lambda name: True)
     for backward in ("exact", "routed"):
-        if f"errors/{backward}" in without:
+        if f"{group}/{backward}" in without:
             continue
         watch.begins(backward)
         try:
-            say("errors", found=cases.errors(backward))
+            say(group, **found(backward))
         except Exception as error:
-            watch.failed(backward, failure_of(error, cases.device))
-
-
-def kernels(cases: ShapeCases, gpu: Gpu | None, without: set[str]) -> None:
-    watch = Reporter("kernels", lambda name: True)
-    for backward in ("routed", "exact"):
-        if f"kernels/{backward}" in without:
-            continue
-        watch.begins(backward)
-        try:
-            say("kernels", backward=backward, rows=cases.kernels(backward, gpu))
-        except Exception as error:
-            watch.failed(backward, failure_of(error, cases.device))
+            watch.failed(backward, failure_of(error, device))
 
 
 def row_of(case: Case, name: str, timing, unit: float, shape: Shape, gpu: Gpu | None) -> dict:
@@ -123,11 +113,12 @@ def measure(args) -> None:
     for name in args.groups:
         try:
             if name == "errors":
-                errors(cases, args.without)
+                both_ways(name, args.device, args.without, lambda way: {"found": cases.errors(way)})
             elif name == "kernels":
                 live = [round(x.sum().item() / shape.num_tokens, 2) for x in cases.live]
                 say("live", blocks=live)
-                kernels(cases, gpu, args.without)
+                both_ways(name, args.device, args.without,
+                          lambda way: {"backward": way, "rows": cases.kernels(way, gpu)})  # fmt: skip
             else:
                 group(cases, name, gpu, args)
         except Lost:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +16,7 @@ from .cpu import forward as cpu_forward
 from .problem import Engine
 from .selective import cpu as cpu_logits
 from .selective import cuda as cuda_logits
+from .triton.special import release
 
 ENGINES = ("reference", "cpu", "triton")
 TRITON_VERSIONS = ((3, 6), (3, 9))  # whose machine code is checked; an older one than the first does not serve
@@ -49,7 +49,7 @@ def _unavailable(engine: str, device: torch.device, interpret: str | None) -> st
     version = _triton_version()
     if version is None:
         return "Triton cannot be imported"
-    if _release(version) < TRITON_VERSIONS[0]:
+    if release(version) < TRITON_VERSIONS[0]:
         return f"Triton {version} is older than {_text(TRITON_VERSIONS[0])}"
     if not interpreted and torch.cuda.is_initialized() and torch.cuda.get_device_capability(device) < OLDEST_GPU:
         return f"the GPU's compute capability is below {OLDEST_GPU[0]}.{OLDEST_GPU[1]}"
@@ -67,10 +67,6 @@ def _engine_reasons() -> dict[str, str | None]:
     return reasons
 
 
-def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, re.findall(r"\d+", version)[:2]))
-
-
 def _text(release: tuple[int, ...]) -> str:
     return ".".join(map(str, release))
 
@@ -78,9 +74,9 @@ def _text(release: tuple[int, ...]) -> str:
 def _unchecked(engine: str, device: torch.device) -> str:
     """What to know where a release of Triton compiles whose machine code nobody has checked."""
     version = _triton_version()
-    if engine != "triton" or device.type != "cuda" or _release(version) in TRITON_VERSIONS:
+    if engine != "triton" or device.type != "cuda" or release(version) in TRITON_VERSIONS:
         return ""
-    which = "newer than any" if _release(version) > TRITON_VERSIONS[-1] else "none of those"
+    which = "newer than any" if release(version) > TRITON_VERSIONS[-1] else "none of those"
     return f"; Triton {version} is {which} whose machine code was checked, {' and '.join(map(_text, TRITON_VERSIONS))}"
 
 

@@ -55,7 +55,7 @@ def test_a_triton_whose_machine_code_nobody_checked_is_named(monkeypatch, versio
 def test_the_checked_tritons_are_those_of_make_kernels():
     makefile = Path(__file__).parents[2] / "Makefile"
     oldest = re.search(r"^TRITON = (\S+)", makefile.read_text(), re.MULTILINE).group(1)
-    assert engines._release(oldest) == engines.TRITON_VERSIONS[0]
+    assert engines.release(oldest) == engines.TRITON_VERSIONS[0]
 
 
 def test_an_amd_gpu_is_served_by_the_reference(monkeypatch):

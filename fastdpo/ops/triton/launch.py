@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .special import release
+
 # Major version -> (whose tiles, bytes of shared memory that they need). sm_110 has no product that Triton would use but
 # sm_80's.
 _FAMILIES = {8: (80, 163 << 10), 9: (90, 227 << 10), 10: (100, 227 << 10), 11: (80, 163 << 10), 12: (120, 99 << 10)}
@@ -120,6 +122,7 @@ def are_aligned(*tensors: Tensor) -> bool:
     return True
 
 
+_RELEASE = release(triton.__version__)
 TUNED = Path(__file__).with_name("tuned.json")
 
 
@@ -133,21 +136,18 @@ def tuned() -> dict[tuple[str, str, int], Tile]:
             powers = [x & (x - 1) == 0 < x for x in (shape.m, shape.n, shape.k, shape.warps)]
             if key[0] not in _TILES or not all(powers) or min(shape.stages, shape.group, shape.per_sm) < 1:
                 raise ValueError(f"no kernel {key[0]!r}, or no tile of one: {shape}")
-            if one["triton"].split(".")[:2] == triton.__version__.split(".")[:2]:
+            if release(one["triton"]) == _RELEASE:
                 found[key] = shape
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{TUNED.name}, entry {index}: {error!r}") from error
     return found
 
 
-_RELEASE = tuple(map(int, triton.__version__.split(".")[:2]))
-
-
 def _since(kernel: str, kind: str, architecture: int) -> Tile | None:
     """Another tile than the table's where newer releases of Triton need it."""
-    for release in sorted(_SINCE, reverse=True):
-        if release <= _RELEASE and (kernel, kind, architecture) in _SINCE[release]:
-            return _SINCE[release][kernel, kind, architecture]
+    for first in sorted(_SINCE, reverse=True):
+        if first <= _RELEASE and (kernel, kind, architecture) in _SINCE[first]:
+            return _SINCE[first][kernel, kind, architecture]
     return None
 
 

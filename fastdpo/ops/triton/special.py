@@ -10,6 +10,7 @@ import contextlib
 import functools
 import importlib
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -49,16 +50,16 @@ def table() -> tuple[Measured, ...]:
 
 def fastest(kernel: str, capability: int, hidden_size: int, dtype: str, triton: str) -> str | None:
     """The form in which it was measured to be faster with this H; between two measured ones, with both."""
-    of_call = (kernel, capability, dtype, _minor(triton))
-    known = [x for x in table() if (x.kernel, x.capability, x.dtype, _minor(x.triton)) == of_call]
+    of_call = (kernel, capability, dtype, release(triton))
+    known = [x for x in table() if (x.kernel, x.capability, x.dtype, release(x.triton)) == of_call]
     below = max((x for x in known if x.hidden_size <= hidden_size), key=lambda x: x.hidden_size, default=None)
     above = min((x for x in known if x.hidden_size >= hidden_size), key=lambda x: x.hidden_size, default=None)
     return above.form if below and above and below.is_faster and above.is_faster else None
 
 
-def _minor(version: str) -> list[str]:
-    """Another release of Triton may make slower code of the same kernel."""
-    return version.split(".")[:2]
+def release(version: str) -> tuple[int, ...]:
+    """(3, 9) of "3.9.1+git": what makes other code of the same kernel."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
 
 
 # Of this process
@@ -173,7 +174,7 @@ def report(triton: str | None) -> dict[str, str]:
         why = f"{x.special_ms / x.plain_ms:.3f} of the plain kernel's time in the form {x.form} on {x.device}, {x.date}"
         if x.kernel in _dropped:
             state = f"plain: {x.kernel} {_dropped[x.kernel]}"
-        elif triton is None or _minor(x.triton) != _minor(triton):
+        elif triton is None or release(x.triton) != release(triton):
             state = f"plain: {x.kernel} was measured with Triton {x.triton}, this is {triton}"
         elif not x.is_faster:
             state = f"plain: {x.kernel} took {why}"
