@@ -30,6 +30,11 @@ $(VENV)/installed-%: $(VENV)/bin/python $(BUILT_FROM)
 	$(RUN) -m pip install -q -c constraints.txt -e ".[$*]"
 	touch $@
 
+# Nothing is built to be read.
+$(VENV)/installed-lint: $(VENV)/bin/python constraints.txt
+	$(RUN) -m pip install -q -c constraints.txt ruff
+	touch $@
+
 demo: $(VENV)/installed-demo
 	$(RUN) -m fastdpo.demo --output demo_output $(DEMO_ARGS)
 
@@ -49,7 +54,7 @@ test-trainers: $(VENV)/installed-test
 	$(RUN) tests/integrations/environments.py $(or $(TRAINERS),trainers)
 
 # The oldest Triton that is supported, beside the newest, which the tests use.
-$(VENV)/triton-$(TRITON)/installed: $(VENV)/installed-lint
+$(VENV)/triton-$(TRITON)/installed: $(VENV)/bin/python
 	$(RUN) -m pip install -q --no-deps --target $(@D) triton==$(TRITON)
 	touch $@
 
