@@ -30,7 +30,7 @@ TENSOR_CORE = {"HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "OMMA", "QMMA", "QGMMA", "
 WARP_GROUP = {90: "HGMMA", 100: "UTCHMMA"}  # of these, the architecture's full rate
 TMA = {"UTMALDG", "UTMASTG", "UBLKCP", "UTMAREDG"}
 SPILL = {"LDL"}  # for sm_120 the compiler also stores zeros that nothing loads
-FEW = 12  # spills that may stand outside of a hot loop, once in a tile: a fiftieth of its instructions for short rows
+FEW = 12  # spills that may stand outside of a hot loop, once in a tile: 12 of 1453 instructions of a fold at H = 576
 SHARE = 0.75  # of the products of the loop with most: loops with fewer, as over a low-rank head's rank, stand beside it
 LARGE = {"fold", "hopper_fold", "exact"}  # whose time is all product
 OF_LOGITS = {"fold", "hopper_fold", "exact", "routed_dz"}  # with tiles of logits: an exponential each
