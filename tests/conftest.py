@@ -61,6 +61,17 @@ def loss_engine(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def ranks() -> Iterator:
+    """`ranks(n)`: n processes of one group, those of the file's other tests; ranks.py."""
+    from ranks import Ranks
+
+    started: dict[int, Ranks] = {}
+    yield lambda size: started.setdefault(size, Ranks(size))
+    for group in started.values():
+        group.stop()
+
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     """A fresh seed per run unless FASTDPO_TEST_SEED is set; shown with a failing test's captured output."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
 from heads import relative_error, small_head
 
 import fastdpo
@@ -32,36 +31,21 @@ def _scored(head, group=None, backward="exact", **options):
     return stats, {name: x.grad for name, x in head.tensors().items()}
 
 
-def _rank(rank, port, engine, head, dtype, options, directory):
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), FASTDPO_ENGINE=engine)
+def _rank(rank, size, engine, head, dtype, options):
+    os.environ["FASTDPO_ENGINE"] = engine
     if engine == "triton":  # few of so few blocks can be skipped: it would compute all
-        from fastdpo.ops.triton import backward as triton_gradients
-
-        triton_gradients.CROSSOVER = 1.0
-    elif engine == "cpu":
-        from fastdpo.ops.cpu import backward as cpu_backward
-
-        cpu_backward.CROSSOVER = 1.0
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+        from fastdpo.ops.triton import backward as gradients
+    else:
+        from fastdpo.ops.cpu import backward as gradients
+    crossover, gradients.CROSSOVER = gradients.CROSSOVER, 1.0
     rows = slice(0, SPLIT) if rank == 0 else slice(SPLIT, None)
     shard = head.leaves(dtype, False)
     lora = (shard.lora[0], shard.lora[1][rows].clone(), shard.lora[2])
     shard = type(head)(shard.hidden, shard.weight[rows].clone(), shard.labels, shard.bias[rows].clone(), lora)
     stats, grads = _scored(shard.leaves(dtype), dist.group.WORLD, **options)
-    torch.save(([x.detach() for x in stats], grads), directory / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def on_two_ranks(engine, head, dtype, options, directory) -> list:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    # spawn() ends all ranks and raises when one fails.
-    mp.spawn(_rank, (port, engine, head.leaves(torch.float64, False), dtype, options, directory), nprocs=2)
-    return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
+    gradients.CROSSOVER = crossover
+    del os.environ["FASTDPO_ENGINE"]
+    return [x.detach() for x in stats], grads
 
 
 ROUTED = {"backward": "routed", "seed": 2**63 + 5}
@@ -74,9 +58,9 @@ HOW = {
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_two_shards_equal_one_head(engine, how, tmp_path, monkeypatch):
+def test_two_shards_equal_one_head(engine, how, ranks, monkeypatch):
     head = small_head(V=1000, bias=True, lora=True, masked=True)
-    results = on_two_ranks(engine, head, torch.float32, HOW[how], tmp_path)
+    results = ranks(2)(_rank, engine, head.leaves(torch.float64, False), torch.float32, HOW[how])
     monkeypatch.setenv("FASTDPO_ENGINE", "reference")
     whole = head.leaves(torch.float32)
     stats, grads = _scored(whole, **HOW[how])
@@ -93,10 +77,10 @@ def test_two_shards_equal_one_head(engine, how, tmp_path, monkeypatch):
         assert relative_error(joined, grads[name]) < 5e-6, name
 
 
-def test_fp64_shards_are_summed_in_fp64(tmp_path, monkeypatch):
+def test_fp64_shards_are_summed_in_fp64(ranks, monkeypatch):
     monkeypatch.setenv("FASTDPO_ENGINE", "reference")
     head = small_head(V=1000, bias=True, lora=True, masked=True)
-    results = on_two_ranks("reference", head, torch.float64, HOW["exact"], tmp_path)
+    results = ranks(2)(_rank, "reference", head.leaves(torch.float64, False), torch.float64, HOW["exact"])
     stats, grads = _scored(head.leaves(torch.float64), **HOW["exact"])
     for (logps, *_), found in results:
         torch.testing.assert_close(logps, stats.logps.detach(), rtol=1e-12, atol=1e-12)
