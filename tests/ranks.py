@@ -1,7 +1,7 @@
 """Processes of a torch.distributed group over gloo, kept for all tests of a file: starting one takes seconds.
 
     def scored(rank, size, x): ...              # a function of the test's module; runs on every rank
-    results = ranks(2)(scored, x)               # [what it returned on each], or AssertionError with every rank's traceback
+    results = ranks(2)(scored, x)               # [what it returned on each], or AssertionError with all tracebacks
     errors = ranks(2).errors(scored, x)         # [the exception of each rank, None where it returned]
 
 What a function is given and returns crosses by torch.save, so that no rank sees another's tensors. A rank that neither
