@@ -180,8 +180,10 @@ def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
         return None, None, None
     several = sweep.tokens.capacity > sweep.part.slab[0]
     entropy = sweep.terms.coef_entropy is not None
-    kinds = entropy, call.lora_rank, more or several or entropy
-    return tuple("narrow" if wanted else None for wanted in kinds)
+    kinds = ["narrow" if wanted else None for wanted in (entropy, call.lora_rank, more or several or entropy)]
+    if several and call.vocab_size % 16:  # whose last rows take registers, too
+        kinds[2] = "crowded"
+    return tuple(kinds)
 
 
 def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor | None) -> None:

@@ -204,8 +204,8 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "narrow": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 3), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)},
-        "crowded": {80: Tile(64, 128, 16, 8, 3), 90: Tile(128, 128, 16, 8, 3), 120: Tile(32, 128, 32, 8, 2)},
-        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
+        "crowded": {80: Tile(64, 128, 16, 8, 3), 120: Tile(32, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
     "dhidden": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3), 100: Tile(128, 128, 64, 8, 4)},
@@ -234,7 +234,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "lora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
     "low_rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
-    "finish": {"half": {80: Tile(1, 2048, 0, 4, 2), 100: Tile(1, 512, 0, 4, 2)}},
+    "finish": {"half": {80: Tile(1, 2048, 0, 4, 2), 90: Tile(1, 1024, 0, 4, 2), 100: Tile(1, 512, 0, 4, 2)}},
     # The routed kernels: m pairs of one block of 128 columns.
     "routed_dz": {
         "half": {
@@ -266,6 +266,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "half": {80: Tile(32, 64, 128, 4, 1, per_sm=2)},
         "fp32": {80: Tile(32, 32, 128, 4, 1, per_sm=2)},
         "low_rank": {80: Tile(32, 16, 128, 4, 1, per_sm=2)},
+        "unaligned": {80: Tile(32, 16, 128, 4, 1, per_sm=2)},
     },
     "routed_dweight": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 4, 3), 100: Tile(128, 128, 64, 4, 3)},
