@@ -99,6 +99,12 @@ def _seed(name: str, value) -> int | None:
     return check_integer(name, value, 0, _KEYS)
 
 
+def _accumulate_into(name: str, value) -> str | None:
+    if value not in (None, "grad", "main_grad"):
+        raise ValueError(f"accumulate_into must be None, 'grad' or 'main_grad'; got {value!r}")
+    return value
+
+
 def _group(name: str, value):
     known = torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
     if value is not None and not known:
@@ -119,6 +125,7 @@ class HeadOptions:
     seed: int | None = None
     vocab_group: object | None = None
     check_labels: bool = False
+    accumulate_into: str | None = None
 
     def __post_init__(self):
         for name, check in _CHECKS.items():
@@ -166,6 +173,7 @@ _CHECKS = {
     "seed": _seed,
     "vocab_group": _group,
     "check_labels": check_flag,
+    "accumulate_into": _accumulate_into,
 }
 HEAD_OPTIONS = tuple(field.name for field in fields(HeadOptions))
 

@@ -117,8 +117,8 @@ def linear_dpo_loss(
         use_weighting: WPO: rows are weighted by ``exp(mean(logp - log sum p^2))`` of chosen times rejected,
             detached.
         average_log_prob: sequence log-probs are means over the completion tokens instead of sums.
-        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels: of
-            `linear_logps`, for policy and reference alike.
+        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels,
+            accumulate_into: of `linear_logps`, for policy and reference alike.
         beta, loss_type, loss_weights, label_smoothing, ...: of `preference_loss`; lengths are counted from
             `labels`, and ``sft`` reads plain sums whatever `ld_alpha` and `average_log_prob` say.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .accumulate import check_accumulates
 from .autograd import Function, uncompiled
 from .head import HeadOptions, check_head
 from .ops.operators import LinearLogpsFunction, compiled
@@ -35,6 +36,7 @@ def linear_logps(
     lora: tuple[Tensor, Tensor, float] | None = None,
     vocab_group=None,
     check_labels: bool = False,
+    accumulate_into: str | None = None,
 ) -> Tensor:
     """Log-probability of each label under the language-model head, without materialising the logits.
 
@@ -66,6 +68,8 @@ def linear_logps(
         vocab_group: a torch.distributed process group over which `weight` (and `bias`, and ``B``) are split along the
             vocabulary in rank order; `hidden` and `labels` are the same on every rank.
         check_labels: raise on an out-of-range label instead of returning NaN in its row (waits for the device).
+        accumulate_into: ``"grad"`` or ``"main_grad"``: the backward adds the gradient of `weight`, a leaf, to this
+            attribute of it in place, tile by tile, without a second ``[V, H]``; see fastdpo/accumulate.py.
 
     Returns:
         fp32 (fp64 for fp64 inputs), shaped like `labels`; 0 where ignored.
@@ -85,7 +89,16 @@ def linear_logps(
     Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; routed: fastdpo/routing.py.
     """
     options = HeadOptions(
-        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels
+        ignore_index,
+        logit_scale,
+        softcap,
+        temperature,
+        backward,
+        tau,
+        seed,
+        vocab_group,
+        check_labels,
+        accumulate_into,
     )
     return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options).logps
 
@@ -107,6 +120,7 @@ def linear_token_stats(
     lora: tuple[Tensor, Tensor, float] | None = None,
     vocab_group=None,
     check_labels: bool = False,
+    accumulate_into: str | None = None,
 ) -> TokenStats:
     """`linear_logps` and, in the same read of the logits, what trainers log about each token's distribution.
 
@@ -137,7 +151,16 @@ def linear_token_stats(
     """
     stats = check_names("stats", stats, STATS)
     options = HeadOptions(
-        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels
+        ignore_index,
+        logit_scale,
+        softcap,
+        temperature,
+        backward,
+        tau,
+        seed,
+        vocab_group,
+        check_labels,
+        accumulate_into,
     )
     return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options, stats=stats)
 
@@ -159,6 +182,7 @@ def token_stats(
     """
     refuse_transforms(function.of, hidden, weight, bias, *(lora if isinstance(lora, (tuple, list)) else ()))
     call = check_head(hidden, weight, labels, bias, lora, options)
+    check_accumulates(call.tensors[1], options.accumulate_into)
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
     differentiable = False
     if torch.is_grad_enabled():
@@ -168,7 +192,7 @@ def token_stats(
     apply = super(Function, function).apply  # torch's: the class's own checks again
     if not torch.compiler.is_compiling():
         outputs = apply(*arguments)
-    elif options.vocab_group is None:
+    elif options.vocab_group is None and options.accumulate_into is None:
         outputs = compiled(call, options, stats, differentiable)
     else:
         outputs = uncompiled(apply, *arguments)

@@ -22,6 +22,7 @@ VALUES = {
     "seed": (2**64 - 1, 2**64),
     "vocab_group": (None, "nccl"),
     "check_labels": (True, 1),
+    "accumulate_into": ("grad", "main"),
 }
 N, V, H = 6, 300, 8
 

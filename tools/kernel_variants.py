@@ -52,6 +52,7 @@ class Problem:
     deterministic: bool = False
     shard: bool = False  # of the vocabulary
     forward_only: bool = False
+    adds: bool = False  # the head's gradient to one that is there
 
 
 _OPTIONS = {"bias": True, "softcap": 30.0}
@@ -70,6 +71,7 @@ PROBLEMS = [
     Problem("routed, options, one tau", tokens=2048, tau=ONE_TAU, rank=16, **_OPTIONS),
     Problem("routed, larger tau for dweight", tokens=2048, tau=(1e-3, 1e-2), **_OPTIONS),
     Problem("routed, repeatable", tokens=2048, tau=TWO_TAUS, deterministic=True),
+    Problem("gradients added", tokens=2048, tau=ONE_TAU, adds=True),
     Problem("forward", forward_only=True),
     Problem("statistics", stats=STATS, forward_only=True),
     Problem("short rows", hidden_size=896, tau=TWO_TAUS),
@@ -192,8 +194,9 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         if not problem.forward_only:
             column = meta(n, dtype=torch.float32)
             upstream = Upstream(column, column if problem.entropy else None)
-            exact = problem.entropy
-            triton_backward.backward(head, rows, saved, upstream, None if exact else routing, needs)
+            routing = None if problem.entropy else routing
+            added = {"into": meta(v, h)} if problem.adds else {}  # earlier commits do not know it
+            triton_backward.backward(head, rows, saved, upstream, routing, needs, **added)
     return launches
 
 

@@ -47,8 +47,8 @@ def patch_model(model, **options):
             ``torch.compile`` around one (the model inside is patched). PEFT, ``torch.compile`` and accelerate's
             ``prepare`` may come before or after; DDP, FSDP and the like, after. It must be able to run on
             ``input_ids`` alone.
-        backward, tau, seed, temperature, ignore_index, check_labels: as in `linear_logps`. Scale, softcap
-            and bias are the model's own.
+        backward, tau, seed, temperature, ignore_index, check_labels, accumulate_into: as in `linear_logps`.
+            Scale, softcap and bias are the model's own.
         stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
 
     Returns:

@@ -6,7 +6,7 @@ from ..head import HeadOptions
 
 TRAINER_OPTIONS = ("backward", "tau", "seed")  # of a trainer's step: everything else is the trainer's to say
 # Of a patched model: scale, softcap and bias are its own
-MODEL_OPTIONS = (*TRAINER_OPTIONS, "temperature", "ignore_index", "check_labels")
+MODEL_OPTIONS = (*TRAINER_OPTIONS, "temperature", "ignore_index", "check_labels", "accumulate_into")
 
 
 def head_options(function: str, given: dict, known: tuple[str, ...]) -> HeadOptions:

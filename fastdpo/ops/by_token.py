@@ -41,13 +41,14 @@ def _backward(
     upstream: Upstream,
     routing: Routing | None,
     needs: Needs,
+    into: Tensor | None = None,
 ) -> Gradients:
     head, tokens, invalid = _completion_tokens(head, rows)
     if tokens.rows is not None:
         saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
     if routing is None:
         tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
-    grads = of_tokens(head, tokens, saved, upstream, routing, needs)
+    grads = of_tokens(head, tokens, saved, upstream, routing, needs, into)
     if invalid is not None and grads.hidden is not None:
         grads.hidden[invalid] = torch.nan
     return grads

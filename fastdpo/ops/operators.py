@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from ..accumulate import check_accumulates, destination, nothing_left
 from ..autograd import Function, no_second_derivative, once_differentiable, uncompiled
 from ..distributed import VocabShards
 from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head
@@ -49,6 +50,7 @@ class LinearLogpsFunction(Function):
         stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
         lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
         call = check_head(hidden, weight, labels, bias, lora, options)
+        check_accumulates(call.tensors[1], options.accumulate_into)
         arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
         apply = super().apply
         return uncompiled(apply, *arguments) if torch.compiler.is_compiling() else apply(*arguments)
@@ -68,6 +70,7 @@ class LinearLogpsFunction(Function):
             # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
             ctx.save_for_backward(*tensors, logps, result.lse, entropy, result.bitmap, result.most_pairs)
             ctx.needs, ctx.scalars, ctx.shards, ctx.weight_shape = needs, scalars, shards, weight.shape
+            ctx.accumulate_into = options.accumulate_into
         outputs = [getattr(result, name) for name in TokenStats._fields]
         constants = [x for x in outputs[2:] if x is not None]  # of logps and entropy there are gradients
         ctx.mark_non_differentiable(*constants)  # a second call would undo a first
@@ -84,8 +87,11 @@ class LinearLogpsFunction(Function):
                 f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(saved[1].shape)} in the "
                 "backward: keep a sharded head gathered until the backward is done"
             )
+        into = destination(ctx, saved[1]) if ctx.needs.weight else None
         run = _backward_operator if _is_operator(saved[:6], ctx.shards) else _backward
-        grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, ctx.shards)
+        grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, ctx.shards, into)
+        if into is not None:
+            grads.weight = nothing_left(ctx.accumulate_into, saved[1])
         if ctx.shards is not None:
             ctx.shards.reduce(grads)
         return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None, None
@@ -166,8 +172,9 @@ def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) 
         return engine.forward(head, rows, stats=frozenset(stats), routing=routing, shards=shards)
 
 
-def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None) -> Gradients:
-    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least."""
+def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, into=None) -> Gradients:
+    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least. `into`:
+    what the weight's gradient is added to, if it has a place already."""
     # hooks on saved tensors, and callers of the operator, may give back another layout
     results = [x if x is None or x.is_contiguous() else contiguous(x) for x in saved[6:]]
     logps, lse, entropy, bitmap, most_pairs = results
@@ -180,7 +187,7 @@ def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=No
         routing = bitmap = most_pairs = None
     saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs)
     with torch.autocast(head.hidden.device.type, enabled=False):
-        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs)
+        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs, into)
     if grads.hidden is not None:
         grads.hidden = grads.hidden.view(head.hidden.shape)
     return grads
@@ -216,8 +223,10 @@ def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats, shar
     return Forward(*[x if name in present else None for name, x in zip(_RESULTS, outputs)])
 
 
-def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None) -> Gradients:
+def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, into=None) -> Gradients:
     grads = token_stats_backward_op(*saved, dlogps, dentropy, **scalars._asdict(), needs=list(needs))
+    if into is not None:
+        into.add_(grads[1])
     return Gradients(*[grad if need else None for grad, need in zip(grads, needs)])
 
 

@@ -136,7 +136,9 @@ class Engine(NamedTuple):
     """What computes.
 
     forward(head, rows, *, stats, routing, shards) -> Forward
-    backward(head, rows, saved, upstream, routing, needs) -> Gradients
+    backward(head, rows, saved, upstream, routing, needs, into) -> Gradients
+
+    `into`: None, or a contiguous [V, H] of any type that dweight is added to, and that Gradients.weight then is.
     """
 
     name: str

@@ -149,7 +149,13 @@ def _routed(dz: Tensor, z: Tensor, saved: Forward, chunk: slice, labels: Tensor,
 
 
 def backward(
-    head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+    head: Head,
+    tokens: Tokens,
+    saved: Forward,
+    upstream: Upstream,
+    routing: Routing | None,
+    needs: Needs,
+    into: Tensor | None = None,
 ) -> Gradients:
     dtype, device = _accumulate_dtype(head), head.hidden.device
 
@@ -207,7 +213,7 @@ def backward(
 
     return Gradients(
         cast(dhidden, head.hidden),
-        cast(dweight, head.weight),
+        cast(dweight, head.weight) if into is None else into.add_(dweight),
         cast(dbias, head.bias),
         cast(dlora_a, like_a),
         cast(dlora_b, like_b),

@@ -29,7 +29,13 @@ CROSSOVER = 0.7
 
 
 def backward(
-    head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+    head: Head,
+    tokens: Tokens,
+    saved: Forward,
+    upstream: Upstream,
+    routing: Routing | None,
+    needs: Needs,
+    into: Tensor | None = None,
 ) -> Gradients:
     ops, device, fp32 = Operands(head, tokens), head.hidden.device, torch.float32
     like_a, like_b = (None, None) if head.lora is None else head.lora[:2]
@@ -37,7 +43,8 @@ def backward(
     if needs.hidden:
         grads.hidden = torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
     if needs.weight:
-        grads.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device)
+        like = head.weight
+        grads.weight = into if into is not None else torch.zeros(like.shape, dtype=like.dtype, device=device)
     if needs.bias:
         grads.bias = torch.zeros(head.bias.shape, dtype=fp32, device=device)
     if needs.lora_a:
@@ -55,7 +62,7 @@ def backward(
     count = ops.count
     size = max(1, BUFFER_BYTES // (4 * ops.hidden_size)) if of_hidden else max(count, 1)
     # Adding token ranges up in a half-precision dweight would round at every range: then dweight has its own sweep.
-    joint = of_weight and (count <= size or not needs.weight or head.weight.dtype == torch.float32)
+    joint = of_weight and (count <= size or not needs.weight or grads.weight.dtype == torch.float32)
     for start in range(0, count, size):
         sums = _TokenSums(ops, grads, start, min(start + size, count)) if of_hidden else None
         add_tiles(start, min(start + size, count), sums, grads if joint else None)

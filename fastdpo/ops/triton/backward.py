@@ -28,10 +28,16 @@ CROSSOVER = 0.3
 
 
 def backward(
-    head: Head, rows: Rows, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+    head: Head,
+    rows: Rows,
+    saved: Forward,
+    upstream: Upstream,
+    routing: Routing | None,
+    needs: Needs,
+    into: Tensor | None = None,
 ) -> Gradients:
     call = Call(head, rows)
-    grads = _allocate(call, needs)
+    grads = _allocate(call, needs, into)
     if call.num_rows == 0:
         return grads
     with on_device(call.device):
@@ -41,7 +47,9 @@ def backward(
         items = torch.empty(num_lists, lists.ITEMS, dtype=torch.int32, device=call.device)
         tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
         items_of_lists = iter(items)
-        for sweep in sweeps(call, tokens, saved, upstream, grads, needs, routed=routing is not None):
+        for sweep in sweeps(
+            call, tokens, saved, upstream, grads, needs, routed=routing is not None, adds=into is not None
+        ):
             out = None if sweep.dhidden is None else grads.hidden
             if routing is None:
                 exact(sweep, range(call.num_blocks), None, out)
@@ -57,8 +65,8 @@ def backward(
     return grads
 
 
-def _allocate(call: Call, needs: Needs) -> Gradients:
-    """To be written whole; zeros where there is no token."""
+def _allocate(call: Call, needs: Needs, into: Tensor | None) -> Gradients:
+    """To be written whole; zeros where there is no token. `into` has a place for dweight, and values."""
 
     def like(x: Tensor | None, wanted: bool) -> Tensor | None:
         make = torch.empty if call.num_rows else torch.zeros
@@ -67,7 +75,8 @@ def _allocate(call: Call, needs: Needs) -> Gradients:
     hidden = None
     if needs.hidden:
         hidden = torch.empty(call.num_rows, call.hidden_size, dtype=call.head.hidden.dtype, device=call.device)
-    return Gradients(hidden, *map(like, call.head.inputs[1:], needs[1:]))
+    weight = into if into is not None else like(call.weight, needs.weight)
+    return Gradients(hidden, weight, *map(like, call.head.inputs[2:], needs[2:]))
 
 
 def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range) -> None:

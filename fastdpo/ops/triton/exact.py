@@ -149,7 +149,8 @@ def exact_kernel(
                     if (at >= end_low_rank) & (at < end_weight):
                         if at - end_low_rank < _tiles(last_column - first_column, H, weight_form):
                             of_head_tile(at - end_low_rank, step, hidden, None, tokens, work, scales, work.weight,
-                                          outputs.weight, H, first_token, dz_stride, weight_form)  # fmt: skip
+                                          outputs.weight, outputs.adds, H, first_token, dz_stride,
+                                          weight_form)  # fmt: skip
                 if outputs.bias is not None:
                     if (at >= end_weight) & (at < end_bias):
                         bias_tile(at - end_weight, step, work, scales, outputs.bias, dz_stride, dz_form.BM)
@@ -157,7 +158,7 @@ def exact_kernel(
                     if at >= end_bias:
                         if at - end_bias < _tiles(last_column - first_column, lora_rank, low_weight_form):
                             of_head_tile(at - end_bias, step, low_rank.product, low_rank.pitch, tokens, work, scales,
-                                          work.lora_b, outputs.lora_b, lora_rank, first_token, dz_stride,
+                                          work.lora_b, outputs.lora_b, False, lora_rank, first_token, dz_stride,
                                           low_weight_form)  # fmt: skip
                 finished(done + 1)
         else:
@@ -213,7 +214,7 @@ def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor |
         make(several and sweep.dlora_b is not None, width, call.lora_rank),
         *(tl.constexpr(16 if size % 16 == 0 else 1) for size in (call.hidden_size, call.lora_rank)),
     )
-    outputs = Outputs(out_hidden, sweep.dweight, sweep.dbias, sweep.dlora_b, sweep.dhidden, sweep.dlow_rank)
+    outputs = Outputs(out_hidden, sweep.dweight, sweep.dbias, sweep.dlora_b, sweep.dhidden, sweep.dlow_rank, sweep.adds)
     launch(
         exact_kernel,
         call.grid(for_dz),

@@ -54,6 +54,7 @@ class Outputs(NamedTuple):
     lora_b: Tensor | None
     hidden_sums: Tensor | None  # [capacity, H]: dz @ weight
     low_rank_sums: Tensor | None  # [capacity, pitch]: dz @ lora_b
+    adds: tl.constexpr  # the head's weight: what is there before counts
 
 
 class Scales(NamedTuple):
@@ -127,7 +128,7 @@ def by_token_tile(at, step, work, operand, out, V, WIDTH, stride, operand_stride
 
 
 @triton.jit
-def _store_sum(partial, out, x, where, mine, target, inside, step, scales):
+def _store_sum(partial, out, x, where, mine, target, inside, step, scales, ADDS: tl.constexpr):
     """`x` with what earlier chunks left: to `out` where it is the last, else left for the next."""
     left = where * 0 + step.chunks_left  # a scalar comparison would lose its type in the interpreter
     if partial is not None:
@@ -135,12 +136,27 @@ def _store_sum(partial, out, x, where, mine, target, inside, step, scales):
         tl.store(partial + where, x, mask=mine & (left > 0))
     if scales.unscale is not None:
         x *= tl.load(scales.unscale)
+    if ADDS:
+        x += tl.load(out + target, mask=inside & (left == 0), other=0.0).to(tl.float32)
     tl.store(out + target, rounded(x, out.dtype.element_ty), mask=inside & (left == 0))
 
 
 @triton.jit
 def of_head_tile(
-    at, step, operand, operand_stride, tokens, work, scales, partial, out, WIDTH, first_token, dz_stride, form
+    at,
+    step,
+    operand,
+    operand_stride,
+    tokens,
+    work,
+    scales,
+    partial,
+    out,
+    ADDS: tl.constexpr,
+    WIDTH,
+    first_token,
+    dz_stride,
+    form,
 ):
     """A tile [BM columns of the vocabulary, BN] of dz.T @ operand [tokens, WIDTH], over a step's tokens. Operand's rows
     begin where the tokens say, or at multiples of its stride where that is not None."""
@@ -168,7 +184,7 @@ def of_head_tile(
         target = tile_offsets(step.first_column + m * form.BM, column, WIDTH, form.BM, COLUMNS)
         last = step.last_column - step.first_column
         mine = within(m * form.BM, column, last, WIDTH, form.BM, COLUMNS)
-        _store_sum(partial, out, parts[j], where, mine, target, mine, step, scales)
+        _store_sum(partial, out, parts[j], where, mine, target, mine, step, scales, ADDS)
 
 
 @triton.jit
@@ -179,7 +195,7 @@ def bias_tile(at, step, work, scales, out, dz_stride, TOKENS: tl.constexpr):
     total = tl.zeros((COLUMNS,), tl.float32)
     for index in range(0, tl.cdiv(step.num_tokens, TOKENS)):
         total += tl.load(work.column_sums + index * dz_stride + c, mask=mine, other=0.0)
-    _store_sum(work.bias, out, total, c, mine, step.first_column + c, mine, step, scales)
+    _store_sum(work.bias, out, total, c, mine, step.first_column + c, mine, step, scales, False)
 
 
 @triton.jit

@@ -167,6 +167,7 @@ def routed_dweight_kernel(
     H,
     pitch,
     out_stride,
+    ADDS: tl.constexpr,  # to what `out` holds
     TILE: tl.constexpr,
     form,
 ):
@@ -202,7 +203,10 @@ def routed_dweight_kernel(
     r = (first_block + local) * BLOCK + tl.arange(0, BLOCK)
     if out is not None:
         target = out + r.to(tl.int64)[:, None] * out_stride + c[None, :]
-        tl.store(target, rounded(acc, out.dtype.element_ty), mask=(r < V)[:, None] & (c < H)[None, :])
+        inside = (r < V)[:, None] & (c < H)[None, :]
+        if ADDS:
+            acc += tl.load(target, mask=inside, other=0.0).to(tl.float32)
+        tl.store(target, rounded(acc, out.dtype.element_ty), mask=inside)
     if out_bias is not None:
         if tl.program_id(0) == 0:
             total = tl.zeros((BLOCK,), tl.float32)
@@ -220,7 +224,16 @@ def routed_dweight(
     call = sweep.call
 
     def product(
-        hidden, tokens, out: Tensor | None, columns: int, *, kind=None, compute=None, column_sums=None, out_bias=None
+        hidden,
+        tokens,
+        out: Tensor | None,
+        columns: int,
+        *,
+        kind=None,
+        compute=None,
+        column_sums=None,
+        out_bias=None,
+        adds: bool = False,
     ):
         tile = call.tile("routed_dweight", columns, kind)
         (form,) = call.form(tile, compute=compute)
@@ -244,6 +257,7 @@ def routed_dweight(
             H=columns,
             pitch=call.low_rank_pitch,
             out_stride=0 if out is None else out.stride(0),
+            ADDS=adds,
             TILE=call.pair_tile,
             form=form,
         )
@@ -256,6 +270,7 @@ def routed_dweight(
             call.hidden_size,
             column_sums=column_sums,
             out_bias=sweep.dbias,
+            adds=sweep.adds.value,
         )
     if sweep.dlora_b is not None:
         product(sweep.low_rank.product, TokenList(), sweep.dlora_b, call.lora_rank, kind="low_rank", compute=tl.float32)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from ..problem import Forward, Gradients, Needs, Upstream
@@ -49,6 +50,7 @@ class Sweep:
     dweight: Tensor | None
     dbias: Tensor | None
     dlora_b: Tensor | None
+    adds: tl.constexpr  # dweight to what is there
     lora_a_sums: Tensor | None  # [lora_rank, H] fp32, of all sweeps
     routed_pairs: int  # of the routed path, in memory at once
 
@@ -78,7 +80,15 @@ def parts(call: Call, needs: Needs) -> list[Part]:
 
 
 def sweeps(
-    call: Call, tokens: TokenList, saved: Forward, upstream: Upstream, grads: Gradients, needs: Needs, *, routed: bool
+    call: Call,
+    tokens: TokenList,
+    saved: Forward,
+    upstream: Upstream,
+    grads: Gradients,
+    needs: Needs,
+    *,
+    routed: bool,
+    adds: bool = False,
 ) -> Iterator[Sweep]:
     """Of every one of the `parts`."""
     terms = RowTerms(
@@ -112,6 +122,7 @@ def sweeps(
             by_token(part.capacity, call.hidden_size, part.of_hidden and needs.hidden),
             by_token(part.capacity, call.low_rank_pitch, part.of_hidden and call.lora_a is not None),
             *((grads.weight, grads.bias, grads.lora_b) if part.of_head else (None, None, None)),
+            tl.constexpr(adds),
             lora_a_sums,
             memory.routed_pairs(part.capacity * sums * part.of_hidden, call.item_size),
         )
