@@ -195,7 +195,7 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
             column = meta(n, dtype=torch.float32)
             upstream = Upstream(column, column if problem.entropy else None)
             routing = None if problem.entropy else routing
-            added = {"into": meta(v, h)} if problem.adds else {}  # earlier commits do not know it
+            added = {"into": meta(v, h, dtype=torch.float32)} if problem.adds else {}  # earlier commits do not know it
             triton_backward.backward(head, rows, saved, upstream, routing, needs, **added)
     return launches
 

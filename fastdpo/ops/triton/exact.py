@@ -172,7 +172,8 @@ def exact_kernel(
 
 def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
     """Of the tiles of dz, dhidden and dweight: others than the call's where what shares the kernel takes registers, as
-    a low-rank head's three products do, a bias, a softcap, the entropy's terms, or sums over several chunks."""
+    a low-rank head's three products do, a bias, a softcap, the entropy's terms, sums over several chunks, or a
+    sum that is added to."""
     call = sweep.call
     more = call.lora_rank or call.bias is not None or call.transform.softcap is not None
     if (call.kind == "fp32" and more) or (call.kind == "narrow" and call.lora_rank):
@@ -181,7 +182,10 @@ def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
         return None, None, None
     several = sweep.tokens.capacity > sweep.part.slab[0]
     entropy = sweep.terms.coef_entropy is not None
-    kinds = ["narrow" if wanted else None for wanted in (entropy, call.lora_rank, more or several or entropy)]
+    kinds = [
+        "narrow" if wanted else None
+        for wanted in (entropy, call.lora_rank, more or several or entropy or sweep.adds.value)
+    ]
     if several and call.vocab_size % 16:  # whose last rows take registers, too
         kinds[2] = "crowded"
     return tuple(kinds)

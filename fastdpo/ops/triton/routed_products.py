@@ -271,6 +271,7 @@ def routed_dweight(
             column_sums=column_sums,
             out_bias=sweep.dbias,
             adds=sweep.adds.value,
+            kind="narrow" if sweep.adds.value and call.kind == "half" else None,
         )
     if sweep.dlora_b is not None:
         product(sweep.low_rank.product, TokenList(), sweep.dlora_b, call.lora_rank, kind="low_rank", compute=tl.float32)
