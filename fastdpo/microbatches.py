@@ -123,8 +123,8 @@ def _check_rows(rows, count: int, output) -> None:
     chosen, rejected = found[:pairs], found[pairs:]
     if rejected != [row + count // 2 for row in chosen] or not all(0 <= row < count // 2 for row in chosen):
         raise ValueError(
-            f"a microbatch must hold the rejected rows of its chosen rows: it has the rows {found} of {count}, of which "
-            f"those below {count // 2} are chosen; cut target, and the model's inputs, in interleave's order"
+            f"a microbatch must hold the rejected rows of its chosen rows: it has the rows {found} of {count}, "
+            f"of which those below {count // 2} are chosen; cut target, and the model's inputs, in interleave's order"
         )
     if isinstance(output, Tensor) and output.shape[:1] != rows.shape:
         raise ValueError(f"the output of the last stage must have {len(found)} rows; got shape {tuple(output.shape)}")
