@@ -20,11 +20,11 @@ def main():
     rank, size = dist.get_rank(), dist.get_world_size()
 
     model = tiny.model().to(device)
+    fastdpo.patch_model(model, backward="exact")  # before it is wrapped: it runs the model once
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model.lm_head)  # gathered when it scores, and its gradient scattered, by its own hooks
     fully_shard(model)
-    fastdpo.patch_model(model, backward="exact")
 
     # this rank's pairs: FSDP2 takes the mean over ranks, so each has as many
     ids, labels = (torch.cat([half.chunk(size)[rank] for half in x.chunk(2)]).to(device) for x in tiny.batch())
