@@ -192,6 +192,24 @@ def ring_table(cluster: Cluster) -> list[str]:
     return list(markdown(header, rows))
 
 
+PHASES = {  # bytes of an element of the head that come, and passes that hide them
+    "forward": (BF16, 1.0),
+    "routed backward": (BF16 + FP32, Step.backward),
+    "exact backward": (BF16 + FP32, 3.0),
+}
+
+
+def hiding_tokens(cluster: Cluster, gpus: int, phase: str) -> float:
+    """Completion tokens per GPU from which the head's transfers pass behind the products, of any V and H."""
+    size, passes = PHASES[phase]
+    return cluster.seconds(size, gpus, 0) * cluster.flops / (2 * passes)
+
+
+def hiding_table(cluster: Cluster) -> list[str]:
+    rows = [[str(n), *(f"{hiding_tokens(cluster, n, phase):.0f}" for phase in PHASES)] for n in SIZES]
+    return list(markdown(["GPUs", *PHASES], rows))
+
+
 def dhidden_table(cluster: Cluster, rows: int = 8192, hidden: int = 8192) -> list[str]:
     """Bytes received and held in the sum over a `vocab_group`; beside them those per token of a forward."""
     header = ["ranks", *DHIDDEN, "a forward without routing", "routed, two sets"]
@@ -214,6 +232,7 @@ def tables(cluster: Cluster) -> dict[str, list[str]]:
         "rates": rate_table(cluster),
         "layouts": layout_table(cluster),
         "rings": ring_table(cluster),
+        "hiding": hiding_table(cluster),
         "dhidden": dhidden_table(cluster),
     }
 

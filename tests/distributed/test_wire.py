@@ -126,6 +126,17 @@ def test_who_wins_turns_with_the_tokens():
     assert wire.wins(replace(many, gpus=1024), Cluster()) == "gather"  # so many transfers
 
 
+def test_transfers_hide_behind_products_from_as_many_tokens_as_the_model_says():
+    cluster = Cluster(latency=0.0)
+    for gpus in (8, 64):
+        count = wire.hiding_tokens(cluster, gpus, "forward")
+        step = Step(gpus, count, 128256, 8192)
+        one_pass = step.products(cluster) / (2 + step.backward)
+        assert one_pass == pytest.approx(cluster.seconds(2 * step.head, gpus, 0))
+        assert wire.hiding_tokens(cluster, gpus, "routed backward") == pytest.approx(6 * count)  # 6 bytes, half a pass
+        assert wire.hiding_tokens(cluster, gpus, "exact backward") == pytest.approx(count)
+
+
 def test_the_sum_of_dhidden_by_rows_sends_and_holds_less_than_gathering_it():
     for size in (2, 4, 8):
         (sent, held), (less, held_less) = DHIDDEN["gather"](size), DHIDDEN["by rows"](size)
