@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 examples/distributed/fsdp2.py
 """
 
-import os
-
 import tiny
 import torch
 import torch.distributed as dist
@@ -14,11 +12,7 @@ import fastdpo
 
 
 def main():
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-
+    rank, size, device = tiny.start()
     model = tiny.model().to(device)
     fastdpo.patch_model(model, backward="exact")  # before it is wrapped: it runs the model once
     for layer in model.model.layers:

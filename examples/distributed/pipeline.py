@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 examples/distributed/pipeline.py
 """
 
-import os
-
 import tiny
 import torch
 import torch.distributed as dist
@@ -38,10 +36,7 @@ class Stage(torch.nn.Module):
 
 
 def main():
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
+    rank, size, device = tiny.start()
     first, last = rank == 0, rank == size - 1
 
     stage = Stage(tiny.model(), rank, size).to(device)

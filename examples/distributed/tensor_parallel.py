@@ -3,8 +3,6 @@
 torchrun --nproc-per-node 2 examples/distributed/tensor_parallel.py
 """
 
-import os
-
 import tiny
 import torch
 import torch.distributed as dist
@@ -13,11 +11,7 @@ import fastdpo
 
 
 def main():
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
-    dist.init_process_group("nccl" if cuda else "gloo")
-    rank, size = dist.get_rank(), dist.get_world_size()
-
+    rank, size, device = tiny.start()
     model = tiny.model().to(device)  # the same on every rank
     layers = model.model
     shard = torch.nn.Parameter(model.lm_head.weight.detach().tensor_split(size)[rank].clone())  # in rank order

@@ -1,9 +1,22 @@
 """A tiny Llama and four preference pairs, the same on every rank: what the scripts of this folder train."""
 
+import os
+
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 PAIRS, LENGTH = 4, 24
+
+
+def start() -> tuple[int, int, torch.device]:
+    """(rank, ranks, device) of a process that torchrun started, in a group of all."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def model() -> LlamaForCausalLM:
