@@ -66,7 +66,9 @@ def linear_logps(
             of either kind repeat it.
         lora: ``(A [r, H], B [V, r], s)``: a low-rank update of the head, ``weight + s * B @ A``, never formed.
         vocab_group: a torch.distributed process group over which `weight` (and `bias`, and ``B``) are split along the
-            vocabulary in rank order; `hidden` and `labels` are the same on every rank.
+            vocabulary in rank order; `hidden` and `labels` are the same on every rank. Every rank gets all of the
+            gradient of `hidden`, summed over the group already: a sum in a backward before it, such as that of
+            Megatron's `copy_to_tensor_model_parallel_region`, would make it size times too large.
         check_labels: raise on an out-of-range label instead of returning NaN in its row (waits for the device).
         accumulate_into: ``"grad"`` or ``"main_grad"``: the backward adds the gradient of `weight`, a leaf, to this
             attribute of it in place, tile by tile, without a second ``[V, H]``; see fastdpo/accumulate.py.

@@ -1,0 +1,42 @@
+"""DPO under FSDP2, the head in a group of its own: each rank has its pairs and a slice of every parameter.
+
+torchrun --nproc-per-node 2 examples/distributed/fsdp2.py
+"""
+
+import tiny
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+
+import fastdpo
+
+
+def main():
+    rank, size, device = tiny.start()
+    model = tiny.model().to(device)
+    fastdpo.patch_model(model, backward="exact")  # before it is wrapped: it runs the model once
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model.lm_head)  # gathered when it scores, and its gradient scattered, by its own hooks
+    fully_shard(model)
+
+    # this rank's pairs: FSDP2 takes the mean over ranks, so each has as many
+    ids, labels = (torch.cat([half.chunk(size)[rank] for half in x.chunk(2)]).to(device) for x in tiny.batch())
+    with torch.no_grad():  # the reference: the model before training
+        ref_logps = model(ids, labels=labels, fastdpo=True).logps.sum(-1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(4):
+        logps = model(ids, labels=labels, fastdpo=True).logps.sum(-1)
+        out = fastdpo.preference_loss(*logps.chunk(2), *ref_logps.chunk(2), beta=0.1)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = out.loss.detach()
+        dist.all_reduce(loss)
+        if rank == 0:
+            print(f"step {step}: loss {loss.item() / size:.6f}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
