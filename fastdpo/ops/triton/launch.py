@@ -259,7 +259,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "fp32": {80: Tile(64, 64, 32, 4, 3, per_sm=2)},
         "low_rank": {80: Tile(64, 16, 128, 4, 1, per_sm=2)},
-        "unaligned": {80: Tile(64, 32, 128, 4, 1, per_sm=2)},
+        "unaligned": {80: Tile(64, 16, 128, 4, 1, per_sm=2)},
     },
     # m: pairs at a time, of one block of 128 columns and of one program's tokens.
     "ordered_dhidden": {
