@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .autograd import Function, uncompiled
-from .head import HeadOptions, check_head
-from .ops.operators import LinearLogpsFunction, compiled
+from .distributed.handshake import announcing
+from .head import CheckedHead, HeadOptions, check_head
+from .ops.operators import LinearLogpsFunction, agree, compiled
 from .ops.problem import STATS, TokenStats
 from .tensors import refuse_transforms
 from .validation import check_names
@@ -158,18 +159,41 @@ def token_stats(
     `function`: where a trainer's head needs care in the backward.
     """
     refuse_transforms(function.of, hidden, weight, bias, *(lora if isinstance(lora, (tuple, list)) else ()))
+    if torch.compiler.is_compiling() and options.vocab_group is not None:
+        return uncompiled(_of_ranks, hidden, weight, labels, bias, lora, options, stats, function)
+    if options.vocab_group is not None:
+        return _of_ranks(hidden, weight, labels, bias, lora, options, stats, function)
     call = check_head(hidden, weight, labels, bias, lora, options)
+    differentiable = _differentiable(call)
+    if torch.compiler.is_compiling():
+        outputs = compiled(call, options, stats, differentiable)
+    else:
+        outputs = _applied(function, call, options, stats, differentiable)
+    return _shaped(call, outputs)
+
+
+def _of_ranks(hidden, weight, labels, bias, lora, options: HeadOptions, stats, function) -> TokenStats:
+    """A call that other processes take part in."""
+    with announcing(options.vocab_group, hidden):
+        call = check_head(hidden, weight, labels, bias, lora, options)
+    differentiable = _differentiable(call)
+    agreed = agree(call, options, stats, differentiable)
+    return _shaped(call, _applied(function, call, options, stats, differentiable, agreed))
+
+
+def _differentiable(call: CheckedHead) -> bool:
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
     differentiable = False
     if torch.is_grad_enabled():
         for x in call.tensors:
             differentiable = differentiable or (x is not None and x.requires_grad)
-    arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
+    return differentiable
+
+
+def _applied(function, call: CheckedHead, options: HeadOptions, stats, differentiable: bool, agreed=None):
     apply = super(Function, function).apply  # torch's: the class's own checks again
-    if not torch.compiler.is_compiling():
-        outputs = apply(*arguments)
-    elif options.vocab_group is None:
-        outputs = compiled(call, options, stats, differentiable)
-    else:
-        outputs = uncompiled(apply, *arguments)
+    return apply(*call.tensors, options, stats, differentiable, call.lora_scale, agreed)
+
+
+def _shaped(call: CheckedHead, outputs) -> TokenStats:
     return TokenStats(*[None if x is None else x.view(call.shape) for x in outputs])
