@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .distributed.handshake import announcing
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
@@ -155,11 +156,12 @@ def _linear_dpo_loss(
     lora,
 ) -> DPOOutput:
     refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logps)
-    hidden, labels = plain("hidden", hidden), plain("labels", labels)
-    cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
-    _check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
-    reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
-    reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
+    with announcing(options.head.vocab_group, hidden):
+        hidden, labels = plain("hidden", hidden), plain("labels", labels)
+        cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
+        _check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
+        reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
+        reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
     statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
     stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
     ref_logps = reference.logps

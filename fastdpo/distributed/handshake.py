@@ -263,34 +263,40 @@ def _unequal(tickets: Tensor) -> Tensor:
 def _error(tickets: Tensor, phase: str, seed: int | None) -> ValueError | None:
     """The same on every rank, of tickets on the host."""
 
+    words = tickets.tolist()
+    refused, draws = ([row[_HEADER.index(name)] for row in words] for name in ("refused", "draw"))
+    compared = [(row[0], *row[_HOST.start : _SKETCHES.stop]) for row in words]
+    if not any(refused) and len(set(compared)) == 1 and (seed is None or len(set(draws)) == 1):
+        return None
+
     def each(values) -> str:
         return ", ".join(f"rank {rank} {value}" for rank, value in enumerate(values))
 
-    def column(name: str) -> list[int]:
-        return tickets[:, _HEADER.index(name)].tolist()
+    def column(i: int) -> list[int]:
+        return [row[i] for row in words]
 
-    refused = [rank for rank, flag in enumerate(column("refused")) if flag]
-    if refused:
-        texts = [struct.pack(f"<{_TEXT}q", *tickets[rank, _MESSAGE].tolist()).rstrip(b"\0") for rank in refused]
-        told = "; ".join(f"rank {rank}: {text.decode(errors='ignore')}" for rank, text in zip(refused, texts))
-        return ValueError(f"vocab_group: refused by {told}")
+    if any(refused):
+        told = []
+        for rank, flag in enumerate(refused):
+            if flag:
+                text = struct.pack(f"<{_TEXT}q", *words[rank][_MESSAGE]).rstrip(b"\0")
+                told.append(f"rank {rank}: {text.decode(errors='ignore')}")
+        return ValueError(f"vocab_group: refused by {'; by '.join(told)}")
     told = []
-    if _unequal(tickets):
-        if len(set(column("phase"))) > 1:
-            told.append(f"what they are in: {each('is in ' + _PHASES[x] for x in column('phase'))}")
-        for i, (name, field) in enumerate(_FIELDS.items(), _HOST.start):
-            words = tickets[:, i].tolist()
-            if len(set(words)) > 1:
-                told.append(f"{name}: {each(f'has {field.shown(word)}' for word in words)}")
-        count, labels = (tickets[:, _DATA.start + i].tolist() for i in (0, 1))
-        if phase == "the backward" and len(set(count)) > 1:
-            parts = ("nothing", "logps", "entropy", "logps and entropy")
-            told.append(f"what has an upstream gradient: {each(parts[x & 3] for x in count)}")
-        elif len(set(count)) > 1:
-            told.append(f"the number of labels that are not ignored: {each(f'has {x}' for x in count)}")
-        if len(set(labels)) > 1 and not told:
-            told.append(f"labels, whose ids or order differ: {each(f'has checksum {x & (2**64 - 1):016x}' for x in labels)}")
-    draws = column("draw")
+    if len(set(column(0))) > 1:
+        told.append(f"what they are in: {each('is in ' + _PHASES[x] for x in column(0))}")
+        return _differing(told)
+    for i, (name, field) in enumerate(_FIELDS.items(), _HOST.start):
+        if len(set(column(i))) > 1:
+            told.append(f"{name}: {each(f'has {field.shown(word)}' for word in column(i))}")
+    count, labels = column(_DATA.start), column(_DATA.start + 1)
+    if len(set(count)) > 1 and phase == "the backward":
+        parts = ("none", "logps", "entropy", "logps and entropy")
+        told.append(f"what has an upstream gradient: {each(f'has {parts[x & 3]}' for x in count)}")
+    elif len(set(count)) > 1:
+        told.append(f"the number of labels that are not ignored: {each(f'has {x}' for x in count)}")
+    if len(set(labels)) > 1 and not told:
+        told.append(f"labels, whose ids or order differ: {each(f'has checksum {x % 2**64:016x}' for x in labels)}")
     if seed is not None and len(set(draws)) > 1 and not told:
         told.append(f"seed: {each(f'has {x % 2**64}' for x in draws)}")
     if not told:
@@ -298,9 +304,13 @@ def _error(tickets: Tensor, phase: str, seed: int | None) -> ValueError | None:
             if sketch.differ(values, _TOLERANCES[phase]).any():
                 shown = (f"has norm {row[-1]:.6g}, projection {row[0]:.6g}" for row in values.tolist())
                 told.append(f"{name}, whose values differ: {each(shown)}")
-    if not told:
-        return None
-    return ValueError(f"vocab_group: its ranks must be given the same but for their shards; they differ in {'; in '.join(told)}")
+    return _differing(told) if told else None
+
+
+def _differing(told: list[str]) -> ValueError:
+    return ValueError(
+        f"vocab_group: its ranks must be given the same but for their shards; they differ in {'; in '.join(told)}"
+    )
 
 
 def _poison(tickets: Tensor, phase: str, with_seed: bool = False) -> Tensor:

@@ -45,7 +45,8 @@ def of_rows(x: Tensor, counts: Tensor) -> Tensor:
     before = counts.cumsum(0)
     wanted = 1 + torch.arange(ROWS, device=x.device) * before[-1] // ROWS
     rows = torch.searchsorted(before, wanted).clamp(max=counts.shape[0] - 1)
-    picked = x.detach()[torch.unravel_index(rows, x.shape[:-1])] if x.ndim > 1 else x.detach().expand(ROWS, -1)
+    x = x.detach() if x.ndim > 1 else x.detach()[None]
+    picked = x[rows] if x.ndim == 2 else x[torch.unravel_index(rows, x.shape[:-1])]
     return of_matrix(picked.double().masked_fill(~counts[rows][:, None], 0.0))
 
 
