@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from .autograd import Function, uncompiled
+from .distributed import travel
+from .distributed.dtensor import any_dtensor, resolve
 from .distributed.handshake import announcing
 from .head import CheckedHead, HeadOptions, check_head
 from .ops.operators import LinearLogpsFunction, agree, compiled
@@ -158,11 +160,11 @@ def token_stats(
 
     `function`: where a trainer's head needs care in the backward.
     """
-    refuse_transforms(function.of, hidden, weight, bias, *(lora if isinstance(lora, (tuple, list)) else ()))
-    if torch.compiler.is_compiling() and options.vocab_group is not None:
-        return uncompiled(_of_ranks, hidden, weight, labels, bias, lora, options, stats, function)
-    if options.vocab_group is not None:
-        return _of_ranks(hidden, weight, labels, bias, lora, options, stats, function)
+    factors = lora if isinstance(lora, (tuple, list)) else ()
+    refuse_transforms(function.of, hidden, weight, bias, *factors)
+    if options.vocab_group is not None or any_dtensor(hidden, weight, labels, bias, *factors):
+        arguments = (hidden, weight, labels, bias, lora, options, stats, function)
+        return uncompiled(_of_ranks, *arguments) if torch.compiler.is_compiling() else _of_ranks(*arguments)
     call = check_head(hidden, weight, labels, bias, lora, options)
     differentiable = _differentiable(call)
     if torch.compiler.is_compiling():
@@ -173,9 +175,18 @@ def token_stats(
 
 
 def _of_ranks(hidden, weight, labels, bias, lora, options: HeadOptions, stats, function) -> TokenStats:
-    """A call that other processes take part in."""
+    """A call that other processes may take part in."""
     with announcing(options.vocab_group, hidden):
-        call = check_head(hidden, weight, labels, bias, lora, options)
+        given, plan = resolve(hidden, weight, labels, bias, lora, options)
+    if plan is not None:
+        if plan.may_travel(weight):
+            stats_of_rows = travel.token_stats(given, plan, hidden, stats)
+            if stats_of_rows is not None:
+                return stats_of_rows
+        given = plan.apply(given)
+    options = given.options
+    with announcing(options.vocab_group, given.hidden):
+        call = check_head(given.hidden, given.weight, given.labels, given.bias, given.lora, options)
     differentiable = _differentiable(call)
     agreed = agree(call, options, stats, differentiable)
     return _shaped(call, _applied(function, call, options, stats, differentiable, agreed))

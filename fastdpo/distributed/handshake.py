@@ -1,9 +1,9 @@
 """What the ranks of a group must agree on, exchanged once at the start of each call and of each backward.
 
 A ticket is a fixed number of words: whatever ranks are given, exchanging them cannot fail for its size. It says which
-call this is, the options, what the data looks like, how many columns a shard has, the draw of the routed backward's key,
-and, from a rank that refuses its arguments, why. So every rank learns of a mismatch, or of a refusal, at the same point,
-raises the same ValueError, and the group stays usable.
+call this is, the options, what the data looks like, how many columns a shard has, the draw of the routed backward's
+key, and, from a rank that refuses its arguments, why. So every rank learns of a mismatch, or of a refusal, at the same
+point, raises the same ValueError, and the group stays usable.
 
 On the CPU tickets are compared on the host in every call. On a GPU that would wait for the device: there the host
 compares only what it has not seen on this group before, and otherwise the device compares what changes from call to
@@ -171,20 +171,19 @@ def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tens
     return Agreed(VocabShards.of(group, known), key, (), _poison(tickets, "the forward", call.seed is not None))
 
 
-def agree_upstream(shards: VocabShards, dlogps: Tensor | None, dentropy: Tensor | None):
+def agree_upstream(shards: VocabShards, dlogps: Tensor | None, dentropy: Tensor | None, *, own: bool = False):
     """(dlogps, dentropy), which every rank multiplies its part of the gradients with: ValueError on every rank where
-    they differ. A loss that one rank alone scales would make gradients of shards that do not fit each other."""
+    they differ. A loss that one rank alone scales would make gradients of shards that do not fit each other. `own`:
+    they are each rank's own, and only which of them there are is compared."""
     if shards.size == 1:
         return dlogps, dentropy
     given = dlogps if dlogps is not None else dentropy
     words = _ticket("the backward", given.device)
     words[_DATA.start] = (dlogps is not None) + 2 * (dentropy is not None)
-    words[_SKETCHES] = torch.cat(
-        [
-            torch.zeros(sketch.SKETCH, dtype=torch.float64, device=given.device) if x is None else sketch.of_vector(x)
-            for x in (dlogps, dentropy)
-        ]
-    ).view(torch.int64)
+    for i, x in enumerate((dlogps, dentropy)):
+        if x is not None and not own:
+            start = _SKETCHES.start + i * sketch.SKETCH
+            words[start : start + sketch.SKETCH] = sketch.of_vector(x).view(torch.int64)
     tickets = _exchange(shards.group, words)
     if _waits(given.device):
         _compared(tickets, "the backward", None)

@@ -1,7 +1,7 @@
 """What a few numbers tell of a tensor that should be the same on every rank.
 
-A sketch is 8 projections onto random signs, and the norm. Two of one tensor up to rounding differ by a small part of the
-norm; of other data all 8 agree by chance with a probability below 1e-9. A checksum is exact, of values and places.
+A sketch is 8 projections onto random signs, and the norm. Two of one tensor up to rounding differ by a small part of
+the norm; of other data all 8 agree by chance with a probability below 1e-9. A checksum is of values and their places.
 """
 
 from __future__ import annotations

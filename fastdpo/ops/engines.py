@@ -13,7 +13,7 @@ from . import native, reference
 from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
-from .problem import Engine
+from .problem import Engine, Gradients
 from .selective import cpu as cpu_logits
 from .selective import cuda as cuda_logits
 from .triton.special import release
@@ -117,7 +117,11 @@ def engine_for(device: torch.device, dtype: torch.dtype, forced: str | None, int
     if name == "triton":
         from .triton import backward, forward
 
-        return Engine("triton", forward.forward, backward.backward)
+        def added(*arguments) -> Gradients:
+            *arguments, sums = arguments
+            return backward.backward(*arguments).added_to(sums)
+
+        return Engine("triton", forward.forward, added)
     return by_row(_BY_TOKEN[name])
 
 

@@ -69,7 +69,7 @@ class LinearLogpsFunction(Function):
         needs = Needs(*ctx.needs_input_grad[:5]) if differentiable else Needs()
         tensors = (hidden, weight, bias, lora_a, lora_b, labels)
         key = options.key(hidden.device) if agreed is None else agreed.key
-        key, scalars = _prepare(options, needs, key, hidden, weight, lora_scale)
+        key, scalars = prepare(options, needs, key, hidden, weight, lora_scale)
         if shards is not None:
             result = sharded_forward(tensors, key, scalars, stats, agreed)
         else:
@@ -105,10 +105,10 @@ class LinearLogpsFunction(Function):
         if shards is not None:
             dlogps, dentropy = handshake.agree_upstream(shards, dlogps, dentropy)
             with handshake.telling(shards.group):
-                grads = _backward(saved, dlogps, dentropy, ctx.scalars, ctx.needs, shards)
+                grads = backward(saved, dlogps, dentropy, ctx.scalars, ctx.needs, shards)
                 shards.reduce(grads)
         else:
-            run = _backward_operator if _is_operator(saved[:6]) else _backward
+            run = _backward_operator if _is_operator(saved[:6]) else backward
             grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs)
         return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 6
 
@@ -128,7 +128,7 @@ def agree(call: CheckedHead, options: HeadOptions, stats, differentiable: bool) 
 
 def described(call: CheckedHead, options: HeadOptions, stats, differentiable: bool, draw, rows: int | None = None):
     """The call as its ranks compare it; `rows`: this rank's number of tokens, where tokens are each rank's own."""
-    hidden, weight, bias, lora_a, lora_b, labels = call.tensors
+    hidden, weight, _, lora_a, _, labels = call.tensors
     tau = options.tau if isinstance(options.tau, tuple) else (options.tau, options.tau)
     dtypes = [None if x is None else x.dtype for x in call.tensors[:5]]
     fields = {
@@ -168,7 +168,7 @@ def compiled(call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], di
     """What `LinearLogpsFunction` returns, by one operator of a compiled graph."""
     inputs = call.tensors[:5]
     needs = Needs(*[differentiable and x is not None and x.requires_grad for x in inputs])
-    key, scalars = _prepare(options, needs, options.key(inputs[0].device), *inputs[:2], call.lora_scale)
+    key, scalars = prepare(options, needs, options.key(inputs[0].device), *inputs[:2], call.lora_scale)
     result = _forward_operator(call.tensors, key, scalars, stats)
     return tuple(getattr(result, name) for name in TokenStats._fields)
 
@@ -185,7 +185,7 @@ class Scalars(NamedTuple):
     weight_set: int
 
 
-def _prepare(
+def prepare(
     options: HeadOptions, needs: Needs, key: Tensor | None, hidden: Tensor, weight: Tensor, lora_scale: float
 ) -> tuple[Tensor | None, Scalars]:
     """(the draws' key, None where nothing is drawn; scalars). Routed where a gradient is needed, unless the options say
@@ -239,8 +239,11 @@ def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) 
         return engine.forward(head, rows, stats=frozenset(stats), routing=routing, shards=shards)
 
 
-def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None) -> Gradients:
-    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least."""
+def backward(
+    saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, sums: Gradients | None = None
+) -> Gradients:
+    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least. `sums`:
+    of earlier calls, to which the head's gradients are added; it is the caller's no more."""
     # hooks on saved tensors, and callers of the operator, may give back another layout
     results = [x if x is None or x.is_contiguous() else contiguous(x) for x in saved[6:]]
     logps, lse, entropy, bitmap, most_pairs = results
@@ -253,7 +256,7 @@ def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=No
         routing = bitmap = most_pairs = None
     saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs)
     with torch.autocast(head.hidden.device.type, enabled=False):
-        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs)
+        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs, sums)
     if grads.hidden is not None:
         grads.hidden = grads.hidden.view(head.hidden.shape)
     return grads
@@ -344,7 +347,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scala
 def token_stats_backward_op(*tensors, needs, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
     _check(tensors[:6], Scalars(**scalars))
-    grads = _backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
+    grads = backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
     made = zip((grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b), tensors)
     return tuple(_absent(like, tensors[0]) if grad is None else grad for grad, like in made)
 

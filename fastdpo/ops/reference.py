@@ -150,7 +150,13 @@ def _routed(dz: Tensor, z: Tensor, saved: Forward, chunk: slice, labels: Tensor,
 
 
 def backward(
-    head: Head, tokens: Tokens, saved: Forward, upstream: Upstream, routing: Routing | None, needs: Needs
+    head: Head,
+    tokens: Tokens,
+    saved: Forward,
+    upstream: Upstream,
+    routing: Routing | None,
+    needs: Needs,
+    sums: Gradients | None = None,
 ) -> Gradients:
     dtype, device = _accumulate_dtype(head), head.hidden.device
 
@@ -212,7 +218,7 @@ def backward(
         cast(dbias, head.bias),
         cast(dlora_a, like_a),
         cast(dlora_b, like_b),
-    )
+    ).added_to(sums)
 
 
 def logits_forward(

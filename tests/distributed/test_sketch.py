@@ -41,7 +41,10 @@ def test_only_rows_that_count_are_read_and_what_is_not_finite_decides_nothing():
 
 def test_vectors_are_compared_to_a_thousandth():
     x = torch.rand(777)
-    pair = lambda other: bool(sketch.differ(torch.stack([sketch.of_vector(v) for v in (x, other)]), sketch.SAME_CODE)[1])  # noqa: E731
+
+    def pair(other) -> bool:
+        return bool(sketch.differ(torch.stack([sketch.of_vector(v) for v in (x, other)]), sketch.SAME_CODE)[1])
+
     assert not pair(x * (1 + 1e-6)) and pair(x * 1.01) and pair(x.flip(0)) and pair(2 * x)
 
 
