@@ -3,8 +3,8 @@
 In turns of a bounded number of rows, every rank gets all ranks' hidden rows and labels, computes its shard of the
 vocabulary for all of them as with `vocab_group`, and keeps its own rows of the result. In the backward hidden travels
 again, upstream gradients go along, dhidden is summed at its owner, and the gradient of a shard is complete where it is:
-nothing of the head crosses. Gradients are those of the sum of the ranks' losses. The handshake tells how many rows every
-rank has, which the host waits for once per call.
+nothing of the head crosses. Gradients are those of the sum of the ranks' losses. The handshake tells how many rows
+every rank has, which the host waits for once per call.
 
 Beside the shard, its gradient (and, of a half-precision head in several turns, both in fp32) and what `vocab_group`
 saves for the rows of all ranks, a rank holds a handful of buffers of one turn's rows, each at most 1 / TURN of the
@@ -129,7 +129,10 @@ class _Turns:
 
 
 def _key(key: Tensor | None, turn: int) -> Tensor | None:
-    return None if key is None else key + turn * _NEXT_TURN
+    if key is None:
+        return None
+    past = turn * _NEXT_TURN % 2**64
+    return key + (past - 2**64 if past >= 2**63 else past)  # wraps
 
 
 class _Travelling(Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from mesh_cases import H, Case, check, placements, scored, tensors
+from mesh_cases import Case, H, check, placements, scored, tensors
 
 import fastdpo
 
@@ -163,7 +163,7 @@ def _refusals(rank, size):
 REFUSED = {
     "ambiguous": r"TypeError: weight is a DTensor .*mesh dimension 0.*name the dimension.*vocab_group=, or pass hidden",
     "partial": r"TypeError: weight is a DTensor placed P.*redistribute\(\) it to Shard\(0\) or Replicate on 'tp'",
-    "by columns": r"TypeError: weight is a DTensor placed S\(1\).*redistribute\(\) it to Shard\(0\) or Replicate on 'tp'",
+    "by columns": r"TypeError: weight is a DTensor placed S\(1\).*it to Shard\(0\) or Replicate on 'tp'",
     "hidden by features": r"TypeError: hidden is a DTensor placed S\(1\).*to Replicate or to Shard of its rows",
     "hidden split": r"TypeError: hidden is a DTensor placed S\(0\).*to Replicate on 'tp', over which weight is split",
     "not split": r"ValueError: vocab_group is given, but weight, a DTensor .*is not split along the vocabulary",
