@@ -117,9 +117,8 @@ def engine_for(device: torch.device, dtype: torch.dtype, forced: str | None, int
     if name == "triton":
         from .triton import backward, forward
 
-        def added(*arguments) -> Gradients:
-            *arguments, sums = arguments
-            return backward.backward(*arguments).added_to(sums)
+        def added(head, rows, saved, upstream, routing, needs, sums=None) -> Gradients:
+            return backward.backward(head, rows, saved, upstream, routing, needs).added_to(sums)
 
         return Engine("triton", forward.forward, added)
     return by_row(_BY_TOKEN[name])
