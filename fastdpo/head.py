@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .distributed import VocabShards
+from .accumulate import check_accumulates
 from .tensors import plain
 from .validation import FLOATS, check_flag, check_integer, check_number
 
@@ -106,10 +106,26 @@ def _accumulate_into(name: str, value) -> str | None:
 
 
 def _group(name: str, value):
-    known = torch.distributed.is_available() and isinstance(value, torch.distributed.ProcessGroup)
-    if value is not None and not known:
-        raise TypeError(f"vocab_group must be a process group of torch.distributed; got {value!r}")
-    return value
+    if value is None:
+        return None
+    if torch.distributed.is_available():
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(value, DeviceMesh):
+            if value.ndim != 1:
+                names = value.mesh_dim_names or ("tp",)
+                raise ValueError(
+                    f"vocab_group must be one dimension of a mesh; got {value}: pass one of them, such as "
+                    f"mesh[{names[-1]!r}], or its get_group()"
+                )
+            value = value.get_group()
+        if isinstance(value, torch.distributed.ProcessGroup):
+            if torch.distributed.get_rank(value) < 0:
+                raise ValueError("vocab_group must be a process group of which this process is a rank")
+            return value
+    raise TypeError(
+        f"vocab_group must be a process group of torch.distributed or a one-dimensional DeviceMesh; got {value!r}"
+    )
 
 
 @dataclass(frozen=True)
@@ -187,7 +203,8 @@ class CheckedHead(NamedTuple):
 
 
 def check_head(hidden, weight, labels, bias, lora, options: HeadOptions) -> CheckedHead:
-    """ValueError or TypeError, naming the argument and its value, unless everything fits."""
+    """ValueError or TypeError, naming the argument and its value, unless everything fits. With a `vocab_group` labels
+    are checked when its ranks have told how many columns they have."""
     hidden, weight, labels = plain("hidden", hidden), plain("weight", weight), plain("labels", labels)
     bias = None if bias is None else plain("bias", bias)
     lora = None if lora is None else _check_lora(lora)
@@ -233,8 +250,9 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions) -> Chec
     if doubles not in (0, count):
         kinds = ", ".join(f"{name} {x.dtype}" for name, x in named.items() if x is not None)
         raise TypeError(f"fp64 is for checking: all of the head and hidden must be fp64 or none; got {kinds}")
-    if options.check_labels:
-        _check_labels(labels, options, VocabShards.of(options.vocab_group, weight).vocab_size)
+    check_accumulates(weight, options.accumulate_into)
+    if options.check_labels and options.vocab_group is None:
+        check_labels(labels, options, vocab_size)
     lora_a, lora_b, lora_scale = lora or (None, None, 1.0)
     return CheckedHead((hidden, weight, bias, lora_a, lora_b, labels.reshape(-1)), lora_scale, labels.shape)
 
@@ -249,7 +267,7 @@ def _check_lora(lora) -> LoRA:
     return LoRA(plain("lora A", lora[0]), plain("lora B", lora[1]), check_number("lora's scale", lora[2]))
 
 
-def _check_labels(labels: Tensor, options: HeadOptions, vocab_size: int) -> None:
+def check_labels(labels: Tensor, options: HeadOptions, vocab_size: int) -> None:
     if labels.device.type == "meta":
         raise ValueError("check_labels=True reads the values of labels, which are on the meta device and have none")
     bad = (labels != options.ignore_index) & ((labels < 0) | (labels >= vocab_size))

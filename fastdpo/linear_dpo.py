@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .distributed.dtensor import local_rows, plain_or_dtensor
+from .distributed.handshake import announcing
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
@@ -155,18 +157,20 @@ def _linear_dpo_loss(
     lora,
 ) -> DPOOutput:
     refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logps)
-    hidden, labels = plain("hidden", hidden), plain("labels", labels)
-    cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
-    _check_layout(hidden, labels, cu_seqlens, options.head.check_labels)
-    reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
-    reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
+    with announcing(options.head.vocab_group, hidden):
+        rows, labels = local_rows(hidden, labels)
+        rows, labels = plain("hidden", rows), plain("labels", labels)
+        cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
+        _check_layout(rows, labels, cu_seqlens, options.head.check_labels)
+        reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
+        reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
     statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
     stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
     ref_logps = reference.logps
     if reference.hidden is not None:
         with torch.no_grad():
             ref_logps = token_stats(
-                reference.hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
+                ref_hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
             ).logps
     given = BatchInputs(
         stats.logps,
@@ -242,7 +246,9 @@ def _check_reference(
     for field, x in zip(_Reference._fields, given):
         name = f"ref_{field}"
         if x is not None:
-            x = plain(name, x)
+            if field == "hidden":
+                x, _ = local_rows(x, labels, name)
+            x = plain_or_dtensor(name, x) if field in ("weight", "bias") else plain(name, x)
             options.check_reference(name)
             if x.dtype not in FLOATS:
                 raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
@@ -274,7 +280,7 @@ def _check_reference(
             f"got shape {tuple(hidden.shape)}"
         )
     if ref_weight is None:
-        weight = ref_weight = plain("weight", weight)
+        weight = ref_weight = plain_or_dtensor("weight", weight)
         if hidden.shape[-1:] != weight.shape[-1:]:
             raise ValueError(
                 f"ref_hidden has H = {hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"

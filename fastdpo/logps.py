@@ -11,10 +11,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .accumulate import check_accumulates
 from .autograd import Function, uncompiled
-from .head import HeadOptions, check_head
-from .ops.operators import LinearLogpsFunction, compiled
+from .distributed import travel
+from .distributed.dtensor import any_dtensor, resolve
+from .distributed.handshake import announcing
+from .head import CheckedHead, HeadOptions, check_head
+from .ops.operators import LinearLogpsFunction, agree, compiled
 from .ops.problem import STATS, TokenStats
 from .tensors import refuse_transforms
 from .validation import check_names
@@ -182,20 +184,53 @@ def token_stats(
 
     `function`: where a trainer's head needs care in the backward.
     """
-    refuse_transforms(function.of, hidden, weight, bias, *(lora if isinstance(lora, (tuple, list)) else ()))
+    factors = lora if isinstance(lora, (tuple, list)) else ()
+    refuse_transforms(function.of, hidden, weight, bias, *factors)
+    if options.vocab_group is not None or any_dtensor(hidden, weight, labels, bias, *factors):
+        arguments = (hidden, weight, labels, bias, lora, options, stats, function)
+        return uncompiled(_of_ranks, *arguments) if torch.compiler.is_compiling() else _of_ranks(*arguments)
     call = check_head(hidden, weight, labels, bias, lora, options)
-    check_accumulates(call.tensors[1], options.accumulate_into)
+    differentiable = _differentiable(call)
+    if not torch.compiler.is_compiling():
+        outputs = _applied(function, call, options, stats, differentiable)
+    elif options.accumulate_into is None:
+        outputs = compiled(call, options, stats, differentiable)
+    else:  # an operator returns gradients
+        outputs = uncompiled(_applied, function, call, options, stats, differentiable)
+    return _shaped(call, outputs)
+
+
+def _of_ranks(hidden, weight, labels, bias, lora, options: HeadOptions, stats, function) -> TokenStats:
+    """A call that other processes may take part in."""
+    with announcing(options.vocab_group, hidden):
+        given, plan = resolve(hidden, weight, labels, bias, lora, options)
+    if plan is not None:
+        if plan.may_travel(weight):
+            stats_of_rows = travel.token_stats(given, plan, hidden, stats)
+            if stats_of_rows is not None:
+                return stats_of_rows
+        given = plan.apply(given)
+    options = given.options
+    with announcing(options.vocab_group, given.hidden):
+        call = check_head(given.hidden, given.weight, given.labels, given.bias, given.lora, options)
+    differentiable = _differentiable(call)
+    agreed = agree(call, options, stats, differentiable)
+    return _shaped(call, _applied(function, call, options, stats, differentiable, agreed))
+
+
+def _differentiable(call: CheckedHead) -> bool:
     # Inside an autograd Function grad mode is off and needs_input_grad is True even under no_grad: look here.
     differentiable = False
     if torch.is_grad_enabled():
         for x in call.tensors:
             differentiable = differentiable or (x is not None and x.requires_grad)
-    arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
+    return differentiable
+
+
+def _applied(function, call: CheckedHead, options: HeadOptions, stats, differentiable: bool, agreed=None):
     apply = super(Function, function).apply  # torch's: the class's own checks again
-    if not torch.compiler.is_compiling():
-        outputs = apply(*arguments)
-    elif options.vocab_group is None and options.accumulate_into is None:
-        outputs = compiled(call, options, stats, differentiable)
-    else:
-        outputs = uncompiled(apply, *arguments)
+    return apply(*call.tensors, options, stats, differentiable, call.lora_scale, agreed)
+
+
+def _shaped(call: CheckedHead, outputs) -> TokenStats:
     return TokenStats(*[None if x is None else x.view(call.shape) for x in outputs])

@@ -16,7 +16,8 @@ from torch.autograd import forward_ad
 _TRACED = (FakeTensor, FunctionalTensor)  # without values; their calls become operators
 _TRACERS = tuple(torch._C._TorchDispatchModeKey.__members__.values())  # fake tensors, make_fx, functionalization
 _INSTEAD = {
-    "DTensor": "full_tensor(), or its to_local() with vocab_group= where the head is split along the vocabulary",
+    "DTensor": "its full_tensor(), or its to_local() of what is by row; linear_logps, linear_token_stats and "
+    "linear_dpo_loss take hidden, labels and the head as DTensors",
     "UninitializedParameter": "one whose shape is known",
 }
 _ANY_INSTEAD = "a plain tensor of its values, such as its dequantize(), or as_subclass(torch.Tensor) where that is one"

@@ -125,21 +125,28 @@ def one_rank(tmp_path_factory):
     dist.destroy_process_group()
 
 
+CITIZENS = ("hidden", "weight", "labels", "bias", "lora A", "lora B", "ref_hidden", "ref_weight", "ref_bias")
+
+
 @pytest.mark.parametrize("placement", ["Replicate", "Shard"])
 @pytest.mark.parametrize("function,name", ARGUMENTS)
-def test_dtensors_are_refused_by_name(one_rank, function, name, placement):
+def test_dtensors_are_served_in_a_head_and_refused_by_name_elsewhere(one_rank, function, name, placement):
     from torch.distributed import tensor as dtensor
 
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     x = inputs()[function]
     placements = [dtensor.Replicate() if placement == "Replicate" or x[name].ndim == 0 else dtensor.Shard(0)]
-    sharded = dtensor.DTensor.from_local(x[name], mesh, placements)
+    dressed = dtensor.DTensor.from_local(x[name], mesh, placements)
+    if function.startswith("linear") and name in CITIZENS:
+        ours = call(function, x | {name: dressed})
+        assert all(type(value) is Tensor for value in (ours if isinstance(ours, tuple) else [ours]))
+        torch.testing.assert_close(ours, call(function, x), rtol=0, atol=0)
+        return
     with pytest.raises(
-        TypeError, match=rf"{name} must be a plain strided tensor.*DTensor.*full_tensor\(\).*vocab_group="
+        TypeError, match=rf"{name} must be a plain strided tensor.*DTensor.*full_tensor\(\).*as DTensors"
     ):
-        call(function, x | {name: sharded})
-    whole = call(function, x | {name: sharded.full_tensor()})
-    torch.testing.assert_close(whole, call(function, x))
+        call(function, x | {name: dressed})
+    torch.testing.assert_close(call(function, x | {name: dressed.full_tensor()}), call(function, x))
 
 
 @pytest.mark.parametrize("function,name", [pair for pair in ARGUMENTS if pair[0] != "linear_token_stats"])

@@ -221,7 +221,7 @@ MESSAGES = [
     ),
     (
         lambda: fastdpo.linear_logps(HIDDEN, WEIGHT, LABELS, vocab_group="tp"),
-        "^vocab_group must be a process group of torch.distributed; got 'tp'$",
+        "^vocab_group must be a process group of torch.distributed or a one-dimensional DeviceMesh; got 'tp'$",
     ),
     (
         lambda: fastdpo.preference_loss(ROW, ROW, loss_type="kto", kto_kl=torch.tensor(True)),

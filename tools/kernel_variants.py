@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from fastdpo.head import LogitTransform, LoRA, Routing
-from fastdpo.ops.problem import STATS, Head, Needs, Rows, Upstream
+from fastdpo.ops.problem import STATS, Gradients, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton import launch, special
@@ -195,7 +195,9 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
             column = meta(n, dtype=torch.float32)
             upstream = Upstream(column, column if problem.entropy else None)
             routing = None if problem.entropy else routing
-            added = {"into": meta(v, h, dtype=torch.float32)} if problem.adds else {}  # earlier commits do not know it
+            added = (
+                {"sums": Gradients(weight=meta(v, h, dtype=torch.float32))} if problem.adds else {}
+            )  # earlier commits do not know it
             triton_backward.backward(head, rows, saved, upstream, routing, needs, **added)
     return launches
 

@@ -41,14 +41,14 @@ def _backward(
     upstream: Upstream,
     routing: Routing | None,
     needs: Needs,
-    into: Tensor | None = None,
+    sums: Gradients | None = None,
 ) -> Gradients:
     head, tokens, invalid = _completion_tokens(head, rows)
     if tokens.rows is not None:
         saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
     if routing is None:
         tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
-    grads = of_tokens(head, tokens, saved, upstream, routing, needs, into)
+    grads = of_tokens(head, tokens, saved, upstream, routing, needs, sums)
     if invalid is not None and grads.hidden is not None:
         grads.hidden[invalid] = torch.nan
     return grads
@@ -60,7 +60,7 @@ def _each(tensors, function: Callable[[Tensor], Tensor]):
     return replace(tensors, **{name: function(x) for name, x in values.items() if x is not None})
 
 
-def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+def as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     """([*, H] with rows apart, row of it per flat row of `hidden` or None when they are the same).
 
     The usual slice ``hidden[:, :-1]`` has no flat view, but its rows lie at whole multiples of one stride: address
@@ -83,7 +83,7 @@ def _as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | None]:
     """(head with rows apart, tokens to score, rows whose label is out of range or None)."""
-    hidden, source_rows = _as_rows(head.hidden)
+    hidden, source_rows = as_rows(head.hidden)
     ignored = rows.labels == rows.ignore_index
     out_of_range = ((rows.labels < 0) | (rows.labels >= rows.vocab_size)) & ~ignored
     invalid = out_of_range.nonzero()[:, 0] if out_of_range.any() else None

@@ -13,7 +13,7 @@ comes back from an operator with 0 elements.
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from os import environ
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..accumulate import check_accumulates, destination, nothing_left
+from ..accumulate import destination, nothing_left
 from ..autograd import Function, no_second_derivative, once_differentiable, uncompiled
-from ..distributed import VocabShards
-from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head
+from ..distributed import handshake
+from ..distributed.handshake import Agreed
+from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head, check_labels
 from ..routing import num_blocks, set_bytes
 from ..tensors import contiguous, in_rows, plain, refuse_transforms, traced
 from ..validation import check_flag, check_names
@@ -47,23 +48,34 @@ class LinearLogpsFunction(Function):
     def apply(cls, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
         if not isinstance(options, HeadOptions):
             raise TypeError(f"options must be HeadOptions; got {options!r}")
-        stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
-        lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
-        call = check_head(hidden, weight, labels, bias, lora, options)
-        check_accumulates(call.tensors[1], options.accumulate_into)
-        arguments = (*call.tensors, options, stats, differentiable, call.lora_scale)
-        apply = super().apply
-        return uncompiled(apply, *arguments) if torch.compiler.is_compiling() else apply(*arguments)
+        arguments = (hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale)
+        run = cls._checked
+        return uncompiled(run, *arguments) if torch.compiler.is_compiling() else run(*arguments)
+
+    @classmethod
+    def _checked(cls, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale):
+        with handshake.announcing(options.vocab_group, hidden):
+            stats, differentiable = check_names("stats", stats, STATS), check_flag("differentiable", differentiable)
+            lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, lora_scale)
+            call = check_head(hidden, weight, labels, bias, lora, options)
+        agreed = agree(call, options, stats, differentiable)
+        return super().apply(*call.tensors, options, stats, differentiable, call.lora_scale, agreed)
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
+    def forward(
+        ctx, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0, agreed=None
+    ):
         ctx.set_materialize_grads(False)
-        shards = None if options.vocab_group is None else VocabShards.of(options.vocab_group, weight)
+        shards = None if agreed is None else agreed.shards
         needs = Needs(*ctx.needs_input_grad[:5]) if differentiable else Needs()
         tensors = (hidden, weight, bias, lora_a, lora_b, labels)
-        key, scalars = _prepare(options, needs, hidden, weight, lora_scale, shards)
-        run = _forward_operator if _is_operator(tensors, shards) else _forward
-        result = run(tensors, key, scalars, stats, shards)
+        key = options.key(hidden.device) if agreed is None else agreed.key
+        key, scalars = prepare(options, needs, key, hidden, weight, lora_scale)
+        if shards is not None:
+            result = sharded_forward(tensors, key, scalars, stats, agreed)
+        else:
+            run = _forward_operator if _is_operator(tensors) else _forward
+            result = run(tensors, key, scalars, stats)
         if True in needs:
             # copies: the caller may change in place what is returned
             logps, entropy = result.logps.clone(), None if result.entropy is None else result.entropy.clone()
@@ -80,28 +92,89 @@ class LinearLogpsFunction(Function):
     @once_differentiable
     def backward(ctx, dlogps, dentropy, *_):
         if dlogps is None and dentropy is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        if saved[1].shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
-            raise RuntimeError(
-                f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(saved[1].shape)} in the "
-                "backward: keep a sharded head gathered until the backward is done"
-            )
-        into = destination(ctx, saved[1]) if ctx.needs.weight else None
-        run = _backward_operator if _is_operator(saved[:6], ctx.shards) else _backward
-        grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, ctx.shards, into)
-        if into is not None:
+            return (None,) * 11
+        shards = ctx.shards
+        upstream = dlogps if dlogps is not None else dentropy
+        with handshake.announcing(None if shards is None else shards.group, upstream, "the backward"):
+            saved = ctx.saved_tensors
+            if saved[1].shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
+                raise RuntimeError(
+                    f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(saved[1].shape)} in "
+                    "the backward: keep a sharded head gathered until the backward is done"
+                )
+            if shards is not None:
+                dlogps, dentropy = _plain(_UPSTREAM, (dlogps, dentropy))
+            place = destination(ctx, saved[1]) if ctx.needs.weight else None
+        sums = None if place is None else Gradients(weight=place)
+        if shards is not None:
+            dlogps, dentropy = handshake.agree_upstream(shards, dlogps, dentropy)
+            with handshake.telling(shards.group):
+                grads = backward(saved, dlogps, dentropy, ctx.scalars, ctx.needs, shards, sums)
+                shards.reduce(grads)
+        else:
+            run = _backward_operator if _is_operator(saved[:6]) else backward
+            grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, sums=sums)
+        if place is not None:
             grads.weight = nothing_left(ctx.accumulate_into, saved[1])
-        if ctx.shards is not None:
-            ctx.shards.reduce(grads)
-        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, None, None, None, None, None
+        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 6
+
+
+def agree(call: CheckedHead, options: HeadOptions, stats, differentiable: bool) -> Agreed | None:
+    """What the ranks of `vocab_group` agree on before the call's first exchange of a size that data decides; ValueError
+    on every one of them unless they do."""
+    if options.vocab_group is None:
+        return None
+    hidden, _, _, lora_a, _, labels = call.tensors
+    told = described(call, options, stats, differentiable, options.key(hidden.device))
+    agreed = handshake.agree(options.vocab_group, told, hidden, labels, lora_a)
+    if options.check_labels:
+        check_labels(labels.view(call.shape), options, agreed.shards.vocab_size)
+    return agreed
+
+
+def described(call: CheckedHead, options: HeadOptions, stats, differentiable: bool, draw, rows: int | None = None):
+    """The call as its ranks compare it; `rows`: this rank's number of tokens, where tokens are each rank's own."""
+    hidden, weight, _, lora_a, _, labels = call.tensors
+    tau = options.tau if isinstance(options.tau, tuple) else (options.tau, options.tau)
+    dtypes = [None if x is None else x.dtype for x in call.tensors[:5]]
+    fields = {
+        "tokens": "the same on every rank" if rows is None else "each rank's own",
+        "the rows of hidden": labels.shape[0] if rows is None else 0,
+        "the last dimension of hidden": hidden.shape[-1],
+        **{f"{name}'s dtype": dtype for name, dtype in zip(_NAMES, dtypes)},
+        "lora's rank": -1 if lora_a is None else lora_a.shape[0],
+        "lora's scale": call.lora_scale,
+        **{name: getattr(options, name) for name in ("ignore_index", "logit_scale", "softcap", "temperature")},
+        "backward": options.backward,
+        "tau of dhidden": tau[0],
+        "tau of dweight": tau[1],
+        "whether seed is given": options.seed is not None,
+        "check_labels": options.check_labels,
+        "stats": stats,
+        "the inputs that want a gradient": [
+            name for name, x in zip(_NAMES, call.tensors[:5]) if differentiable and x is not None and x.requires_grad
+        ],
+        "autocast's or the products' dtype": _compute_dtype(hidden, weight),
+        "the engine": _engine(hidden).name,
+    }
+    return handshake.Call(fields, options.seed, draw, weight.shape[0], rows or 0)
+
+
+def sharded_forward(tensors, key: Tensor | None, scalars: Scalars, stats, agreed: Agreed) -> Forward:
+    with handshake.telling(agreed.shards.group):
+        result = _forward(tensors, key, scalars, stats, agreed.shards)
+    if agreed.poison is None:
+        return result
+    values = {field.name: getattr(result, field.name) for field in fields(Forward)}
+    wrong = {name: x + agreed.poison for name, x in values.items() if x is not None and x.is_floating_point()}
+    return replace(result, **wrong)
 
 
 def compiled(call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], differentiable: bool) -> tuple:
     """What `LinearLogpsFunction` returns, by one operator of a compiled graph."""
     inputs = call.tensors[:5]
     needs = Needs(*[differentiable and x is not None and x.requires_grad for x in inputs])
-    key, scalars = _prepare(options, needs, *inputs[:2], call.lora_scale, None)
+    key, scalars = prepare(options, needs, options.key(inputs[0].device), *inputs[:2], call.lora_scale)
     result = _forward_operator(call.tensors, key, scalars, stats)
     return tuple(getattr(result, name) for name in TokenStats._fields)
 
@@ -118,29 +191,29 @@ class Scalars(NamedTuple):
     weight_set: int
 
 
-def _prepare(
-    options: HeadOptions, needs: Needs, hidden: Tensor, weight: Tensor, lora_scale: float, shards
+def prepare(
+    options: HeadOptions, needs: Needs, key: Tensor | None, hidden: Tensor, weight: Tensor, lora_scale: float
 ) -> tuple[Tensor | None, Scalars]:
     """(the draws' key, None where nothing is drawn; scalars). Routed where a gradient is needed, unless the options say
     otherwise."""
-    key = options.key(hidden.device)
     routing = options.routing(needs.hidden or needs.lora_a, needs.weight or needs.bias or needs.lora_b)
-    if not routing.taus:
-        key = None
-    elif shards is not None:
-        key = shards.common_seed(key)
-    # what F.linear would multiply in: the autocast type, or the common type of both
+    dtype = _compute_dtype(hidden, weight)
+    return key if routing.taus else None, Scalars(
+        lora_scale, options.transform, options.ignore_index, dtype, *routing[:3]
+    )
+
+
+def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What F.linear would multiply in: the autocast type, or the common type of both."""
     device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
     if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return key, Scalars(lora_scale, options.transform, options.ignore_index, dtype, *routing[:3])
+    return dtype
 
 
-def _is_operator(tensors, shards) -> bool:
+def _is_operator(tensors) -> bool:
     """Whether a call has to be one operator: where it is only traced, or where a dispatch mode is on that could not
     see into Triton's kernels; but never with a shard of the vocabulary, which talks to other processes."""
-    if shards is not None:
-        return False
     wanted = traced(*tensors) or (_get_current_dispatch_mode() is not None and _engine(tensors[0]).name == "triton")
     if wanted:
         flops.register()
@@ -151,7 +224,7 @@ def _engine(hidden: Tensor) -> Engine:
     return engine_for(hidden.device, hidden.dtype, environ.get("FASTDPO_ENGINE"), environ.get("TRITON_INTERPRET"))
 
 
-def _problem(tensors, key: Tensor | None, scalars: Scalars, shards) -> tuple[Head, Rows, Routing | None]:
+def _problem(tensors, key: Tensor | None, scalars: Scalars, shards=None) -> tuple[Head, Rows, Routing | None]:
     """What an engine takes, laid out as problem.py says."""
     hidden, weight, bias, lora_a, lora_b, labels = tensors
     lora = None if lora_a is None else LoRA(contiguous(lora_a), contiguous(lora_b), scalars.lora_scale)
@@ -172,9 +245,11 @@ def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) 
         return engine.forward(head, rows, stats=frozenset(stats), routing=routing, shards=shards)
 
 
-def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, into=None) -> Gradients:
-    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least. `into`:
-    what the weight's gradient is added to, if it has a place already."""
+def backward(
+    saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, sums: Gradients | None = None
+) -> Gradients:
+    """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least. `sums`:
+    of earlier calls, to which the head's gradients are added; it is the caller's no more."""
     # hooks on saved tensors, and callers of the operator, may give back another layout
     results = [x if x is None or x.is_contiguous() else contiguous(x) for x in saved[6:]]
     logps, lse, entropy, bitmap, most_pairs = results
@@ -187,7 +262,7 @@ def _backward(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=No
         routing = bitmap = most_pairs = None
     saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs)
     with torch.autocast(head.hidden.device.type, enabled=False):
-        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs, into)
+        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs, sums)
     if grads.hidden is not None:
         grads.hidden = grads.hidden.view(head.hidden.shape)
     return grads
@@ -217,17 +292,15 @@ _SCALARS = (
 _RESULTS = tuple(field.name for field in fields(Forward))
 
 
-def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) -> Forward:
+def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats) -> Forward:
     outputs = token_stats_op(*tensors, key, **scalars._asdict(), stats=sorted(stats))
     present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if key is not None else set())
     return Forward(*[x if name in present else None for name, x in zip(_RESULTS, outputs)])
 
 
-def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, into=None) -> Gradients:
+def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, sums=None) -> Gradients:
     grads = token_stats_backward_op(*saved, dlogps, dentropy, **scalars._asdict(), needs=list(needs))
-    if into is not None:
-        into.add_(grads[1])
-    return Gradients(*[grad if need else None for grad, need in zip(grads, needs)])
+    return Gradients(*[grad if need else None for grad, need in zip(grads, needs)]).added_to(sums)
 
 
 def _check(tensors, scalars: Scalars) -> None:
@@ -280,7 +353,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scala
 def token_stats_backward_op(*tensors, needs, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
     _check(tensors[:6], Scalars(**scalars))
-    grads = _backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
+    grads = backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
     made = zip((grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b), tensors)
     return tuple(_absent(like, tensors[0]) if grad is None else grad for grad, like in made)
 

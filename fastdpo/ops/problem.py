@@ -123,7 +123,8 @@ class Needs(NamedTuple):
 
 @dataclass
 class Gradients:
-    """In the type of what they are the gradient of, rounded once; None where not asked for."""
+    """In the type of what they are the gradient of, rounded once; None where not asked for. The head's may be added to
+    those of earlier calls, `sums`: then all are as wide as sums are made."""
 
     hidden: Tensor | None = None  # [M, H], zero in ignored rows; rows: NaN where the label is out of range
     weight: Tensor | None = None
@@ -131,14 +132,18 @@ class Gradients:
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
 
+    def added_to(self, sums: Gradients | None) -> Gradients:
+        for name in () if sums is None else Needs._fields[1:]:
+            mine, others = getattr(self, name), getattr(sums, name)
+            setattr(self, name, mine if others is None or others is mine else others.add_(mine))
+        return self
+
 
 class Engine(NamedTuple):
     """What computes.
 
     forward(head, rows, *, stats, routing, shards) -> Forward
-    backward(head, rows, saved, upstream, routing, needs, into) -> Gradients
-
-    `into`: None, or a contiguous [V, H] of any type that dweight is added to, and that Gradients.weight then is.
+    backward(head, rows, saved, upstream, routing, needs, sums) -> Gradients   sums: of earlier calls, or None
     """
 
     name: str

@@ -15,8 +15,8 @@ from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 LOGITS_BYTES = 32 << 20  # of one chunk's logits; a handful of such temporaries live at a time
 
 
-def _chunks(head: Head, tokens: Tokens):
-    size = max(1, LOGITS_BYTES // (head.weight.shape[0] * 4))
+def _chunks(tokens: Tokens, columns: int):
+    size = max(1, LOGITS_BYTES // (columns * 4))
     for start in range(0, len(tokens), size):
         yield slice(start, min(start + size, len(tokens)))
 
@@ -72,7 +72,8 @@ def forward(
     def emit(name: str, value: Tensor) -> None:
         columns.setdefault(name, []).append(value)
 
-    for chunk in _chunks(head, tokens):
+    # ranks exchange a chunk at a time: as many on every one
+    for chunk in _chunks(tokens, head.weight.shape[0] if shards is None else shards.widest):
         z, _ = _logits(head, _operand(head.hidden[_rows(tokens.source_rows, chunk)], head))
         labels = tokens.labels[chunk]
         rest, label_logit = _without_label(z, labels)
@@ -155,7 +156,7 @@ def backward(
     upstream: Upstream,
     routing: Routing | None,
     needs: Needs,
-    into: Tensor | None = None,
+    sums: Gradients | None = None,
 ) -> Gradients:
     dtype, device = _accumulate_dtype(head), head.hidden.device
 
@@ -172,7 +173,7 @@ def backward(
     weight = _operand(head.weight, head)
     if head.lora is not None:
         lora_a, lora_b = _operand(like_a, head) * lora_scale, _operand(like_b, head)
-    for chunk in _chunks(head, tokens):
+    for chunk in _chunks(tokens, head.weight.shape[0]):
         hidden = _operand(head.hidden[_rows(tokens.source_rows, chunk)], head)
         z, slope = _logits(head, hidden)
         labels, logps, lse = tokens.labels[chunk], saved.logps[chunk], saved.lse[chunk]
@@ -213,11 +214,11 @@ def backward(
 
     return Gradients(
         cast(dhidden, head.hidden),
-        cast(dweight, head.weight) if into is None else into.add_(dweight),
+        dweight if sums is not None else cast(dweight, head.weight),
         cast(dbias, head.bias),
         cast(dlora_a, like_a),
         cast(dlora_b, like_b),
-    )
+    ).added_to(sums)
 
 
 def logits_forward(

@@ -65,9 +65,9 @@ def test_nothing_ignored_nothing_copied():
         seen["result"] = reference.forward(head, tokens, **options)
         return seen["result"]
 
-    def backward(head, tokens, saved, upstream, routing, needs, into):
+    def backward(head, tokens, saved, upstream, routing, needs, sums):
         seen.update(head=head, tokens=tokens, saved=saved, upstream=upstream)
-        return reference.backward(head, tokens, saved, upstream, routing, needs, into)
+        return reference.backward(head, tokens, saved, upstream, routing, needs, sums)
 
     spy, coef = by_row(Engine("a spy", forward, backward)), torch.ones(6)
     result = spy.forward(head, rows, stats=frozenset(["entropy"]), routing=routing)

@@ -9,6 +9,7 @@ dhidden is summed block by block in vocabulary order either way, so its bits do 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -35,21 +36,20 @@ def backward(
     upstream: Upstream,
     routing: Routing | None,
     needs: Needs,
-    into: Tensor | None = None,
+    sums: Gradients | None = None,
 ) -> Gradients:
     ops, device, fp32 = Operands(head, tokens), head.hidden.device, torch.float32
     like_a, like_b = (None, None) if head.lora is None else head.lora[:2]
-    grads = Gradients()
+    grads = Gradients() if sums is None else replace(sums)
     if needs.hidden:
         grads.hidden = torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
-    if needs.weight:
-        like = head.weight
-        grads.weight = into if into is not None else torch.zeros(like.shape, dtype=like.dtype, device=device)
-    if needs.bias:
+    if needs.weight and grads.weight is None:
+        grads.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device)
+    if needs.bias and grads.bias is None:
         grads.bias = torch.zeros(head.bias.shape, dtype=fp32, device=device)
-    if needs.lora_a:
+    if needs.lora_a and grads.lora_a is None:
         grads.lora_a = torch.zeros(like_a.shape, dtype=fp32, device=device)
-    if needs.lora_b:
+    if needs.lora_b and grads.lora_b is None:
         grads.lora_b = torch.zeros(like_b.shape, dtype=fp32, device=device)
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
@@ -64,10 +64,10 @@ def backward(
     # Adding token ranges up in a half-precision dweight would round at every range: then dweight has its own sweep.
     joint = of_weight and (count <= size or not needs.weight or grads.weight.dtype == torch.float32)
     for start in range(0, count, size):
-        sums = _TokenSums(ops, grads, start, min(start + size, count)) if of_hidden else None
-        add_tiles(start, min(start + size, count), sums, grads if joint else None)
-        if sums is not None:
-            sums.finish()
+        of_tokens = _TokenSums(ops, grads, start, min(start + size, count)) if of_hidden else None
+        add_tiles(start, min(start + size, count), of_tokens, grads if joint else None)
+        if of_tokens is not None:
+            of_tokens.finish()
     if of_weight and not joint:
         add_tiles(0, count, None, grads)
     for name, like in (("bias", head.bias), ("lora_a", like_a), ("lora_b", like_b)):

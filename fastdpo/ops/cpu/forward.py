@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...head import Routing
-from ...routing import BLOCK
+from ...routing import BLOCK, num_blocks
 from ..native import EXTENSION
 from ..problem import STAT_DTYPES, Forward, Head, Tokens
 from .operands import Operands
@@ -34,7 +34,8 @@ def forward(
     if routing is not None:
         bitmap = torch.empty(count, len(routing.taus) * -(-blocks // 8), dtype=torch.uint8, device=device)
         most_pairs = torch.empty(count, dtype=torch.int32, device=device)
-    size = ops.chunk_rows(8 * blocks)
+    # ranks exchange a chunk at a time: as many on every one
+    size = ops.chunk_rows(8 * (blocks if shards is None else num_blocks(shards.widest)))
     for start in range(0, count, size):
         stop = min(start + size, count)
         n, chunk = stop - start, slice(start, stop)

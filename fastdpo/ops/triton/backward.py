@@ -34,12 +34,12 @@ def backward(
     upstream: Upstream,
     routing: Routing | None,
     needs: Needs,
-    into: Tensor | None = None,
+    sums: Gradients | None = None,
 ) -> Gradients:
-    call = Call(head, rows)
-    grads = _allocate(call, needs, into)
+    call, place = Call(head, rows), None if sums is None else sums.weight
+    grads = _allocate(call, needs, place)
     if call.num_rows == 0:
-        return grads
+        return grads.added_to(sums)
     with on_device(call.device):
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
         coefs = (None, None) if routing is not None else (upstream.coef, upstream.coef_entropy)
@@ -48,7 +48,7 @@ def backward(
         tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
         items_of_lists = iter(items)
         for sweep in sweeps(
-            call, tokens, saved, upstream, grads, needs, routed=routing is not None, adds=into is not None
+            call, tokens, saved, upstream, grads, needs, routed=routing is not None, adds=place is not None
         ):
             out = None if sweep.dhidden is None else grads.hidden
             if routing is None:
@@ -62,11 +62,11 @@ def backward(
             if sweep.dlow_rank is not None and grads.lora_a is not None:
                 lora_a(sweep, grads.lora_a)
             del sweep  # the next one's sums take its place
-    return grads
+    return grads.added_to(sums)
 
 
-def _allocate(call: Call, needs: Needs, into: Tensor | None) -> Gradients:
-    """To be written whole; zeros where there is no token. `into` has a place for dweight, and values."""
+def _allocate(call: Call, needs: Needs, place: Tensor | None) -> Gradients:
+    """To be written whole; zeros where there is no token. `place`: what dweight is added to."""
 
     def like(x: Tensor | None, wanted: bool) -> Tensor | None:
         make = torch.empty if call.num_rows else torch.zeros
@@ -75,7 +75,7 @@ def _allocate(call: Call, needs: Needs, into: Tensor | None) -> Gradients:
     hidden = None
     if needs.hidden:
         hidden = torch.empty(call.num_rows, call.hidden_size, dtype=call.head.hidden.dtype, device=call.device)
-    weight = into if into is not None else like(call.weight, needs.weight)
+    weight = place if place is not None else like(call.weight, needs.weight)
     return Gradients(hidden, weight, *map(like, call.head.inputs[2:], needs[2:]))
 
 

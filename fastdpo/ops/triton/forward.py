@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from ...routing import set_bytes
+from ...routing import num_blocks, set_bytes
 from ..problem import Forward, Head, Rows
 from . import memory
 from .call import Call
@@ -29,7 +29,9 @@ def forward(head: Head, rows: Rows, *, stats: frozenset[str] = frozenset(), rout
     saved = Forward(*results, bitmap, most_pairs)
     if m == 0:
         return saved
-    sums_of_token = 4 * call.num_blocks * sum(BlockSums.wanted(stats))
+    # ranks exchange a chunk at a time: as many on every one
+    blocks = call.num_blocks if shards is None else num_blocks(shards.widest)
+    sums_of_token = 4 * blocks * sum(BlockSums.wanted(stats))
     capacity = min(memory.FORWARD_HIDDEN // (call.pitch * call.item_size), memory.FORWARD_PARTIAL // sums_of_token)
     capacity = min(memory.multiple(capacity, 128), triton.cdiv(m, 16) * 16)
     draw = Draw.of(routing, saved)

@@ -5,12 +5,13 @@ lse = logsumexp over ranks        label's logit = its owner's        dhidden = s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .routing import ONE
+from ..routing import ONE
 
 # The columns of RowStats in csrc/structs.h; those up to the squares leave the label out, and are relative to `max`.
 ROW_STATS = ("max", "sum_exp", "sum_exp_z", "sum_exp_sq", "sum_z", "max_before", "max_after")
@@ -25,30 +26,22 @@ class VocabShards:
     rank: int
     vocab_start: int  # first vocabulary id of this rank
     vocab_size: int  # of all ranks
+    widest: int  # columns of the largest shard: what is exchanged in pieces has as many on every rank
 
     @staticmethod
-    def of(group, weight: Tensor) -> VocabShards:
-        if group is None:
-            return VocabShards(None, 1, 0, 0, weight.shape[0])
+    def of(group, columns: Sequence[int]) -> VocabShards:
+        """`columns`: of every rank's shard, in rank order."""
         import torch.distributed as dist
 
-        size, rank = dist.get_world_size(group), dist.get_rank(group)
-        mine = torch.tensor([weight.shape[0]], device=weight.device)
-        counts = [torch.empty_like(mine) for _ in range(size)]
-        dist.all_gather(counts, mine, group=group)
-        counts = [int(count) for count in counts]
-        return VocabShards(group, size, rank, sum(counts[:rank]), sum(counts))
+        rank = dist.get_rank(group)
+        return VocabShards(group, len(columns), rank, sum(columns[:rank]), sum(columns), max(columns))
 
     def _gather(self, x: Tensor) -> Tensor:
         import torch.distributed as dist
 
-        parts = [torch.empty_like(x) for _ in range(self.size)]
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
-
-    def common_seed(self, seed: Tensor) -> Tensor:
-        """Rank 0's draw, 0-d int64, so that `seed=None` gives one step one key."""
-        return seed if self.size == 1 else self._gather(seed)[0]
 
     def sum(self, x: Tensor) -> Tensor:
         # gather and add in rank order: an all_reduce may add in another order from run to run
