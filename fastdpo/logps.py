@@ -67,10 +67,10 @@ def linear_logps(
             in every call but under ``torch.inference_mode``, so that ``torch.manual_seed`` and activation checkpointing
             of either kind repeat it.
         lora: ``(A [r, H], B [V, r], s)``: a low-rank update of the head, ``weight + s * B @ A``, never formed.
-        vocab_group: a torch.distributed process group over which `weight` (and `bias`, and ``B``) are split along the
-            vocabulary in rank order; `hidden` and `labels` are the same on every rank. Every rank gets all of the
-            gradient of `hidden`, summed over the group already: a sum in a backward before it, such as that of
-            Megatron's `copy_to_tensor_model_parallel_region`, would make it size times too large.
+        vocab_group: a torch.distributed process group, or a one-dimensional DeviceMesh, over which `weight` (and
+            `bias`, and ``B``) are split along the vocabulary in rank order; `hidden` and `labels` are the same on every
+            rank. Every rank gets all of the gradient of `hidden`, summed over the group already: a sum in a backward
+            before it, as of Megatron's `copy_to_tensor_model_parallel_region`, would make it size times too large.
         check_labels: raise on an out-of-range label instead of returning NaN in its row (waits for the device).
         accumulate_into: ``"grad"`` or ``"main_grad"``: the backward adds the gradient of `weight`, a leaf, to this
             attribute of it in place, tile by tile, without a second ``[V, H]``; see fastdpo/accumulate.py.
@@ -78,13 +78,24 @@ def linear_logps(
     Returns:
         fp32 (fp64 for fp64 inputs), shaped like `labels`; 0 where ignored.
 
+    DTensors: `hidden`, `labels`, `weight`, `bias` and `lora` may be. A weight that is ``Shard(0)`` is a shard of the
+    vocabulary where its mesh dimension's ranks have the same tokens (tensor parallelism), without `vocab_group`; where
+    each has its own (FSDP), the head is gathered for the call or, if fewer bytes move so, the tokens are brought to its
+    shards. fastdpo/distributed/dtensor.py has the rules and what says whose tokens they are. Gradients arrive as
+    DTensors of the sum of the ranks' losses; the result is plain, of this rank's rows.
+
     Raises:
-        ValueError, TypeError: naming the argument and its value.
+        ValueError, TypeError: naming the argument and its value. With `vocab_group`, what the ranks were given is
+            compared before anything else is exchanged, and so are the upstream gradients in the backward: a mismatch,
+            or an argument that one rank refuses, is the same ValueError on every rank. (On a GPU the host waits for
+            that where it has not seen a call of these shapes and options; in a known one a mismatch of the data gives
+            NaN.)
+        RuntimeError: a rank did not come, or failed in the middle, within the group's time-out; with its cause.
 
     Guarantees:
         Logits are never rounded below fp32 before the log-sum-exp; all sums are fp32 or wider; gradients are rounded
-        once. Tensors may have any strides; one that does not keep its values in strided memory (DTensor, quantized,
-        sparse, nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
+        once. Tensors may have any strides; one that does not keep its values in strided memory (quantized, sparse,
+        nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
         for one seed. Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add
         nothing to the other gradients. Gradients are computed only for tensors that require them. Without
         `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a GPU on the way

@@ -13,7 +13,8 @@ So a gradient is that of the sum of the ranks' losses. Whose tokens they are is 
 that dimension: the same), else by hidden where that is a DTensor (Replicate: the same; Shard: each rank's own, as in
 sequence parallelism), else by the dimension's name. Where nothing says it, a Replicate dimension is taken to have the
 same tokens, as DTensor itself takes a plain tensor beside one; a Shard is refused. What is plain beside a weight that
-is a DTensor is whole on every rank. Results are plain tensors of the rows that this rank holds.
+is a DTensor is whole on every rank. A plain head beside a hidden that is a DTensor takes the gradient of this rank's
+rows, as in DDP before it averages. Results are plain tensors of the rows that this rank holds.
 """
 
 from __future__ import annotations

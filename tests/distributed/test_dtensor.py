@@ -82,6 +82,34 @@ def test_fsdp_over_tensor_parallelism_as_torch_lays_it_out(ranks):
         torch.testing.assert_close(dbias.double(), bias.grad, rtol=2e-5, atol=2e-6)
 
 
+def _on_a_part_of_the_mesh(rank, size):
+    """A head on one dimension of the mesh that hidden is on, as within FSDP's forward over tensor parallelism."""
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    groups, (weight, *_) = tensors(Case((2, 2), (), "", rows=(14,)))
+    hidden, labels = groups[0]
+    hidden = distribute_tensor(hidden.float(), mesh, placements("SR")).requires_grad_()
+    weight = distribute_tensor(weight.float(), mesh["inner"], placements("S")).requires_grad_()
+    logps = fastdpo.linear_logps(hidden, weight, labels.chunk(2)[mesh.get_coordinate()[0]], backward="exact")
+    logps.sum().backward()
+    summed = weight.grad.full_tensor()
+    dist.all_reduce(summed, group=mesh.get_group(0))  # of the other rows, FSDP's part
+    assert isinstance(hidden.grad, DTensor) and hidden.grad.placements == hidden.placements
+    return mesh.get_coordinate()[0], logps.detach(), summed, hidden.grad.full_tensor()
+
+
+def test_a_head_on_a_part_of_the_mesh_of_hidden(ranks):
+    groups, (weight, *_) = tensors(Case((2, 2), (), "", rows=(14,)))
+    hidden, labels = groups[0]
+    expected = fastdpo.linear_logps(hidden.requires_grad_(), weight.requires_grad_(), labels, backward="exact")
+    expected.sum().backward()
+    for place, logps, dweight, dhidden in ranks(4)(_on_a_part_of_the_mesh):
+        torch.testing.assert_close(logps.double(), expected.detach().chunk(2)[place], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(dweight.double(), weight.grad, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(dhidden.double(), hidden.grad, rtol=2e-5, atol=2e-6)
+
+
 def _losses(rank, size):
     """The whole loss, of policy and reference, on shards; and the head's own as the reference's."""
     from torch.distributed.tensor import distribute_tensor
@@ -127,6 +155,7 @@ def _refusals(rank, size):
     def on(x, name, how):
         return distribute_tensor(x, mesh(name), placements(how))
 
+    torch.manual_seed(3)
     hidden, weight, labels, bias = (
         torch.randn(6, H),
         torch.randn(40, H),
