@@ -195,9 +195,12 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
             column = meta(n, dtype=torch.float32)
             upstream = Upstream(column, column if problem.entropy else None)
             routing = None if problem.entropy else routing
-            added = (
-                {"sums": Gradients(weight=meta(v, h, dtype=torch.float32))} if problem.adds else {}
-            )  # earlier commits do not know it
+            sums = Gradients()
+            if problem.adds:
+                sums.weight = meta(v, h, dtype=torch.float32)
+            if problem.shard:  # what ranks add up
+                sums.hidden = meta(n, h, dtype=torch.float32)
+            added = {"sums": sums} if problem.adds or problem.shard else {}  # earlier commits do not know it
             triton_backward.backward(head, rows, saved, upstream, routing, needs, **added)
     return launches
 

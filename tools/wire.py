@@ -110,7 +110,7 @@ def tokens(step: Step, cluster: Cluster) -> Layout:
     return Layout(size * (step.gpus - 1) / step.gpus, cluster.seconds(size, step.gpus, 6 * visits), memory)
 
 
-def vocabulary(step: Step, cluster: Cluster, dhidden: str = "gather") -> Layout:
+def vocabulary(step: Step, cluster: Cluster, dhidden: str = "by rows") -> Layout:
     """`vocab_group=` over a node's GPUs, whose `tokens` each make one batch of all: their rows are gathered before, as
     in sequence parallelism. `dhidden`: how it is summed, a key of `DHIDDEN`. The shards are gathered over nodes."""
     node = min(step.gpus, cluster.node)
@@ -131,10 +131,10 @@ LAYOUTS = {"gather": gather, "ring": ring, "tokens": tokens, "vocabulary": vocab
 
 # How dhidden is summed over `size` ranks: bytes received, and bytes held, per element of all rows.
 DHIDDEN = {
-    # what VocabShards.sum does: every rank's rows in fp32 to all, which add them in rank order: the same bits on each,
-    # and from run to run; it holds the parts, and the parts stacked
+    # every rank's rows in fp32 to all, which add them in rank order: it holds the parts, and the parts stacked
     "gather": lambda size: ((size - 1) * FP32, 2 * size * FP32),
-    # the same bits for less: each rank adds its part of the rows in rank order, and the sums are gathered in bf16
+    # VocabShards.sum_of_rows, the same bits for less: each rank adds its part of the rows in rank order, and the sums
+    # are gathered in bf16
     "by rows": lambda size: ((size - 1) / size * (FP32 + BF16), 2 * FP32 + BF16),
     "all_reduce": lambda size: (2 * (size - 1) / size * FP32, FP32),  # in an order of NCCL's choice
     "reduce_scatter": lambda size: ((size - 1) / size * FP32, FP32),  # sequence parallelism needs no more
@@ -166,14 +166,14 @@ def _cell(layout: Layout) -> str:
 
 
 def layout_table(cluster: Cluster) -> list[str]:
-    header = ["model", "GPUs", "tokens", "products, ms", *LAYOUTS, "vocabulary, dhidden by rows", "least of three"]
+    header = ["model", "GPUs", "tokens", "products, ms", *LAYOUTS, "least of three"]
     rows = []
     for name, sizes in MODELS.items():
         for gpus in SIZES:
             for count in TOKENS:
                 step = Step(gpus, count, *sizes)
                 cells = [_cell(layout(step, cluster)) for layout in LAYOUTS.values()]
-                cells += [_cell(vocabulary(step, cluster, "by rows")), wins(step, cluster)]
+                cells += [wins(step, cluster)]
                 rows.append([name, str(gpus), str(count), f"{step.products(cluster) * 1e3:.0f}", *cells])
     return list(markdown(header, rows))
 

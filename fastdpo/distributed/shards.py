@@ -81,12 +81,18 @@ class VocabShards:
         ]
         return torch.stack(columns, 1).contiguous()
 
-    def reduce(self, grads) -> None:
-        """Of the Gradients of a shard: sums over the vocabulary cross ranks; the others belong to one shard."""
-        if self.size == 1:
-            return
-        for name in ("hidden", "lora_a"):
-            value = getattr(grads, name)
-            if value is not None:
-                wide = torch.promote_types(value.dtype, torch.float32)
-                setattr(grads, name, self.sum(value.to(wide)).to(value.dtype))
+    def sum_of_rows(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., H] of every rank -> their sum, added in rank order, the same bits on each."""
+        import torch.distributed as dist
+
+        if self.size == 1 or x.numel() == 0:
+            return x.to(dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        count = -(-rows.shape[0] // self.size)
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, count * self.size - rows.shape[0]))
+        received = torch.empty_like(rows)
+        dist.all_to_all_single(received, rows, group=self.group)
+        mine = received.view(self.size, count, -1).sum(0).to(dtype)
+        whole = mine.new_empty(self.size, *mine.shape)
+        dist.all_gather(list(whole.unbind(0)), mine, group=self.group)
+        return whole.view(-1, x.shape[-1])[: x.shape[:-1].numel()].view(x.shape)

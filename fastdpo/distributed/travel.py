@@ -6,7 +6,7 @@ again, upstream gradients go along, dhidden is summed at its owner, and the grad
 nothing of the head crosses. Gradients are those of the sum of the ranks' losses. The handshake tells how many rows
 every rank has, which the host waits for once per call.
 
-Beside the shard, its gradient (and, of a half-precision head in several turns, both in fp32) and what `vocab_group`
+Beside the shard, its gradient (in several turns, in fp32) and what `vocab_group`
 saves for the rows of all ranks, a rank holds a handful of buffers of one turn's rows, each at most 1 / TURN of the
 whole head: hidden of this turn and the next, dhidden as computed and as exchanged.
 """
@@ -119,13 +119,12 @@ class _Turns:
         return work, hidden.view(-1, mine.shape[1]), mine  # kept until it has been sent
 
     def to_owners(self, dhidden: Tensor) -> Tensor:
-        """[ranks * rows, H] of every rank -> their sum over ranks, of this rank's rows, in fp32 and rank order."""
+        """[ranks * rows, H] of every rank -> their sum over ranks, of this rank's rows, in rank order."""
         import torch.distributed as dist
 
         received = torch.empty_like(dhidden)
         dist.all_to_all_single(received, dhidden, group=self.shards.group)
-        wide = torch.promote_types(dhidden.dtype, torch.float32)
-        return received.view(self.shards.size, -1, dhidden.shape[1]).sum(0, dtype=wide)
+        return received.view(self.shards.size, -1, dhidden.shape[1]).sum(0)
 
 
 def _key(key: Tensor | None, turn: int) -> Tensor | None:
@@ -181,24 +180,24 @@ class _Travelling(Function):
         with handshake.telling(shards.group):
             turns = _Turns(ctx.agreed, hidden, kept)
             head = (weight, bias, lora_a, lora_b)
-            if turns.count > 1:  # gradients are added up over turns, and rounded once
-                wide = torch.promote_types(weight.dtype, torch.float32)
-                head = tuple(None if x is None else x.to(torch.promote_types(x.dtype, wide)) for x in head)
+            sums = Gradients()  # over turns and ranks, rounded once
+            for name, x in zip(Needs._fields[1:], head):
+                if getattr(needs, name) and (turns.count > 1 or name == "lora_a"):
+                    setattr(sums, name, Gradients.place(x.shape, x))
             upstream = [None if x is None else turns.of_all(x[kept], 0.0) for x in (dlogps, dentropy)]
-            sums, dhidden = None, torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
             for turn, rows in turns:
                 span = turns.span(turn)
                 coefs = [None if x is None else x[:, span].reshape(-1) for x in upstream]
                 tensors = (rows, *head, all_labels[:, span].reshape(-1), *saved[5 * turn : 5 * turn + 5])
+                sums.hidden = Gradients.place(rows.shape, rows) if needs.hidden else None
                 sums = backward(tensors, *coefs, scalars, needs, shards, sums)
                 if needs.hidden:
                     _, into = turns.mine(turn)
                     mine = turns.to_owners(sums.hidden)[: into.shape[0]]
                     dhidden.view(-1, hidden.shape[-1])[into] = mine.to(hidden.dtype)
-                    sums.hidden = None
-            sums = Gradients() if sums is None else sums
-            if needs.lora_a and sums.lora_a is not None:
-                sums.lora_a = shards.sum(sums.lora_a.to(torch.promote_types(sums.lora_a.dtype, torch.float32)))
+            if needs.lora_a:
+                sums.lora_a = shards.sum(sums.lora_a)
 
         def like(name: str, x: Tensor | None) -> Tensor | None:
             if not getattr(needs, name):

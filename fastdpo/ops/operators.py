@@ -105,12 +105,20 @@ class LinearLogpsFunction(Function):
             if shards is not None:
                 dlogps, dentropy = _plain(_UPSTREAM, (dlogps, dentropy))
             place = destination(ctx, saved[1]) if ctx.needs.weight else None
-        sums = None if place is None else Gradients(weight=place)
+        sums = Gradients(weight=place)
         if shards is not None:
+            hidden, lora_a = saved[0], saved[3]
+            if ctx.needs.hidden:
+                sums.hidden = Gradients.place((saved[6].shape[0], hidden.shape[-1]), hidden)
+            if ctx.needs.lora_a:
+                sums.lora_a = Gradients.place(lora_a.shape, lora_a)
             dlogps, dentropy = handshake.agree_upstream(shards, dlogps, dentropy)
             with handshake.telling(shards.group):
                 grads = backward(saved, dlogps, dentropy, ctx.scalars, ctx.needs, shards, sums)
-                shards.reduce(grads)
+                if grads.hidden is not None:
+                    grads.hidden = shards.sum_of_rows(grads.hidden, hidden.dtype)
+                if grads.lora_a is not None:
+                    grads.lora_a = shards.sum(grads.lora_a).to(lora_a.dtype)
         else:
             run = _backward_operator if _is_operator(saved[:6]) else backward
             grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, sums=sums)

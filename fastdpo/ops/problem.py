@@ -123,14 +123,19 @@ class Needs(NamedTuple):
 
 @dataclass
 class Gradients:
-    """In the type of what they are the gradient of, rounded once; None where not asked for. The head's may be added to
-    those of earlier calls, `sums`: then all are as wide as sums are made."""
+    """In the type of what they are the gradient of, rounded once; None where not asked for. Of the backward's `sums`:
+    places, of any type, that the gradients are added to; of `hidden`, zeros."""
 
     hidden: Tensor | None = None  # [M, H], zero in ignored rows; rows: NaN where the label is out of range
     weight: Tensor | None = None
     bias: Tensor | None = None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+
+    @staticmethod
+    def place(shape, like: Tensor) -> Tensor:
+        """For a sum that is rounded to the type of `like` only when it is complete."""
+        return torch.zeros(shape, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
     def added_to(self, sums: Gradients | None) -> Gradients:
         for name in () if sums is None else Needs._fields[1:]:
@@ -143,7 +148,7 @@ class Engine(NamedTuple):
     """What computes.
 
     forward(head, rows, *, stats, routing, shards) -> Forward
-    backward(head, rows, saved, upstream, routing, needs, sums) -> Gradients   sums: of earlier calls, or None
+    backward(head, rows, saved, upstream, routing, needs, sums) -> Gradients   sums: Gradients or None
     """
 
     name: str

@@ -209,16 +209,11 @@ def backward(
         if dlora_b is not None:
             dlora_b += dz_weight.T @ (hidden @ lora_a.T)
 
-    def cast(gradient: Tensor | None, like: Tensor | None) -> Tensor | None:
-        return None if gradient is None else gradient.to(like.dtype)
-
-    return Gradients(
-        cast(dhidden, head.hidden),
-        dweight if sums is not None else cast(dweight, head.weight),
-        cast(dbias, head.bias),
-        cast(dlora_a, like_a),
-        cast(dlora_b, like_b),
-    ).added_to(sums)
+    gradients = []
+    for name, gradient, like in zip(Needs._fields, (dhidden, dweight, dbias, dlora_a, dlora_b), head.inputs):
+        place = None if sums is None else getattr(sums, name)
+        gradients.append(None if gradient is None else gradient.to((like if place is None else place).dtype))
+    return Gradients(*gradients).added_to(sums)
 
 
 def logits_forward(

@@ -69,6 +69,7 @@ def _received(rank, size, engine, head, options, stats):
     return forward.bytes, backward.bytes
 
 
+TICKET = 1024  # bytes of a handshake, at most
 CALLS = {
     "exact": ({"backward": "exact"}, 0, ()),
     "routed, two sets": ({"tau": (0.3, 0.1), "seed": 1}, 2, ()),
@@ -93,8 +94,8 @@ def test_what_a_call_sends_is_what_the_model_says(engine, call, ranks):
         rows = completion + prompt
         counted = completion if engine == "cpu" else rows  # a GPU does not tell the host how many tokens count
         for forward, backward in of_ranks:
-            assert 0 <= forward - counted * per_token <= 64  # the vocabulary's size and the seed, once
-            assert backward == DHIDDEN["gather"](size)[0] * rows * H  # zeros of prompts as well
+            assert 0 <= forward - counted * per_token <= TICKET
+            assert 0 <= backward - DHIDDEN["by rows"](size)[0] * rows * H <= TICKET  # zeros of prompts as well
 
 
 def test_layouts_that_send_the_same_are_told_the_same():

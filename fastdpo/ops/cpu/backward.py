@@ -41,7 +41,7 @@ def backward(
     ops, device, fp32 = Operands(head, tokens), head.hidden.device, torch.float32
     like_a, like_b = (None, None) if head.lora is None else head.lora[:2]
     grads = Gradients() if sums is None else replace(sums)
-    if needs.hidden:
+    if needs.hidden and grads.hidden is None:
         grads.hidden = torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
     if needs.weight and grads.weight is None:
         grads.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device)
@@ -71,7 +71,7 @@ def backward(
     if of_weight and not joint:
         add_tiles(0, count, None, grads)
     for name, like in (("bias", head.bias), ("lora_a", like_a), ("lora_b", like_b)):
-        if getattr(grads, name) is not None:
+        if getattr(grads, name) is not None and (sums is None or getattr(sums, name) is None):
             setattr(grads, name, getattr(grads, name).to(like.dtype))
     return grads
 

@@ -7,7 +7,6 @@ dweight   vocabulary slab by slab, from all tokens, and written once: in the sam
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from ...head import Routing
 from ..problem import Forward, Gradients, Head, Needs, Rows, Upstream
@@ -36,8 +35,8 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    call, place = Call(head, rows), None if sums is None else sums.weight
-    grads = _allocate(call, needs, place)
+    call, places = Call(head, rows), sums or Gradients()
+    grads = _allocate(call, needs, places)
     if call.num_rows == 0:
         return grads.added_to(sums)
     with on_device(call.device):
@@ -48,7 +47,7 @@ def backward(
         tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
         items_of_lists = iter(items)
         for sweep in sweeps(
-            call, tokens, saved, upstream, grads, needs, routed=routing is not None, adds=place is not None
+            call, tokens, saved, upstream, grads, needs, routed=routing is not None, adds=places.weight is not None
         ):
             out = None if sweep.dhidden is None else grads.hidden
             if routing is None:
@@ -65,18 +64,18 @@ def backward(
     return grads.added_to(sums)
 
 
-def _allocate(call: Call, needs: Needs, place: Tensor | None) -> Gradients:
-    """To be written whole; zeros where there is no token. `place`: what dweight is added to."""
+def _allocate(call: Call, needs: Needs, places: Gradients) -> Gradients:
+    """To be written whole; zeros where there is no token. Kernels add to the place of dweight alone."""
 
-    def like(x: Tensor | None, wanted: bool) -> Tensor | None:
-        make = torch.empty if call.num_rows else torch.zeros
-        return make(x.shape, dtype=x.dtype, device=call.device) if wanted else None
-
-    hidden = None
-    if needs.hidden:
-        hidden = torch.empty(call.num_rows, call.hidden_size, dtype=call.head.hidden.dtype, device=call.device)
-    weight = place if place is not None else like(call.weight, needs.weight)
-    return Gradients(hidden, weight, *map(like, call.head.inputs[2:], needs[2:]))
+    make = torch.empty if call.num_rows else torch.zeros
+    grads = Gradients(places.hidden, places.weight)
+    for name, like, wanted in zip(Needs._fields, call.head.inputs, needs):
+        if wanted and getattr(grads, name) is None:
+            place = getattr(places, name)
+            shape = (call.num_rows, call.hidden_size) if name == "hidden" else like.shape
+            dtype = (like if place is None else place).dtype
+            setattr(grads, name, make(shape, dtype=dtype, device=call.device))
+    return grads
 
 
 def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range) -> None:
