@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..head import HeadOptions, LogitTransform
-from ..ops.problem import STATS
+from ..ops.problem import STATS, TokenStats
 from ..validation import check_names
 from .head_call import PLAIN, HeadCall, calling, other_hooks, place_hooks, remove_hooks
-from .lm_head import origin
+from .lm_head import AppliedHead
 from .options import MODEL_OPTIONS, head_options
 from .probe import declared_transforms, logits_of, probe
+from .wrappers import origin, refuse_wrapped_between
 
 # Arguments of a call that can have one meaning only, and the values that mean it
 NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
@@ -186,24 +187,30 @@ class _PatchedForward:
         if (labels is None) == (shift_labels is None):
             given = "neither" if labels is None else "both"
             raise ValueError(f"fastdpo=True takes either labels or shift_labels; got {given}")
-        call, output = self.run(self.transform, **arguments)
         name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        if targets.shape != call.hidden.shape[:-1]:
-            raise ValueError(f"{name} must have shape {tuple(call.hidden.shape[:-1])}; got {tuple(targets.shape)}")
-        transform, factor = self.followed(call, logits_of(output))
-        if transform.scale != call.transform.scale:  # then other numbers show its softcap
-            return self(*args, fastdpo=True, **kwargs)
-        if shift_labels is None:
-            # The labels move and not hidden, [B, T, H], which a slice would copy
-            last = labels.new_full((labels.shape[0], 1), self.settings.options.ignore_index)
-            targets = torch.cat((labels[:, 1:], last), dim=1)
         options, stats = self.settings
-        stats = call.token_stats(targets, transform._replace(temperature=options.temperature), options, stats)
+
+        def score(head: AppliedHead, transform: LogitTransform) -> TokenStats:
+            if targets.shape != head.hidden.shape[:-1]:
+                shape = tuple(head.hidden.shape[:-1])
+                raise ValueError(f"{name} must have shape {shape}; got {tuple(targets.shape)}")
+            of = targets
+            if shift_labels is None:
+                # The labels move and not hidden, [B, T, H], which a slice would copy
+                last = labels.new_full((labels.shape[0], 1), options.ignore_index)
+                of = torch.cat((labels[:, 1:], last), dim=1)
+            return head.token_stats(of, transform._replace(temperature=options.temperature), options, stats)
+
+        call, output = self.run(self.transform, score, **arguments)
+        transform, factor = self.followed(call, logits_of(output))
+        if transform != call.transform:
+            return self(*args, fastdpo=True, **kwargs)
+        found = call.stats
         if factor is not None:
-            stats = [x if x is None or x.dtype == torch.bool else x * factor for x in stats]
+            found = [x if x is None or x.dtype == torch.bool else x * factor for x in found]
         if shift_labels is None:
-            stats = [None if x is None else x[:, :-1] for x in stats]
-        return ModelTokenStats(*stats, **_besides_logits(output))
+            found = [None if x is None else x[:, :-1] for x in found]
+        return ModelTokenStats(*found, **_besides_logits(output))
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
         """By name, since the backbone takes them in another order; None is every backbone's default."""
@@ -233,11 +240,12 @@ class _PatchedForward:
             arguments["return_dict"] = True  # what the model returns is told apart by name
         return arguments
 
-    def run(self, transform: LogitTransform, /, **arguments) -> tuple[HeadCall, object]:
-        """The model's own forward, with known numbers as its logits."""
+    def run(self, transform: LogitTransform, score, /, **arguments) -> tuple[HeadCall, object]:
+        """The model's own forward, with known numbers as its logits; `score`: as in HeadCall."""
         head = self.model.get_output_embeddings()  # looked up now: PEFT and FSDP replace modules
+        refuse_wrapped_between(self.model, head)
         place_hooks(head)
-        call = HeadCall(head, transform)
+        call = HeadCall(head, transform, score)
         output = calling(call, self.call_original, **arguments)
         name = type(self.model).__name__
         if call.hidden is None or call.numbers is None:
@@ -247,7 +255,7 @@ class _PatchedForward:
                 f"{name} calls its lm_head in another grad mode: under no_grad, or inside of a reentrant checkpoint"
             )
         logits = logits_of(output)
-        if logits.shape != call.shape:
+        if logits.shape != call.shape and (call.part is None or logits.shape != call.part.shape):
             raise ValueError(f"{name} makes logits {tuple(logits.shape)} of its lm_head's {tuple(call.shape)}")
         if logits.requires_grad:
             raise NotImplementedError(f"{name} computes its logits with trainable parameters behind its lm_head")
