@@ -134,7 +134,8 @@ def _ordinary_tokens(causal: nn.Module) -> Tensor:
             elif name.endswith(("_id", "_ids", "_index")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     # Below 1000: placeholders that no configuration names come late in vocabularies
-    ordinary = [i for i in range(min(embeddings.shape[0], 1000)) if i not in special]
+    size = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 has emptied it
+    ordinary = [i for i in range(min(size, 1000)) if i not in special]
     return torch.tensor(ordinary, device=embeddings.device)
 
 

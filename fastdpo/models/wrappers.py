@@ -56,15 +56,13 @@ def placed_like(like: Tensor, x: Tensor) -> Tensor:
 
 
 def refuse_wrapped_alone(module: nn.Module) -> None:
-    """Raises where `module`, which is inside of an lm_head and not called, has its parameters gathered in its own forward.
-
-    ZeRO-3 gathers each module's own parameters in its own forward, but for what DeepSpeed calls leaf modules.
-    """
+    """Raises where `module`, which is inside of an lm_head and not called, has its parameters gathered in its own forward:
+    by FSDP where that is applied to it, by ZeRO-3 always."""
     instead = None
-    if FSDP1 in module._modules or any(origin(hook).startswith(FSDP) for hook in module._forward_hooks.values()):
+    if _has_fsdp(module):
         instead = "apply FSDP to the whole lm_head, or to what it is in"
-    elif any(_is_partitioned(x) and getattr(x, "ds_z3_leaf_module", module) is module for x in module.parameters(False)):
-        instead = "deepspeed.utils.set_z3_leaf_modules(model, [type(model.get_output_embeddings())]) before initialize()"
+    elif any(_is_partitioned(x) for x in module.parameters(recurse=False)):
+        instead = "under DeepSpeed ZeRO-3 leave the lm_head out of the adapters and of modules_to_save, or use FSDP"
     if instead is not None:
         raise NotImplementedError(
             f"a {name_of(module)} inside of an lm_head whose parameters are gathered in its own forward alone: {instead}"
@@ -77,8 +75,8 @@ def refuse_wrapped_between(model: nn.Module, head: nn.Module) -> None:
     if any(module is head for module in model._modules.values()):
         return
     for module in model.modules():
-        fsdp = FSDP1 in module._modules or any(origin(hook).startswith(FSDP) for hook in module._forward_hooks.values())
-        if fsdp and module is not model and module is not head and any(x is head for x in module.modules()):
+        between = module is not model and module is not head and any(x is head for x in module.modules())
+        if between and _has_fsdp(module):
             raise NotImplementedError(
                 f"FSDP applied to a {name_of(module)} that the lm_head is a part of: apply it to the head or the model"
             )
@@ -92,6 +90,10 @@ def refuse_sharded(module: nn.Module, weight: Tensor) -> None:
         for cell in getattr(hook, "__closure__", None) or ():  # FSDP2's record of a parameter is known to its module so
             if getattr(cell.cell_contents, "sharded_param", None) is weight:
                 raise _ungathered(module, "FSDP")
+
+
+def _has_fsdp(module: nn.Module) -> bool:
+    return FSDP1 in module._modules or any(origin(hook).startswith(FSDP) for hook in module._forward_hooks.values())
 
 
 def _is_partitioned(x: Tensor) -> bool:
