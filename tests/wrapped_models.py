@@ -1,4 +1,4 @@
-"""Tiny models in the wrappers of torch.distributed, a batch for each rank, and what one process in fp64 makes of all."""
+"""Tiny models in the wrappers of torch.distributed, a batch for each rank, and what one process makes of all."""
 
 from __future__ import annotations
 
@@ -11,10 +11,25 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fastdpo.integrations import patch_model
+
+ALLOWED = 2e-6  # error relative to fp64, in fp32
 V = 301  # shards of 151 and 150 rows, and of 76, 76, 76 and 73
+SHAPE = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 KINDS = {
     "plain": None,
     "tied": None,
+    "softcap": None,
     "LoRA": {"target_modules": ["q_proj", "lm_head"]},
     "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
     "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
@@ -23,19 +38,13 @@ KINDS = {
 
 def build(kind: str):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=kind == "tied",
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = transformers.LlamaForCausalLM(config)
+    if kind == "softcap":
+        model = transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(**SHAPE, final_logit_softcapping=3.0, head_dim=8)
+        )
+        model.config._attn_implementation = "eager"
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, tie_word_embeddings=kind == "tied"))
     with torch.no_grad():
         model.lm_head.weight.normal_(std=0.3)
     if KINDS[kind] is not None:
@@ -48,12 +57,12 @@ def build(kind: str):
 
 
 def batch(rank: int, size: int, step: int) -> dict:
-    """Of another length on every rank; the last one has no completion tokens."""
+    """Of another length on every rank; the last one has no completion tokens in the first step."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     ids = torch.randint(3, V, (2, 6 + 2 * rank), generator=generator)
     labels = ids.clone()
     labels[:, : 2 + rank % 2] = -100
-    if rank == size - 1:
+    if rank == size - 1 and step == 0:
         labels[:] = -100
     return {"input_ids": ids, "labels": labels}
 
@@ -168,4 +177,18 @@ def errors(found: dict, right: dict) -> dict:
     """Relative to each tensor's own norm, or a thousandth of the largest."""
     assert found.keys() == right.keys()
     most = max(x.norm() for x in right.values())
-    return {name: ((x.double() - right[name]).norm() / max(right[name].norm(), 1e-3 * most)).item() for name, x in found.items()}
+    return {
+        name: ((x.double() - right[name]).norm() / max(right[name].norm(), 1e-3 * most)).item()
+        for name, x in found.items()
+    }
+
+
+def patched(kind: str):
+    return patch_model(build(kind), backward="exact", stats=("entropy",))
+
+
+def backward(model, *batches):
+    """The backward of all of them at once; the first one's log-probs."""
+    scored = [model(**inputs, fastdpo=True) for inputs in batches]
+    sum(loss_of(stats.logps, stats.entropy) for stats in scored).backward()
+    return scored[0].logps.detach()

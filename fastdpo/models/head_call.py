@@ -1,11 +1,11 @@
 """One call of a model, seen from its lm_head.
 
-hidden [..., T, H]      what the head is given: scored there and then, of parameters as they are gathered in the head's own
-                        forward; the module itself runs on one position of it
+hidden [..., T, H]      what the head is given, scored there and then: in a head's own forward its parameters are
+                        gathered. The module itself runs on one position
 answer [..., 1, V]      known numbers in place of its logits, so that what the model does to logits is measured in every
                         call and nothing seen before is trusted: a configuration, a hook or a forward that changed shows
-handed [..., T]         the log-probs in place of the answer, for FSDP's and ZeRO-3's hooks: on what a module returns they
-                        hang the gathering before the backward
+handed [..., T]         the log-probs in place of the answer, to FSDP's and ZeRO-3's hooks, which hang the gathering
+                        before the backward on what a module returns
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from .head_call import PLAIN, HeadCall, calling, other_hooks, place_hooks, remov
 from .lm_head import AppliedHead
 from .options import MODEL_OPTIONS, head_options
 from .probe import declared_transforms, logits_of, probe
-from .wrappers import origin, refuse_wrapped_between
+from .wrappers import origin, refuse_before_gathering, refuse_wrapped_between
 
 # Arguments of a call that can have one meaning only, and the values that mean it
 NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
@@ -45,9 +45,9 @@ def patch_model(model, **options):
 
     Args:
         model: a ``PreTrainedModel`` with an lm_head, causal or vision-language, or a ``PeftModel`` or
-            ``torch.compile`` around one (the model inside is patched). PEFT, ``torch.compile`` and accelerate's
-            ``prepare`` may come before or after; DDP, FSDP and the like, after. It must be able to run on
-            ``input_ids`` alone.
+            ``torch.compile`` around one (the model inside is patched). PEFT, ``torch.compile``, accelerate's
+            ``prepare``, tensor parallelism and ``deepspeed.initialize`` may come before or after; DDP and FSDP, after.
+            It must be able to run on ``input_ids`` alone.
         backward, tau, seed, temperature, ignore_index, check_labels: as in `linear_logps`. Scale, softcap
             and bias are the model's own.
         stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
@@ -59,15 +59,19 @@ def patch_model(model, **options):
         TypeError, ValueError: naming the option, or what `model` lacks; also when the log-probs of a few
             random tokens are not the model's own, naming its class and the difference. The model is then
             as it was. From a call: an argument that would have no effect, and a model that has changed since.
-        NotImplementedError: from here or from a call, a head that is quantised, offloaded or split by ZeRO-3,
+        NotImplementedError: from here or from a call, a head that is quantised, offloaded,
             adapted by something else than LoRA, DoRA, ``modules_to_save`` and trainable tokens, or has a forward
-            or a hook of its own that would be left out; naming it. ``DataParallel``.
+            or a hook of its own that would be left out; naming it. A head of which FSDP is applied to a part alone (an
+            adapter, the base layer), adapters on it under ZeRO-3, FSDP before `patch_model`; ``DataParallel``.
 
     Guarantees:
-        Those of `linear_token_stats`. Patching leaves parameters, gradients, training modes and random
-        generators as they were; `deepcopy`, `pickle`, `save_pretrained` and `generate` go on working. LoRA
-        on the lm_head stays two factors, also of several active adapters; an active ``lora_dropout`` there,
-        DoRA and trainable tokens cost one copy of its weight per call. Under prompt tuning PEFT puts virtual
+        Those of `linear_token_stats`. Log-probs are computed in the forward of the lm_head, where FSDP (of any group
+        that holds the head, resharded or not), HSDP and ZeRO-3 gather its parameters, and hang on their hooks, which
+        gather again before the backward and reduce; a tensor-parallel head is computed on its shards. Patching leaves
+        parameters, gradients, training modes and random generators as they were; `deepcopy`, `pickle`,
+        `save_pretrained` and `generate` go on working. LoRA on the lm_head stays two factors, also of several active
+        adapters; an active ``lora_dropout`` there, DoRA and trainable tokens cost one copy of its weight per call.
+        Under prompt tuning PEFT puts virtual
         tokens before the labels, so the result has as many more positions, all 0. Calls in several threads, with
         and without ``fastdpo=True``, do not see each other. What the model makes of its lm_head's output is measured
         in every call: another scale or softcap of its configuration is followed, and anything else raises; on a GPU
@@ -80,6 +84,7 @@ def patch_model(model, **options):
         patched.settings = settings
         causal._replicate_for_data_parallel = _refuse_data_parallel
         return model
+    refuse_before_gathering(causal)
     patched = _PatchedForward(causal, settings)
     try:
         patched.seen = probe(causal, patched.call_original, patched.run)

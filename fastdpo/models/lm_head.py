@@ -20,7 +20,14 @@ from ..head import HeadOptions, LogitTransform, LoRA
 from ..logps import token_stats
 from ..ops.problem import TokenStats
 from ..validation import FLOATS
-from .wrappers import is_dtensor, name_of, origin, refuse_sharded, refuse_wrapped_alone
+from .wrappers import (
+    inside_of_tensor_parallel,
+    is_dtensor,
+    name_of,
+    origin,
+    refuse_sharded,
+    refuse_wrapped_alone,
+)
 
 # Columns of hidden that dropout's side path takes are rounded up to this: TMA wants rows of 16 bytes
 COLUMNS = 16
@@ -149,7 +156,7 @@ def _saved(wrapper: nn.Module) -> nn.Module:
 
 def refuse_forward(module: nn.Module, known: type) -> None:
     """Raises unless calling `module` runs the forward of `known`."""
-    own = module.__dict__.get("forward")
+    own = inside_of_tensor_parallel(module.__dict__.get("forward"))
     if type(module).forward is not known.forward or type(module).__call__ is not nn.Module.__call__:
         raise _refusal(module, ", which has a forward of its own")
     bound = getattr(own, "__func__", None) is known.forward and own.__self__ is module
@@ -271,4 +278,3 @@ def _refuse_mixed_batches(module: nn.Module) -> None:
 
 def _refusal(module: nn.Module, what: str) -> NotImplementedError:
     return NotImplementedError(f"an lm_head of type {name_of(module)}{what}")
-

@@ -15,6 +15,7 @@ from ..head import HeadOptions, LogitTransform
 from ..ops.problem import TokenStats
 from .head_call import ANSWER
 from .lm_head import AppliedHead
+from .wrappers import whole
 
 # Under these names configurations hold the factor of the logits: Cohere, Muse and Falcon-H1 multiply by it,
 # Granite divides by logits_scaling, MiniCPM3 and Inkling divide hidden by theirs, and HyperCLOVA X
@@ -63,7 +64,7 @@ def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[Log
         try:
             ids, logits = _first_logits(causal, forward, generator)
             gain = max(1.0, ANSWER / max(float(logits.abs().max()), 1e-6))
-            logits = logits_of(forward(input_ids=ids))[:, :8]
+            logits = whole(logits_of(forward(input_ids=ids)))[:, :8]
             shape = (16, logits.shape[1])
             labels = torch.randint(logits.shape[-1], shape, generator=generator, device="cpu").to(logits.device)
             labels[0] = logits.argmax(-1)[0]
@@ -76,6 +77,11 @@ def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[Log
                     raise ValueError(
                         f"the lm_head of {name} is given hidden states of shape {tuple(hidden.shape)} for logits of "
                         f"shape {tuple(logits.shape)}"
+                    )
+                if len(applied.weight) != logits.shape[-1]:
+                    raise ValueError(
+                        f"{name} returns {logits.shape[-1]} of the {len(applied.weight)} logits of its lm_head: call "
+                        "patch_model before the head is split, or let each rank have all (output_layouts=Replicate())"
                     )
                 applied = applied._replace(hidden=hidden.expand(len(labels), -1, -1))
                 each = [applied.token_stats(labels, transform, HeadOptions(), ()).logps for transform in declared]
@@ -115,7 +121,7 @@ def _first_logits(causal: nn.Module, forward: Callable, generator: torch.Generat
     for length in (8, 64):
         ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator, device="cpu")]
         try:
-            return ids, logits_of(forward(input_ids=ids))
+            return ids, whole(logits_of(forward(input_ids=ids)))
         except Exception as error:
             failure = failure or error
     name = type(causal).__name__

@@ -44,6 +44,10 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if is_dtensor(x) else x
 
 
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if is_dtensor(x) else x
+
+
 def placed_like(like: Tensor, x: Tensor) -> Tensor:
     """`x`, which is the same on every rank, split as `like` is."""
     if not is_dtensor(like):
@@ -55,9 +59,30 @@ def placed_like(like: Tensor, x: Tensor) -> Tensor:
     return whole.redistribute(placements=like.placements)
 
 
+def inside_of_tensor_parallel(forward):
+    """The forward that transformers' own tensor parallelism has put another around, which places hidden and logits as
+    the weight is split."""
+    layer = "transformers.distributed.tensor_parallel.TensorParallelLayer"
+    while origin(forward) == f"{layer}.install_forward.<locals>.tp_forward":
+        inside = dict(zip(forward.__code__.co_freevars, forward.__closure__))
+        forward = inside["original_forward"].cell_contents
+    return forward
+
+
+def refuse_before_gathering(model: nn.Module) -> None:
+    """Raises where the parameters of `model` are split and its forward alone would not gather them."""
+    if any(map(_has_fsdp, model.modules())):
+        raise NotImplementedError("patch_model of a model that FSDP has been applied to: call patch_model before")
+    parameter = next(model.parameters(), None)
+    if _is_partitioned(parameter) and not any(map(gathers, model._forward_pre_hooks.values())):
+        raise NotImplementedError(
+            "patch_model of a model that deepspeed.zero.Init has split: call patch_model after deepspeed.initialize"
+        )
+
+
 def refuse_wrapped_alone(module: nn.Module) -> None:
-    """Raises where `module`, which is inside of an lm_head and not called, has its parameters gathered in its own forward:
-    by FSDP where that is applied to it, by ZeRO-3 always."""
+    """Raises where parameters of `module`, which is inside of an lm_head and not called, are gathered in its own
+    forward: by FSDP where that is applied to it, by ZeRO-3 always."""
     instead = None
     if _has_fsdp(module):
         instead = "apply FSDP to the whole lm_head, or to what it is in"
@@ -65,7 +90,7 @@ def refuse_wrapped_alone(module: nn.Module) -> None:
         instead = "under DeepSpeed ZeRO-3 leave the lm_head out of the adapters and of modules_to_save, or use FSDP"
     if instead is not None:
         raise NotImplementedError(
-            f"a {name_of(module)} inside of an lm_head whose parameters are gathered in its own forward alone: {instead}"
+            f"a {name_of(module)} inside of an lm_head, with parameters gathered in its own forward alone: {instead}"
         )
 
 
@@ -96,7 +121,7 @@ def _has_fsdp(module: nn.Module) -> bool:
     return FSDP1 in module._modules or any(origin(hook).startswith(FSDP) for hook in module._forward_hooks.values())
 
 
-def _is_partitioned(x: Tensor) -> bool:
+def _is_partitioned(x: Tensor | None) -> bool:
     return hasattr(x, "ds_id")
 
 
