@@ -39,10 +39,8 @@ KINDS = {
 def build(kind: str):
     torch.manual_seed(0)
     if kind == "softcap":
-        model = transformers.Gemma2ForCausalLM(
-            transformers.Gemma2Config(**SHAPE, final_logit_softcapping=3.0, head_dim=8)
-        )
-        model.config._attn_implementation = "eager"
+        options = {"final_logit_softcapping": 3.0, "head_dim": 8, "tie_word_embeddings": False}
+        model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SHAPE, **options))
     else:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SHAPE, tie_word_embeddings=kind == "tied"))
     with torch.no_grad():
