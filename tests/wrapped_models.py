@@ -185,8 +185,8 @@ def patched(kind: str):
     return patch_model(build(kind), backward="exact", stats=("entropy",))
 
 
-def backward(model, *batches):
+def backward(model, *batches, by=torch.Tensor.backward):
     """The backward of all of them at once; the first one's log-probs."""
     scored = [model(**inputs, fastdpo=True) for inputs in batches]
-    sum(loss_of(stats.logps, stats.entropy) for stats in scored).backward()
+    by(sum(loss_of(stats.logps, stats.entropy) for stats in scored))
     return scored[0].logps.detach()

@@ -248,7 +248,9 @@ def _put(module: nn.Module, name: str, order: list) -> None:
 
 
 def other_hooks(head: nn.Module) -> list:
-    return _others(head._forward_hooks)
+    """Neither ours nor a wrapper's."""
+    modules = dict.fromkeys((head, scored_module(head)))
+    return [hook for module in modules for hook in _others(module._forward_hooks) if not gathers(hook)]
 
 
 def remove_hooks(model: nn.Module) -> None:

@@ -85,7 +85,7 @@ def test_split_then_patched(style, ranks):
 
 
 def refused(rank, size):
-    with pytest.raises(ValueError, match="returns 15[01] of the 301 logits.*before the head is split"):
+    with pytest.raises(ValueError, match=r"returns 15[01] of the 301 logits.*before the head is split"):
         split_then_patched(size, "a part")
 
 

@@ -181,6 +181,20 @@ def around_the_head():
     return fully_shard(model)
 
 
+def doubled(module, args, output):
+    return 2 * output
+
+
+def with_a_hook(layout, before):
+    model = patched("plain")
+    if before:
+        model.lm_head.register_forward_hook(doubled)
+    wrapped = LAYOUTS[layout](model)
+    if not before:
+        model.lm_head.register_forward_hook(doubled)
+    return wrapped
+
+
 def patched_late():
     return patch_model(fully_shard(build("plain")))
 
@@ -203,6 +217,10 @@ REFUSED = {
         ("LoRA", "lm_head.lora_A.default", True),
         "FullySharded.*inside.*in its own forward alone",
     ),
+    "hook before": (with_a_hook, ("own group", True), "a hook of its lm_head, .*doubled"),
+    "hook after": (with_a_hook, ("with norm", False), "a hook of its lm_head, .*doubled"),
+    "hook inside": (with_a_hook, ("FSDP1, head alone", True), "a hook of its lm_head, .*doubled"),
+    "hook outside": (with_a_hook, ("FSDP1, head alone", False), "a hook of its lm_head, .*doubled"),
     "around": (around_the_head, (), "FSDP applied to a .*Sequential that the lm_head is a part of"),
     "late": (patched_late, (), "call patch_model before"),
     "outside": (outside_of_its_forward, (), "Linear whose weight FSDP has split and not gathered"),
@@ -214,7 +232,7 @@ def refused(rank, size):
     """{case: what was said}; a rank that raises here would take the group with it."""
     said = {}
     for case, (function, arguments, _) in REFUSED.items():
-        with pytest.raises(NotImplementedError) as error:
+        with pytest.raises((NotImplementedError, ValueError)) as error:
             function(*arguments)(**batch(rank, size, 1), fastdpo=True)
         said[case] = str(error.value)
     return said
