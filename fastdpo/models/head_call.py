@@ -1,20 +1,27 @@
 """One call of a model, seen from its lm_head.
 
-hidden [..., T, H]      what the head is given; the module itself runs on one position of it
+hidden [..., T, H]      what the head is given, scored there and then: in a head's own forward its parameters are
+                        gathered. The module itself runs on one position
 answer [..., 1, V]      known numbers in place of its logits, so that what the model does to logits is measured in every
                         call and nothing seen before is trusted: a configuration, a hook or a forward that changed shows
+handed [..., T]         the log-probs in place of the answer, to FSDP's and ZeRO-3's hooks, which hang the gathering
+                        before the backward on what a module returns
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from ..head import HeadOptions, LogitTransform
+from ..head import LogitTransform
 from ..ops.problem import IDENTITY, TokenStats
-from .lm_head import applied_head, autocast, autocast_type, transformed
+from .lm_head import AppliedHead, applied_head, autocast_type, transformed
+from .wrappers import gathers, is_dtensor, local, origin, placed_like, scored_module
 
 # The numbers, after the logits' scale, reach this far: smaller ones do not show a softcap of 30 (Gemma, xLSTM)
 ANSWER = 60.0
@@ -24,37 +31,73 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 2**-9, tor
 
 
 class HeadCall:
-    """What one call gave its head, and under which modes. `head` None: a plain call, whose logits are its own."""
+    """What one call gave its head, under which modes, and its `stats`: ``score(applied, transform)``, None without one.
 
-    def __init__(self, head: nn.Module | None, transform: LogitTransform = IDENTITY):
+    `head` None: a plain call, whose logits are its own.
+    """
+
+    def __init__(
+        self,
+        head: nn.Module | None,
+        transform: LogitTransform = IDENTITY,
+        score: Callable[[AppliedHead, LogitTransform], TokenStats] | None = None,
+    ):
         self.head = head
+        self.scored = None if head is None else scored_module(head)
         self.transform = transform  # the expected one
+        self.score = score
+        self.stats: TokenStats | None = None
         self.hidden: Tensor | None = None
-        self.version: int | None = None
         self.grad_mode = True
         self.autocast: torch.dtype | None = None
         self.numbers: Tensor | None = None  # [V], the answer at every position
         self.shape = torch.Size()  # [..., 1, V], the answer's
+        self.part: Tensor | None = None  # [..., 1, V of this rank], of an answer that is a DTensor
+        self.held = None  # the answer, while a wrapper has what it was handed
 
     def take(self, hidden: Tensor) -> Tensor:
         if self.hidden is not None:
             raise NotImplementedError("fastdpo=True with a model that calls its lm_head twice in one forward")
         self.hidden, self.grad_mode = hidden, torch.is_grad_enabled()
-        self.version = _writes(hidden)
         self.autocast = autocast_type(hidden)
+        if self.score is not None:
+            with _outside_of_checkpoints():
+                self.stats = self.score(applied_head(self.scored, hidden), self.transform)
         return hidden[..., :1, :]
 
-    def give(self, logits) -> Tensor:
+    def give(self, logits: Tensor) -> Tensor:
         # An odd factor runs through all residues, neighbours far apart: a mask, a bias per id and a permutation show
         steps = (torch.arange(logits.shape[-1], device=logits.device) * 40503 + 32768) % 65536 - 32768
         reach = min(ANSWER / self.transform.scale, 3e4)  # fp16 ends at 65504
         self.numbers, self.shape = (steps * (reach / 32768)).to(logits.dtype), logits.shape
-        return self.numbers.expand(self.shape).clone()  # models change their logits in place
+        answer = placed_like(logits, self.numbers.expand(self.shape).clone())  # models change their logits in place
+        self.part = local(answer).clone() if is_dtensor(answer) else None
+        return answer
+
+    def hand(self, answer) -> tuple[Tensor, ...]:
+        """What takes gradients, none of it a view, which could be written to past the hooks."""
+        self.held = answer
+        self.stats = self.stats and TokenStats(*(x.clone() if _takes_gradient(x) else x for x in self.stats))
+        return tuple(filter(_takes_gradient, self.stats or ()))
+
+    def take_back(self, returned: tuple[Tensor, ...]):
+        """The answer, and the log-probs that hang on the hooks: ZeRO-3's are in what it has returned, FSDP's in what it
+        was handed, which its output_dtype would round."""
+        new = iter(returned)
+        for name, old in zip(TokenStats._fields, self.stats or ()):
+            back = next(new) if _takes_gradient(old) else old
+            if back is not old and back.dtype == old.dtype:
+                self.stats = self.stats._replace(**{name: back})
+        answer, self.held = self.held, None
+        return answer
 
     def shows(self, logits: Tensor, transform: LogitTransform) -> Tensor:
         """Whether the model made `logits` of the numbers by `transform`; 0-d, bool."""
+        numbers = self.numbers if logits.shape == self.shape else self.part
+        if is_dtensor(logits):
+            numbers, logits = local(placed_like(logits, self.numbers.expand(self.shape))), local(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        expected, found = transformed(self.numbers.to(wide), transform), logits.detach().to(wide)
+        expected, found = transformed(numbers.to(wide), transform), logits.detach().to(wide)
         allowed = self.tolerance(logits, TOLERANCE) * (expected.abs() + 0.1 * ANSWER)
         return ((found - expected).abs() <= allowed).all()
 
@@ -62,18 +105,26 @@ class HeadCall:
         types = (self.hidden.dtype, self.numbers.dtype, self.autocast, logits.dtype)
         return max(table.get(x, 0.0) for x in types)
 
-    def token_stats(
-        self, labels: Tensor, transform: LogitTransform, options: HeadOptions, stats: tuple[str, ...]
-    ) -> TokenStats:
-        """Shaped like `labels`, under the autocast of the head, which may be inside of the model's forward."""
-        if _writes(self.hidden) != self.version:
-            raise NotImplementedError("a model that changes in place what it has given its lm_head")
-        with autocast(self.hidden, self.autocast):
-            return applied_head(self.head, self.hidden).token_stats(labels, transform, options, stats)
+
+def _takes_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
 
 
-def _writes(hidden: Tensor) -> int | None:
-    return None if torch.compiler.is_dynamo_compiling() or hidden.is_inference() else hidden._version
+def _outside_of_checkpoints():
+    """A checkpoint around the head would run it again for what scoring has saved, and not in a call: it is kept."""
+    if torch.compiler.is_dynamo_compiling():
+        return nullcontext()
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is None or not origin(hooks[0]).startswith("torch.utils.checkpoint."):
+        return nullcontext()
+
+    def kept(saved: tuple[Tensor, int]) -> Tensor:
+        x, version = saved
+        if x._version != version:
+            raise RuntimeError("one of the tensors that the lm_head's log-probs need has been changed in place")
+        return x
+
+    return saved_tensors_hooks(lambda x: (x, x._version), kept)
 
 
 PLAIN = HeadCall(None)
@@ -114,54 +165,97 @@ def calling(call: HeadCall, function, *args, **kwargs):
         state.call = outer
 
 
+class _Hook:
+    def __call__(self, module: nn.Module, args: tuple, output):
+        call = _current()
+        if call is None or (module is not call.scored and module is not call.head):
+            return None  # PEFT may have put the one that was patched inside another
+        return self.of(call, output)
+
+
 class _Given:
-    """A forward pre-hook of the lm_head, the last: FSDP's casts what the head is given."""
+    """A forward pre-hook of the lm_head, the last: FSDP's gathers, and casts what the head is given."""
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict):
         call = _current()
-        if call is None or module is not call.head:  # PEFT may have put the one that was patched inside another
+        if call is None or module is not call.scored:
             return None
         if len(args) != 1 or kwargs:
             raise NotImplementedError(f"an lm_head called with more than hidden: {len(args)} arguments, {kwargs}")
         return (call.take(args[0]),), kwargs
 
 
-class _Answered:
-    """A forward hook of the lm_head, the first: what other hooks make of its logits is what the model makes of them."""
+class _Answered(_Hook):
+    """The first of the forward hooks: what others make of its logits is what the model makes of them."""
 
-    def __call__(self, module: nn.Module, args: tuple, logits):
-        call = _current()
-        return None if call is None or module is not call.head else call.give(logits)
+    def of(self, call: HeadCall, output):
+        return call.give(output)
+
+
+class _Handed(_Hook):
+    """Before the hooks of wrappers."""
+
+    def of(self, call: HeadCall, output):
+        return call.hand(output)
+
+
+class _TakenBack(_Hook):
+    """After the hooks of wrappers."""
+
+    def of(self, call: HeadCall, output):
+        return call.take_back(output)
 
 
 _PLACING = threading.Lock()
-# A module's hooks, ours among them, and whether ours is the last
-_PLACES = (("_forward_pre_hooks", _Given, True), ("_forward_hooks", _Answered, False))
+_KINDS = (_Given, _Answered, _Handed, _TakenBack)
 
 
 def place_hooks(head: nn.Module) -> None:
-    """Puts both hooks where they belong; in place for good, since registering one cannot be compiled."""
-    before, after = list(head._forward_pre_hooks.values()), list(head._forward_hooks.values())
-    if before and after and isinstance(before[-1], _Given) and isinstance(after[0], _Answered):
+    """Puts hooks where they belong; in place for good, since registering one cannot be compiled."""
+    scored = scored_module(head)
+    _put(scored, "_forward_pre_hooks", [*_others(scored._forward_pre_hooks), _Given])
+    after = _others(scored._forward_hooks)
+    if scored is not head:  # inside of FSDP1's
+        _put(scored, "_forward_hooks", [_Answered, *after, _Handed])
+        _put(head, "_forward_hooks", [_TakenBack, *_others(head._forward_hooks)])
+        return
+    wrappers = [i for i, hook in enumerate(after) if gathers(hook)]
+    if wrappers:
+        first, end = wrappers[0], wrappers[-1] + 1
+        after = [*after[:first], _Handed, *after[first:end], _TakenBack, *after[end:]]
+    _put(scored, "_forward_hooks", [_Answered, *after])
+
+
+def _others(hooks: dict) -> list:
+    return [hook for hook in hooks.values() if not isinstance(hook, _KINDS)]
+
+
+def _put(module: nn.Module, name: str, order: list) -> None:
+    """Hooks in this order, kinds of ours among them."""
+    hooks = getattr(module, name)
+    now = [type(hook) if isinstance(hook, _KINDS) else hook for hook in hooks.values()]
+    if len(now) == len(order) and all(a is b for a, b in zip(now, order)):
         return
     with _PLACING:
-        for name, kind, last in _PLACES:
-            hooks = getattr(head, name)
-            key = next((key for key, hook in hooks.items() if isinstance(hook, kind)), None)
-            if key is None and kind is _Given:
-                key = head.register_forward_pre_hook(_Given(), with_kwargs=True).id
+        keys = {type(hook): key for key, hook in hooks.items() if isinstance(hook, _KINDS)}
+        for hook in order:
+            key = keys.get(hook) if hook in _KINDS else next(key for key, x in hooks.items() if x is hook)
+            if key is None and hook is _Given:
+                key = module.register_forward_pre_hook(_Given(), with_kwargs=True).id
             elif key is None:
-                key = head.register_forward_hook(_Answered()).id
-            hooks.move_to_end(key, last=last)  # and never out: another thread may be running them
+                key = module.register_forward_hook(hook()).id
+            hooks.move_to_end(key)  # and never out: another thread may be running them
 
 
 def other_hooks(head: nn.Module) -> list:
-    return [hook for hook in head._forward_hooks.values() if not isinstance(hook, _Answered)]
+    """Neither ours nor a wrapper's."""
+    modules = dict.fromkeys((head, scored_module(head)))
+    return [hook for module in modules for hook in _others(module._forward_hooks) if not gathers(hook)]
 
 
 def remove_hooks(model: nn.Module) -> None:
     for module in model.modules():  # PEFT's modules_to_save has copies
-        for name, kind, _ in _PLACES:
-            for key in [key for key, hook in getattr(module, name).items() if isinstance(hook, kind)]:
-                del getattr(module, name)[key]
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _KINDS)]:
+                del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..head import HeadOptions, LogitTransform
-from ..ops.problem import STATS
+from ..ops.problem import STATS, TokenStats
 from ..validation import check_names
 from .head_call import PLAIN, HeadCall, calling, other_hooks, place_hooks, remove_hooks
-from .lm_head import origin
+from .lm_head import AppliedHead
 from .options import MODEL_OPTIONS, head_options
 from .probe import declared_transforms, logits_of, probe
+from .wrappers import origin, refuse_before_gathering, refuse_wrapped_between
 
 # Arguments of a call that can have one meaning only, and the values that mean it
 NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
@@ -44,9 +45,9 @@ def patch_model(model, **options):
 
     Args:
         model: a ``PreTrainedModel`` with an lm_head, causal or vision-language, or a ``PeftModel`` or
-            ``torch.compile`` around one (the model inside is patched). PEFT, ``torch.compile`` and accelerate's
-            ``prepare`` may come before or after; DDP, FSDP and the like, after. It must be able to run on
-            ``input_ids`` alone.
+            ``torch.compile`` around one (the model inside is patched). PEFT, ``torch.compile``, accelerate's
+            ``prepare``, tensor parallelism and ``deepspeed.initialize`` may come before or after; DDP and FSDP, after.
+            It must be able to run on ``input_ids`` alone.
         backward, tau, seed, temperature, ignore_index, check_labels, accumulate_into: as in `linear_logps`.
             Scale, softcap and bias are the model's own.
         stats: the statistics to return besides `logps`, as in `linear_token_stats`; none by default.
@@ -58,15 +59,19 @@ def patch_model(model, **options):
         TypeError, ValueError: naming the option, or what `model` lacks; also when the log-probs of a few
             random tokens are not the model's own, naming its class and the difference. The model is then
             as it was. From a call: an argument that would have no effect, and a model that has changed since.
-        NotImplementedError: from here or from a call, a head that is quantised, offloaded or split by ZeRO-3,
+        NotImplementedError: from here or from a call, a head that is quantised, offloaded,
             adapted by something else than LoRA, DoRA, ``modules_to_save`` and trainable tokens, or has a forward
-            or a hook of its own that would be left out; naming it. ``DataParallel``.
+            or a hook of its own that would be left out; naming it. A head of which FSDP is applied to a part alone (an
+            adapter, the base layer), adapters on it under ZeRO-3, FSDP before `patch_model`; ``DataParallel``.
 
     Guarantees:
-        Those of `linear_token_stats`. Patching leaves parameters, gradients, training modes and random
-        generators as they were; `deepcopy`, `pickle`, `save_pretrained` and `generate` go on working. LoRA
-        on the lm_head stays two factors, also of several active adapters; an active ``lora_dropout`` there,
-        DoRA and trainable tokens cost one copy of its weight per call. Under prompt tuning PEFT puts virtual
+        Those of `linear_token_stats`. Log-probs are computed in the forward of the lm_head, where FSDP (of any group
+        that holds the head, resharded or not), HSDP and ZeRO-3 gather its parameters, and hang on their hooks, which
+        gather again before the backward and reduce; a tensor-parallel head is computed on its shards. Patching leaves
+        parameters, gradients, training modes and random generators as they were; `deepcopy`, `pickle`,
+        `save_pretrained` and `generate` go on working. LoRA on the lm_head stays two factors, also of several active
+        adapters; an active ``lora_dropout`` there, DoRA and trainable tokens cost one copy of its weight per call.
+        Under prompt tuning PEFT puts virtual
         tokens before the labels, so the result has as many more positions, all 0. Calls in several threads, with
         and without ``fastdpo=True``, do not see each other. What the model makes of its lm_head's output is measured
         in every call: another scale or softcap of its configuration is followed, and anything else raises; on a GPU
@@ -79,6 +84,7 @@ def patch_model(model, **options):
         patched.settings = settings
         causal._replicate_for_data_parallel = _refuse_data_parallel
         return model
+    refuse_before_gathering(causal)
     patched = _PatchedForward(causal, settings)
     try:
         patched.seen = probe(causal, patched.call_original, patched.run)
@@ -186,24 +192,30 @@ class _PatchedForward:
         if (labels is None) == (shift_labels is None):
             given = "neither" if labels is None else "both"
             raise ValueError(f"fastdpo=True takes either labels or shift_labels; got {given}")
-        call, output = self.run(self.transform, **arguments)
         name, targets = ("labels", labels) if shift_labels is None else ("shift_labels", shift_labels)
-        if targets.shape != call.hidden.shape[:-1]:
-            raise ValueError(f"{name} must have shape {tuple(call.hidden.shape[:-1])}; got {tuple(targets.shape)}")
-        transform, factor = self.followed(call, logits_of(output))
-        if transform.scale != call.transform.scale:  # then other numbers show its softcap
-            return self(*args, fastdpo=True, **kwargs)
-        if shift_labels is None:
-            # The labels move and not hidden, [B, T, H], which a slice would copy
-            last = labels.new_full((labels.shape[0], 1), self.settings.options.ignore_index)
-            targets = torch.cat((labels[:, 1:], last), dim=1)
         options, stats = self.settings
-        stats = call.token_stats(targets, transform._replace(temperature=options.temperature), options, stats)
+
+        def score(head: AppliedHead, transform: LogitTransform) -> TokenStats:
+            if targets.shape != head.hidden.shape[:-1]:
+                shape = tuple(head.hidden.shape[:-1])
+                raise ValueError(f"{name} must have shape {shape}; got {tuple(targets.shape)}")
+            of = targets
+            if shift_labels is None:
+                # The labels move and not hidden, [B, T, H], which a slice would copy
+                last = labels.new_full((labels.shape[0], 1), options.ignore_index)
+                of = torch.cat((labels[:, 1:], last), dim=1)
+            return head.token_stats(of, transform._replace(temperature=options.temperature), options, stats)
+
+        call, output = self.run(self.transform, score, **arguments)
+        transform, factor = self.followed(call, logits_of(output))
+        if transform != call.transform:
+            return self(*args, fastdpo=True, **kwargs)
+        found = call.stats
         if factor is not None:
-            stats = [x if x is None or x.dtype == torch.bool else x * factor for x in stats]
+            found = [x if x is None or x.dtype == torch.bool else x * factor for x in found]
         if shift_labels is None:
-            stats = [None if x is None else x[:, :-1] for x in stats]
-        return ModelTokenStats(*stats, **_besides_logits(output))
+            found = [None if x is None else x[:, :-1] for x in found]
+        return ModelTokenStats(*found, **_besides_logits(output))
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
         """By name, since the backbone takes them in another order; None is every backbone's default."""
@@ -233,11 +245,12 @@ class _PatchedForward:
             arguments["return_dict"] = True  # what the model returns is told apart by name
         return arguments
 
-    def run(self, transform: LogitTransform, /, **arguments) -> tuple[HeadCall, object]:
-        """The model's own forward, with known numbers as its logits."""
+    def run(self, transform: LogitTransform, score, /, **arguments) -> tuple[HeadCall, object]:
+        """The model's own forward, with known numbers as its logits; `score`: as in HeadCall."""
         head = self.model.get_output_embeddings()  # looked up now: PEFT and FSDP replace modules
+        refuse_wrapped_between(self.model, head)
         place_hooks(head)
-        call = HeadCall(head, transform)
+        call = HeadCall(head, transform, score)
         output = calling(call, self.call_original, **arguments)
         name = type(self.model).__name__
         if call.hidden is None or call.numbers is None:
@@ -247,7 +260,7 @@ class _PatchedForward:
                 f"{name} calls its lm_head in another grad mode: under no_grad, or inside of a reentrant checkpoint"
             )
         logits = logits_of(output)
-        if logits.shape != call.shape:
+        if logits.shape != call.shape and (call.part is None or logits.shape != call.part.shape):
             raise ValueError(f"{name} makes logits {tuple(logits.shape)} of its lm_head's {tuple(call.shape)}")
         if logits.requires_grad:
             raise NotImplementedError(f"{name} computes its logits with trainable parameters behind its lm_head")

@@ -20,6 +20,14 @@ from ..head import HeadOptions, LogitTransform, LoRA
 from ..logps import token_stats
 from ..ops.problem import TokenStats
 from ..validation import FLOATS
+from .wrappers import (
+    inside_of_tensor_parallel,
+    is_dtensor,
+    name_of,
+    origin,
+    refuse_sharded,
+    refuse_wrapped_alone,
+)
 
 # Columns of hidden that dropout's side path takes are rounded up to this: TMA wants rows of 16 bytes
 COLUMNS = 16
@@ -121,16 +129,10 @@ def _plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if not isinstance(weight, Tensor):
         raise _refusal(module, ", which holds no weight")
-    if hasattr(weight, "ds_id") and weight.numel() == 0:
-        raise NotImplementedError(
-            "a patched model under DeepSpeed ZeRO-3, which splits the lm_head: use ZeRO-2, FSDP, or TRL"
-        )
+    refuse_sharded(module, weight)
     if weight.is_meta:
         raise _refusal(module, " whose weight is offloaded (device meta)")
-    if hasattr(weight, "full_tensor"):
-        # FSDP2's shard; the gradient is scattered on the way back
-        weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
-    subclass = is_traceable_wrapper_subclass(weight)
+    subclass = is_traceable_wrapper_subclass(weight) and not is_dtensor(weight)
     if subclass or weight.dtype not in FLOATS or weight.ndim != 2:
         kind = type(weight.data).__name__ if subclass else weight.dtype
         instead = "leave the lm_head out of the quantisation (llm_int8_skip_modules, modules_to_not_convert)"
@@ -154,7 +156,7 @@ def _saved(wrapper: nn.Module) -> nn.Module:
 
 def refuse_forward(module: nn.Module, known: type) -> None:
     """Raises unless calling `module` runs the forward of `known`."""
-    own = module.__dict__.get("forward")
+    own = inside_of_tensor_parallel(module.__dict__.get("forward"))
     if type(module).forward is not known.forward or type(module).__call__ is not nn.Module.__call__:
         raise _refusal(module, ", which has a forward of its own")
     bound = getattr(own, "__func__", None) is known.forward and own.__self__ is module
@@ -163,15 +165,16 @@ def refuse_forward(module: nn.Module, known: type) -> None:
     hook = module.__dict__.get("_hf_hook")  # accelerate's: the devices of a device_map
     hooks = getattr(hook, "hooks", (hook,))
     inner = getattr(module.__dict__.get("_old_forward"), "__func__", None)
-    if inner is not known.forward or any(_name(x) != "accelerate.hooks.AlignDevicesHook" for x in hooks):
-        raise _refusal(module, f" whose forward was replaced by {getattr(own, '__qualname__', None) or _name(own)}")
+    if inner is not known.forward or any(name_of(x) != "accelerate.hooks.AlignDevicesHook" for x in hooks):
+        raise _refusal(module, f" whose forward was replaced by {getattr(own, '__qualname__', None) or name_of(own)}")
 
 
 def _inner(module: nn.Module) -> nn.Module:
     """A module that is not run as it is: raises for a hook of it that is neither torch's nor of a call's own."""
+    refuse_wrapped_alone(module)
     for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
         if not _is_known(hook):
-            raise NotImplementedError(f"a forward hook, {origin(hook)}, on the {_name(module)} inside of an lm_head")
+            raise NotImplementedError(f"a forward hook, {origin(hook)}, on the {name_of(module)} inside of an lm_head")
     _refuse_backward_hooks(module)
     return module
 
@@ -192,12 +195,6 @@ def _refuse_hooks_of_every_module() -> None:
 def _is_known(hook) -> bool:
     """torch's make the weight (weight_norm, prune), gather it (FSDP) or count; ours do nothing there."""
     return origin(hook).split(".")[0] in ("torch", "fastdpo")
-
-
-def origin(hook) -> str:
-    hook = getattr(hook, "func", hook)  # functools.partial
-    name = getattr(hook, "__qualname__", None)
-    return _name(hook) if name is None else f"{hook.__module__}.{name}"
 
 
 def _lora(layer: nn.Module, hidden: Tensor) -> AppliedHead:
@@ -280,8 +277,4 @@ def _refuse_mixed_batches(module: nn.Module) -> None:
 
 
 def _refusal(module: nn.Module, what: str) -> NotImplementedError:
-    return NotImplementedError(f"an lm_head of type {_name(module)}{what}")
-
-
-def _name(module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return NotImplementedError(f"an lm_head of type {name_of(module)}{what}")

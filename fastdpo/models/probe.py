@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..head import HeadOptions, LogitTransform
+from ..ops.problem import TokenStats
 from .head_call import ANSWER
+from .lm_head import AppliedHead
+from .wrappers import whole
 
 # Under these names configurations hold the factor of the logits: Cohere, Muse and Falcon-H1 multiply by it,
 # Granite divides by logits_scaling, MiniCPM3 and Inkling divide hidden by theirs, and HyperCLOVA X
@@ -46,7 +49,7 @@ def logits_of(output) -> Tensor:
 def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[LogitTransform], LogitTransform]:
     """(what the configuration declares, which of it the model does), of a model with this `forward`.
 
-    ``run(transform, **arguments)`` gives the HeadCall that expects it, and the output. Raises ValueError where no
+    ``run(transform, score, **arguments)`` gives the HeadCall, and the output. Raises ValueError where no
     transform gives the model's own log-probs.
     """
     name, head = type(causal).__name__, causal.get_output_embeddings()
@@ -61,32 +64,41 @@ def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[Log
         try:
             ids, logits = _first_logits(causal, forward, generator)
             gain = max(1.0, ANSWER / max(float(logits.abs().max()), 1e-6))
-            logits = logits_of(forward(input_ids=ids))[:, :8]
-            call, _ = run(LogitTransform(), input_ids=ids)
+            logits = whole(logits_of(forward(input_ids=ids)))[:, :8]
+            shape = (16, logits.shape[1])
+            labels = torch.randint(logits.shape[-1], shape, generator=generator, device="cpu").to(logits.device)
+            labels[0] = logits.argmax(-1)[0]
+            declared = declared_transforms(causal.config)
+
+            def score(applied: AppliedHead, _) -> TokenStats:
+                """[declared, 16, T] log-probs."""
+                hidden = applied.hidden[:, :8]
+                if logits.shape[:-1] != hidden.shape[:-1]:
+                    raise ValueError(
+                        f"the lm_head of {name} is given hidden states of shape {tuple(hidden.shape)} for logits of "
+                        f"shape {tuple(logits.shape)}"
+                    )
+                if len(applied.weight) != logits.shape[-1]:
+                    raise ValueError(
+                        f"{name} returns {logits.shape[-1]} of the {len(applied.weight)} logits of its lm_head: call "
+                        "patch_model before the head is split, or let each rank have all (output_layouts=Replicate())"
+                    )
+                applied = applied._replace(hidden=hidden.expand(len(labels), -1, -1))
+                each = [applied.token_stats(labels, transform, HeadOptions(), ()).logps for transform in declared]
+                return TokenStats(torch.stack(each), *(None,) * 4)
+
+            call, _ = run(LogitTransform(), score, input_ids=ids)
         finally:
             hook.remove()
-        call.hidden = call.hidden[:, :8]
-        if logits.shape[:-1] != call.hidden.shape[:-1]:
-            raise ValueError(
-                f"the lm_head of {name} is given hidden states of shape {tuple(call.hidden.shape)} for logits of "
-                f"shape {tuple(logits.shape)}"
-            )
-        shape = (16, logits.shape[1])
-        labels = torch.randint(logits.shape[-1], shape, generator=generator, device="cpu").to(logits.device)
-        labels[0] = logits.argmax(-1)[0]
         expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
         allowed = call.tolerance(logits, PROBE_TOLERANCE) * max(1.0, float(logits.abs().max()))
-        call.hidden = call.hidden.expand(len(labels), -1, -1)
-
-        declared = declared_transforms(causal.config)
         smallest, like = math.inf, None
-        for transform in declared:
-            logps = call.token_stats(labels, transform, HeadOptions(), ()).logps
+        for transform, logps in zip(declared, call.stats.logps):
             difference = (logps.to(expected) - expected).abs().max().nan_to_num(nan=math.inf).item()
             if difference <= allowed:
                 like = transform
                 with torch.enable_grad():  # which shows parameters behind the lm_head
-                    shown, output = run(transform, input_ids=ids)
+                    shown, output = run(transform, None, input_ids=ids)
                 if shown.shows(logits_of(output), transform):
                     return declared, transform
             smallest = min(smallest, difference)
@@ -109,7 +121,7 @@ def _first_logits(causal: nn.Module, forward: Callable, generator: torch.Generat
     for length in (8, 64):
         ids = ordinary[torch.randint(len(ordinary), (1, length), generator=generator, device="cpu")]
         try:
-            return ids, logits_of(forward(input_ids=ids))
+            return ids, whole(logits_of(forward(input_ids=ids)))
         except Exception as error:
             failure = failure or error
     name = type(causal).__name__
@@ -128,7 +140,8 @@ def _ordinary_tokens(causal: nn.Module) -> Tensor:
             elif name.endswith(("_id", "_ids", "_index")):
                 special.update(value if isinstance(value, (list, tuple)) else [value])
     # Below 1000: placeholders that no configuration names come late in vocabularies
-    ordinary = [i for i in range(min(embeddings.shape[0], 1000)) if i not in special]
+    size = getattr(embeddings, "ds_shape", embeddings.shape)[0]  # ZeRO-3 has emptied it
+    ordinary = [i for i in range(min(size, 1000)) if i not in special]
     return torch.tensor(ordinary, device=embeddings.device)
 
 

@@ -229,16 +229,55 @@ def test_gradient_checkpointing_and_frozen_head():
         torch.testing.assert_close(grads[name], expected[name])
 
 
-def test_zero3_is_refused():
-    """ZeRO-3 gathers the head for its module's forward and empties it after."""
-    model = build()
-    patch_model(model)
+def split_by_zero3(head, gathered=True):
+    """ZeRO-3's hooks, in short: what test_zero.py tries with DeepSpeed itself, where that is installed."""
+    whole, empty = head.weight.data, torch.empty(0)
+    head.weight.ds_id, head.weight.data = 0, empty
+
+    def gather(*_):
+        head.weight.data = whole if gathered else empty
+
+    def drop(*_):
+        head.weight.data = empty
+
+    class GatherBeforeBackward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.detach()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            gather()
+            return upstream
+
+    def hang(module, args, output):
+        return torch.utils._pytree.tree_map(GatherBeforeBackward.apply, output)
+
+    for hook in (gather, drop, hang):
+        hook.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    head.register_forward_pre_hook(gather)
+    head.register_forward_hook(drop)
+    head.register_forward_hook(hang)
+
+
+def test_zero3_gathers_for_the_heads_forward_and_before_the_backward():
+    model, plain = patch_model(build(), backward="exact", stats=("entropy",)), build()
     head = model.get_output_embeddings()
-    whole = head.weight.data
-    head.weight.ds_id, head.weight.data = 0, torch.empty(0)
-    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
-    head.register_forward_hook(lambda *_: setattr(head.weight, "data", torch.empty(0)))
-    with pytest.raises(NotImplementedError, match="ZeRO-3"):
+    split_by_zero3(head)
+    for how in (lambda stats: stats.logps, lambda stats: stats.entropy):
+        patch_model(plain, backward="exact", stats=("entropy",))
+        expected, found = how(plain(**batch(), fastdpo=True)), how(model(**batch(), fastdpo=True))
+        assert head.weight.numel() == 0 and torch.equal(found, expected)
+        grads, right = gradients(model, found.sum()), gradients(plain, expected.sum())
+        assert head.weight.numel() > 0 and grads.keys() == right.keys()
+        for name, grad in grads.items():
+            assert torch.equal(grad, right[name]), name
+
+
+def test_a_head_that_zero3_has_not_gathered_is_refused():
+    model = patch_model(build())
+    split_by_zero3(model.get_output_embeddings(), gathered=False)
+    with pytest.raises(NotImplementedError, match="ZeRO-3 has split and not gathered"):
         model(**batch(), fastdpo=True)
 
 

@@ -293,33 +293,6 @@ def test_a_forward_that_is_replaced_and_patched_again():
     assert "_fastdpo" not in vars(model) and not model.lm_head._forward_hooks
 
 
-def fsdp_worker(rank: int, store: str) -> None:
-    from torch.distributed.fsdp import fully_shard
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    whole = patch_model(build(), backward="exact")
-    expected = gradients(whole, whole(**batch(), fastdpo=True).logps.sum())
-    for head_of_its_own in (False, True):
-        model = patch_model(build(), backward="exact")
-        for module in [*model.model.layers, *([model.lm_head] if head_of_its_own else [])]:
-            fully_shard(module)
-        fully_shard(model)
-        for _ in range(2):
-            model.zero_grad()  # here and not after the forward, which leaves the root's parameters gathered
-            grads = gradients(model, model(**batch(), fastdpo=True).logps.sum())
-        assert grads.keys() == expected.keys()
-        for name, grad in grads.items():
-            torch.testing.assert_close(grad.full_tensor(), expected[name], msg=name)
-    torch.distributed.barrier()  # a rank that leaves early can take the other down with it
-    torch.distributed.destroy_process_group()
-
-
-def test_inside_fsdp2(tmp_path):
-    """Two ranks, with the lm_head in the root's group and in one of its own."""
-    torch.multiprocessing.spawn(fsdp_worker, (str(tmp_path / "store"),), nprocs=2)
-
-
 class Pairs(torch.utils.data.Dataset):
     def __len__(self):
         return 12

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from ..lm_head import AppliedHead, applied_head, autocast_type, refuse_forward
 from ..options import TRAINER_OPTIONS, head_options
+from ..wrappers import is_dtensor
 from .logits import LazyLogits
 from .source import Held, Source
 
-# Wrappers that split the head, or run it where its result cannot come back as an object
+# Wrappers that split the head, or run it where its result cannot come back as an object. Gathering it for a deferred
+# read is for all ranks to do, and reading is a rank's own affair: one that reads alone would wait for ever
 SPLITTING = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
@@ -39,8 +41,10 @@ def lazy_logits(*models, **options) -> Iterator[None]:
 
     Raises:
         TypeError, ValueError: naming the option, or the model that has no lm_head.
-        NotImplementedError: a head that is split (FSDP, ZeRO-3, DataParallel), quantised, or adapted by something else
-            than LoRA, DoRA, ``modules_to_save`` and trainable tokens.
+        NotImplementedError: a head that is quantised, or adapted by something else than LoRA, DoRA,
+            ``modules_to_save`` and trainable tokens; or that is split (FSDP, ZeRO-3, tensor parallelism, DataParallel):
+            what is read later needs the head gathered once more, by all ranks, and a rank may read alone, to log, say.
+            `patch_model` serves these.
 
     Guarantees:
         Scale, softcap and temperature that the model or the trainer applies to its logits are followed, and the grad
@@ -118,8 +122,8 @@ def _output_layer(model) -> nn.Module:
     base = getattr(base, "original_module", base)  # PEFT's modules_to_save
     if not isinstance(base, nn.Linear):
         raise TypeError(f"model must have a linear lm_head as its output embeddings; {given} has {type(base).__name__}")
-    if _splits(head) or hasattr(base.weight, "ds_id"):
-        raise NotImplementedError("lazy logits of an lm_head that FSDP or DeepSpeed ZeRO-3 splits")
+    if _splits(head) or is_dtensor(base.weight) or hasattr(base.weight, "ds_id"):
+        raise NotImplementedError("lazy logits of an lm_head that FSDP, DeepSpeed ZeRO-3 or tensor parallelism splits")
     refuse_forward(base, nn.Linear)
     refuse_forward(head, type(head))
     return head
