@@ -23,6 +23,7 @@ from ..problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 from .operands import TILE_BYTES, Operands, matmul, padded_rows
 from .workers import in_order
 
+PIECE = 1024  # tokens of a thread's work, at most
 BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
 # Above this share of live pairs the exact backward is cheaper: gathered rows cost about 1.2 times dense ones, and it
 # reads nothing twice. Flat distributions end here.
@@ -105,17 +106,22 @@ class _TokenSums:
     def finish(self) -> None:
         ops, grads, start, stop = self.ops, self.grads, self.start, self.stop
         if self.dlow_rank is not None:
-            if grads.lora_a is not None:
-                size = ops.chunk_rows()
-                for first in range(start, stop, size):
-                    last = min(first + size, stop)
-                    part = self.dlow_rank[first - start : last - start]
-                    hidden, _ = ops.hidden(first, last)
-                    grads.lora_a.addmm_(part.T, hidden, alpha=ops.head.lora.scale)
-            self.dhidden.addmm_(self.dlow_rank, ops.lora_a)
+            # one core a piece: how a product of several is cut, and its sums with it, hangs on their number
+            size, serial = min(PIECE, ops.chunk_rows()), ops.serial()
+            pieces = ((serial, first, min(first + size, stop)) for first in range(start, stop, size))
+            for product in in_order(self._through_lora_a, pieces, ops.threads):
+                if product is not None:
+                    grads.lora_a.add_(product, alpha=ops.head.lora.scale)
         if grads.hidden is not None:
             rows = slice(start, stop) if ops.tokens.rows is None else ops.tokens.rows[start:stop]
             grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
+
+    def _through_lora_a(self, ops: Operands, first: int, last: int) -> Tensor | None:
+        """Adds these tokens' part of dhidden; returns their part of dlora_a, if it is wanted."""
+        rows = slice(first - self.start, last - self.start)
+        part = self.dlow_rank[rows]
+        self.dhidden[rows].addmm_(part, ops.lora_a)
+        return None if self.grads.lora_a is None else part.T @ ops.hidden(first, last)[0]
 
 
 class _WeightProducts(NamedTuple):
@@ -205,7 +211,7 @@ class _Routed:
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops = self.ops.serial()
         # Tokens a thread works on at once, so that all threads together stay within a few tiles and kernels are few.
-        size = min(1024, max(64, ops.chunk_rows() // self.ops.threads))
+        size = min(PIECE, max(64, ops.chunk_rows() // self.ops.threads))
         hidden_set = -1 if sums is None else self.routing.hidden_set
         weight_set = -1 if grads is None else self.routing.weight_set
         listed = min(which for which in (hidden_set, weight_set) if which >= 0)
