@@ -170,8 +170,8 @@ def linear_dpo_loss(
         With `seq_group`: every rank gets the whole result, bit for bit the same; a few numbers per sequence cross in
         the forward (with positions one integer per token, and a wait), nothing in the backward. Ranks never share
         draws. Ranks that disagree on options, layout, types or kinds of tensors all raise one ValueError naming the
-        first difference; one that raises by itself is named by the others. On the CPU that is compared in every call; on
-        a GPU, where it waits, for what the group has not agreed on before, and later differences give NaN. A call
+        first difference; one that raises by itself is named by the others. On the CPU that is compared in every call;
+        on a GPU, where it waits, for what the group has not agreed on before, and later differences give NaN. A call
         breaks torch.compile's graph.
 
     Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.

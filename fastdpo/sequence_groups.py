@@ -222,16 +222,15 @@ def described_tensors(tensors: dict[str, Tensor | None], shape: bool = True) -> 
 
 
 def check_positions(positions, labels: Tensor, ignore_index: int, cu_seqlens: Tensor | None, read: bool):
-    """ "zigzag" or a plain tensor of positions; ValueError or TypeError naming the argument. Values are read on the
-    CPU, or with `read`, which waits."""
-    read = read or labels.device.type == "cpu"
+    """ "zigzag" or a plain tensor of positions; ValueError or TypeError naming the argument. Of offsets values
+    are read on the CPU, or with `read`, which waits; those of positions always."""
     if isinstance(positions, str):
         if positions != "zigzag":
             raise ValueError(f"seq_positions must be None, 'zigzag' or a tensor of positions; got {positions!r}")
         if cu_seqlens is None:
             lengths = [labels.shape[1]]
         else:
-            lengths = cu_seqlens.diff().tolist() if read else []
+            lengths = cu_seqlens.diff().tolist() if read or cu_seqlens.device.type == "cpu" else []
         for length in lengths:
             if length % 2:
                 raise ValueError(
@@ -248,11 +247,10 @@ def check_positions(positions, labels: Tensor, ignore_index: int, cu_seqlens: Te
         )
     if positions.device != labels.device:
         raise ValueError(f"seq_positions is on {positions.device} but labels is on {labels.device}")
-    if read:
-        wrong = positions[(labels != ignore_index) & (positions < 0)]
-        if wrong.numel():
-            raise ValueError(f"seq_positions of completion tokens must not be negative; got {int(wrong[0])}")
-    return positions
+    wrong = positions[(labels != ignore_index) & ((positions < 0) | (positions.long() >= POSITIONS))]
+    if wrong.numel():
+        raise ValueError(f"seq_positions of completion tokens must lie in [0, 2**32); got {int(wrong[0])}")
+    return positions.long()
 
 
 class SequenceShards(Sequences):
@@ -305,17 +303,15 @@ class SequenceShards(Sequences):
     def _places_by_position(self) -> Tensor:
         """One integer per token crosses: its sequence and its position there."""
         first = (self.owners() * POSITIONS).expand(self.mask.shape).contiguous()
-        keys = torch.where(self.mask, first + self.positions.clamp(-1, POSITIONS - 1), NO_TOKEN)
-        keys, ordered = keys.reshape(-1), self._all_ranks(keys.reshape(-1)).sort().values
-        twice = ((ordered[1:] == ordered[:-1]) & (ordered[1:] != NO_TOKEN)).nonzero() if ordered.is_cpu else None
-        if twice is not None and twice.numel():
-            key = int(ordered[twice[0, 0]])
+        keys = torch.where(self.mask, first + self.positions, NO_TOKEN).reshape(-1)
+        ordered = self._all_ranks(keys).sort().values
+        twice = ordered[1:][(ordered[1:] == ordered[:-1]) & (ordered[1:] != NO_TOKEN)]
+        if twice.numel():
+            sequence, position = divmod(int(twice[0]), POSITIONS)
             raise ValueError(
-                f"seq_positions must say each token's place in its whole sequence; got {key % POSITIONS} twice in "
-                f" sequence {key // POSITIONS}, over all ranks of seq_group"
+                f"seq_positions must say each token's place in its whole sequence; got {position} twice in sequence "
+                f"{sequence}, over all ranks of seq_group"
             )
-        negative = (self.mask & (self.positions < 0)).any()
-        self.fault = negative | ((ordered[1:] == ordered[:-1]) & (ordered[1:] != NO_TOKEN)).any()
         places = torch.searchsorted(ordered, keys, right=True) - torch.searchsorted(ordered, first.reshape(-1))
         return places.view(self.mask.shape)
 
