@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autograd import uncompiled
+from .autograd import eager
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
@@ -184,7 +184,7 @@ def linear_dpo_loss(
 
 def _linear_dpo_loss(options: _DPOOptions | dict, seq_group, *tensors) -> DPOOutput:
     if seq_group is not None:
-        return uncompiled(_over_ranks, options, process_group("seq_group", seq_group), *tensors)
+        return eager(_over_ranks, options, process_group("seq_group", seq_group), *tensors)
     options = options if isinstance(options, _DPOOptions) else _DPOOptions.of(**options)
     return DPOOutput(*batch_losses(options.preference, _scored(options, *tensors)))
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .autograd import uncompiled
+from .autograd import eager
 from .losses import PreferenceOptions, check_sequences, states_options
 from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
@@ -124,7 +124,7 @@ def preference_loss(
     )  # fmt: skip
     refuse_transforms("fastdpo.preference_loss", *tensors[:4])
     if seq_group is not None:
-        return uncompiled(_over_ranks, process_group("seq_group", seq_group), seq_grads, options, tensors)
+        return eager(_over_ranks, process_group("seq_group", seq_group), seq_grads, options, tensors)
     check_gradients(seq_group, seq_grads)
     options = PreferenceOptions(**options)
     return PreferenceOutput(*batch_losses(options, BatchInputs(*check_sequences(options, *tensors)))[:4])

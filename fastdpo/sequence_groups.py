@@ -112,10 +112,11 @@ def _disagreement(name: str, told: list[tuple[dict, str | None]]) -> str:
 def agreement(group, like) -> Iterator[dict[str, object]]:
     """Around what a rank does by itself, which describes itself in the dict that this gives: ranks agree at the end, or
     hear of a rank that raised."""
-    if traced(*(x for x in (like,) if isinstance(x, Tensor))):
-        raise NotImplementedError("seq_group talks to other processes: it takes no fake or meta tensors")
-    device, described = like.device if isinstance(like, Tensor) else torch.device("cpu"), {}
+    tensor = isinstance(like, Tensor) and not like.is_meta
+    device, described = like.device if tensor else torch.device("cpu"), {}
     try:
+        if traced(like if isinstance(like, Tensor) else None):
+            raise NotImplementedError("seq_group talks to other processes: it takes no fake or meta tensors")
         yield described
     except Exception as error:
         agree(group, device, described, error)
@@ -318,7 +319,7 @@ class SequenceShards(Sequences):
     def _all_ranks(self, keys: Tensor) -> Tensor:
         """Of ranks with different numbers of tokens, which the host reads."""
         most = int(self.over.gather(torch.tensor([keys.numel()], device=keys.device)).max())
-        return self.over.gather(torch.nn.functional.pad(keys, (0, most - keys.numel()), value=NO_TOKEN)).reshape(-1)
+        return self.over.gather(torch.cat([keys, keys.new_full((most - keys.numel(),), NO_TOKEN)])).reshape(-1)
 
 
 def sum_of_parts(over: SequenceGroup, logps: list[Tensor | None], lengths: list[Tensor | None]):

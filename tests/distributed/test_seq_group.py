@@ -48,7 +48,7 @@ def whole_batch(layout: str, size: int, packed: bool, seed: int = 0):
             chunks = torch.arange(length).view(2 * size, -1)
             held = [torch.cat([chunks[r], chunks[2 * size - 1 - r]]) for r in range(size)]
         elif layout == "striped":
-            held = [torch.arange(r, length, size) for r in range(size)]
+            held = [torch.arange(length)[r::size] for r in range(size)]
         else:
             if shares is None or packed:  # uneven; of three ranks and more, the second has none
                 cuts = torch.randint(0, length + 1, (size - 1,), generator=generator).sort().values.tolist()
@@ -87,7 +87,7 @@ def arguments(tensors, lengths, held, case: str, packed: bool, dtype: torch.dtyp
         return x.reshape(*shape, *x.shape[1:]) if not packed else x
 
     options, reference = CASES[case]
-    given = {name: tensors[name].to(dtype).requires_grad_() for name in ("weight", "bias")}
+    given = {name: tensors[name].to(dtype, copy=True).requires_grad_() for name in ("weight", "bias")}
     given["hidden"] = local("hidden").to(dtype).requires_grad_()
     given["labels"] = local("labels")
     if reference == "ref_hidden":
@@ -95,7 +95,7 @@ def arguments(tensors, lengths, held, case: str, packed: bool, dtype: torch.dtyp
     elif reference == "per token":
         given["ref_logps"] = local("per token").to(dtype).requires_grad_()
     elif reference == "per sequence":
-        given["ref_logps"] = tensors["per sequence"].to(dtype).requires_grad_()
+        given["ref_logps"] = tensors["per sequence"].to(dtype, copy=True).requires_grad_()
     if packed:
         given["cu_seqlens"] = torch.tensor([0, *itertools.accumulate(len(x) for x in held)])
     return given | options
@@ -138,7 +138,7 @@ def check_case(case, found, tensors, lengths, parts, packed, factor: float = 1.0
     everything = [torch.arange(length) for length in lengths]
     given = arguments(tensors, lengths, everything, case, packed, torch.float64)
     result, grads = run(given, backward="exact")
-    for rank, (out, local) in enumerate(found):
+    for out, local in found:
         for ours, others, expected in zip(out, found[0][0], result):
             assert torch.equal(ours, others), case  # bit for bit
             assert relative_error(ours, expected) < 2e-6, case
@@ -153,7 +153,7 @@ def check_case(case, found, tensors, lengths, parts, packed, factor: float = 1.0
         starts, flat = [0, *itertools.accumulate(lengths)], expected.reshape(sum(lengths), -1)
         for (_, local), held in zip(found, parts):
             rows = torch.cat([start + positions for start, positions in zip(starts, held)])
-            part = local[name].double().reshape(len(rows), -1) - factor * flat[rows]
+            part = local[name].double().reshape(len(rows), flat.shape[1]) - factor * flat[rows]
             assert part.norm() < 2e-6 * factor * flat.norm(), (case, name)
 
 
@@ -207,7 +207,7 @@ def _meshed(rank, size):
         if case == "LD":
             given["seq_positions"] = "zigzag"
         found[case] = run(given, backward="exact", seq_group=cp, vocab_group=tp)
-    with pytest.raises(ValueError, match="seq_group must be a one-dimensional mesh; got one of shape .2, 2."):
+    with pytest.raises(ValueError, match=r"seq_group must be a one-dimensional mesh; got one of shape \(2, 2\)"):
         fastdpo.linear_dpo_loss(**given, seq_group=mesh)
     return found
 
@@ -225,6 +225,36 @@ def test_beside_shards_of_the_vocabulary(ranks, monkeypatch):
             shards = {name: torch.cat([grads[name], others[name]]) for name in ("weight", "bias")}
             joined.append((out, grads | shards))
         check_case(case, joined, tensors, lengths, parts, True)
+
+
+def _preference(rank, size, parts, lengths, options):
+    """`parts`: [size, 4, B] of each rank."""
+    leaves = [x.clone().requires_grad_() for x in parts[rank][: 2 if options["loss_type"] == "simpo" else 4]]
+    lengths = None if options["loss_type"] == "sigmoid" else [x.int() for x in lengths[rank]]
+    given = dict(zip(("chosen_lengths", "rejected_lengths"), lengths or ()))
+    out = fastdpo.preference_loss(*leaves, **given, **options, seq_group=dist.group.WORLD)
+    (out.loss + out.losses @ UPSTREAM).backward()
+    return [x.detach() for x in out], [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("seq_grads", ["sum", "mean"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "ipo", "aot"])
+def test_preference_loss_of_parts_of_sums(loss_type, seq_grads, ranks):
+    """Of all six tensors; a whole reference stands on one rank."""
+    parts, lengths = -torch.rand(3, 4, B), torch.randint(0, 9, (3, 2, B))
+    parts[1:, 2:], lengths[1] = 0.0, 0
+    options = {"loss_type": loss_type, "beta": 0.7}
+    found = ranks(3)(_preference, parts, lengths, {**options, "seq_grads": seq_grads})
+    count = 2 if loss_type == "simpo" else 4
+    leaves = [x.requires_grad_() for x in parts.double().sum(0)[:count].unbind()]
+    needed = {} if loss_type == "sigmoid" else dict(zip(("chosen_lengths", "rejected_lengths"), lengths.sum(0)))
+    expected = fastdpo.preference_loss(*leaves, **needed, **options)
+    (expected.loss + expected.losses @ UPSTREAM.double()).backward()
+    for out, grads in found:
+        assert all(torch.equal(a, b) for a, b in zip(out, found[0][0]))
+        assert all(relative_error(a, b) < 2e-6 for a, b in zip(out, expected))
+        for grad, leaf in zip(grads, leaves):
+            assert relative_error(grad, leaf.grad * (3 if seq_grads == "mean" else 1)) < 2e-6
 
 
 def _empty(rank, size):
