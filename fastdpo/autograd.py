@@ -69,5 +69,10 @@ def uncompiled(function, *arguments):
     return function(*arguments)
 
 
+def eager(function, *arguments):
+    """`uncompiled`, which imports torch._dynamo, only inside torch.compile."""
+    return uncompiled(function, *arguments) if torch.compiler.is_compiling() else function(*arguments)
+
+
 def apply(function: type[torch.autograd.Function], *arguments):
-    return uncompiled(function.apply, *arguments) if torch.compiler.is_compiling() else function.apply(*arguments)
+    return eager(function.apply, *arguments)

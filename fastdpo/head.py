@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from .tensors import plain
 from .validation import FLOATS, check_flag, check_integer, check_number
 
 _KEYS = 2**64
+_STREAMS = 0x9E3779B97F4A7C15  # how far apart the keys of two streams lie
 
 # Chosen so that on a trained head every error (overall, of sure tokens, of the worst token, of dweight) stays below
 # that of bf16 logits, and that training, where Adam amplifies noise in rows of the head with tiny gradients, follows
@@ -69,6 +70,11 @@ def taus(tau: float | tuple[float, float] | None, of_weight: bool = True) -> tup
     if tau is None:
         tau = DEFAULT_TAU if of_weight else FROZEN_HEAD_TAU
     return tau if isinstance(tau, tuple) else (tau, tau)
+
+
+def _signed(key: int) -> int:
+    """The key's 64 bits as int64 has them."""
+    return (key + _KEYS // 2) % _KEYS - _KEYS // 2
 
 
 def _positive(name: str, value) -> float | None:
@@ -142,6 +148,7 @@ class HeadOptions:
     vocab_group: object | None = None
     check_labels: bool = False
     accumulate_into: str | None = None
+    stream: int = field(default=0, repr=False)  # no option: ranks with other tokens of a batch draw from others
 
     def __post_init__(self):
         for name, check in _CHECKS.items():
@@ -165,11 +172,11 @@ class HeadOptions:
         if self.backward == "exact":
             return None
         if self.seed is not None:
-            seed = self.seed - _KEYS if self.seed >= _KEYS // 2 else self.seed
-            return torch.full((), seed, dtype=torch.int64, device=device)
+            return torch.full((), _signed(self.seed + self.stream * _STREAMS), dtype=torch.int64, device=device)
         if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
             return None
-        return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+        key = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+        return key + _signed(self.stream * _STREAMS) if self.stream else key
 
     def routing(self, of_hidden: bool, of_weight: bool) -> Routing:
         """Which pairs the backward computes for the gradients that are wanted."""
@@ -191,7 +198,7 @@ _CHECKS = {
     "check_labels": check_flag,
     "accumulate_into": _accumulate_into,
 }
-HEAD_OPTIONS = tuple(field.name for field in fields(HeadOptions))
+HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions) if option.name != "stream")
 
 
 class CheckedHead(NamedTuple):

@@ -9,12 +9,12 @@ Neither the logits nor anything of their size is ever formed.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .autograd import eager
 from .distributed.dtensor import local_rows, plain_or_dtensor
 from .distributed.handshake import announcing
 from .head import HEAD_OPTIONS, HeadOptions
@@ -22,7 +22,17 @@ from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
 from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
-from .tensors import plain, refuse_transforms, traced
+from .sequence_groups import (
+    SequenceGroup,
+    agreement,
+    check_gradients,
+    check_positions,
+    described_options,
+    described_tensors,
+    process_group,
+)
+from .sequences import check_layout
+from .tensors import plain, refuse_transforms
 from .validation import FLOATS, check_flag, check_number
 
 
@@ -46,9 +56,13 @@ class _DPOOptions(NamedTuple):
     ld_alpha: float | None
     use_weighting: bool
     average_log_prob: bool
+    seq_group: object | None  # a process group
+    seq_grads: str
 
     @staticmethod
-    def of(ld_alpha=None, use_weighting=False, average_log_prob=False, **options) -> _DPOOptions:
+    def of(
+        ld_alpha=None, use_weighting=False, average_log_prob=False, seq_group=None, seq_grads="sum", **options
+    ) -> _DPOOptions:
         of_head, of_loss = {}, {}
         for name, value in options.items():
             if name in HEAD_OPTIONS:
@@ -56,9 +70,14 @@ class _DPOOptions(NamedTuple):
             elif name in PREFERENCE_OPTIONS:
                 of_loss[name] = value
             else:
-                known = ("ld_alpha", "use_weighting", "average_log_prob", *HEAD_OPTIONS, *PREFERENCE_OPTIONS)
+                known = (*_DPO_OPTIONS, *HEAD_OPTIONS, *PREFERENCE_OPTIONS)
                 raise TypeError(f"unexpected option {name!r}; the options are {', '.join(known)}")
         head, preference = HeadOptions(**of_head), PreferenceOptions(**of_loss)
+        if seq_group is not None:
+            seq_group = process_group("seq_group", seq_group)
+            # their tokens have the same indices, and would share draws
+            head = replace(head, stream=torch.distributed.get_rank(seq_group))
+        check_gradients(seq_group, seq_grads)
         if ld_alpha is not None:
             ld_alpha = check_number("ld_alpha", ld_alpha)
             if not 0 <= ld_alpha <= 1:
@@ -75,7 +94,10 @@ class _DPOOptions(NamedTuple):
                     f"average_log_prob=True would divide by the length twice: loss_type {name!r} does so itself"
                 )
         ref_head = replace(head, check_labels=False) if head.check_labels else head
-        return _DPOOptions(preference, head, ref_head, ld_alpha, use_weighting, average_log_prob)
+        return _DPOOptions(preference, head, ref_head, ld_alpha, use_weighting, average_log_prob, seq_group, seq_grads)
+
+
+_DPO_OPTIONS = ("ld_alpha", "use_weighting", "average_log_prob", "seq_group", "seq_grads")
 
 
 def linear_dpo_loss(
@@ -90,6 +112,7 @@ def linear_dpo_loss(
     ref_logps: Tensor | None = None,  # [2B], or shaped like labels
     cu_seqlens: Tensor | None = None,  # [2B + 1]
     lora=None,
+    seq_positions: Tensor | str | None = None,  # shaped like labels
     **options,
 ) -> DPOOutput:
     """The preference loss of B chosen and rejected completions, straight from hidden states and the lm_head.
@@ -123,6 +146,17 @@ def linear_dpo_loss(
             accumulate_into: of `linear_logps`, for policy and reference alike.
         beta, loss_type, loss_weights, label_smoothing, ...: of `preference_loss`; lengths are counted from
             `labels`, and ``sft`` reads plain sums whatever `ld_alpha` and `average_log_prob` say.
+        seq_group: a torch.distributed process group, or a one-dimensional DeviceMesh, over whose ranks the tokens of
+            every sequence are split (context and sequence parallelism). `hidden`, `labels`, `cu_seqlens`, `ref_hidden`
+            and `ref_logps` per token are this rank's part, any number of tokens of each of the same 2B sequences, none
+            included; labels are shifted **before** the split. `ref_logps` per sequence are whole, the same on every
+            rank. The head is the same, or the same shard of `vocab_group`, another group.
+        seq_grads: ``"sum"``: each rank's backward gives exactly the gradient of its own rows, and of parameters its
+            part: their sum over the group is the gradient; ``"mean"``: all that times the group's size, where what
+            follows averages over its ranks (DDP, FSDP, accelerate). The upstream gradient is the same on every rank.
+        seq_positions: for `ld_alpha`, how the tokens of the ranks follow each other: None: contiguous parts in rank
+            order; ``"zigzag"``: of 2 * size chunks of a sequence, rank r holds chunk r and then chunk 2 * size - 1 - r,
+            equally long; or ``[2B, T]`` or ``[N]`` int64 or int32, each token's position in its whole sequence.
 
     Returns:
         DPOOutput(loss, losses, chosen_rewards, rejected_rewards, chosen_logps, rejected_logps). The log-probs
@@ -135,15 +169,64 @@ def linear_dpo_loss(
         Those of `linear_logps` and `preference_loss`. Sequence sums are fp64 in a fixed order, rounded once.
         A sequence without completion tokens has log-prob 0 and no gradient; B = 0 gives a loss of 0.
 
+        With `seq_group`: every rank gets the whole result, bit for bit the same; a few numbers per sequence cross in
+        the forward (with positions one integer per token, and a wait), nothing in the backward. Ranks never share
+        draws. Ranks that disagree on options, layout, types or kinds of tensors all raise one ValueError naming the
+        first difference; one that raises by itself is named by the others. On the CPU that is compared in every call;
+        on a GPU, where it waits, for what the group has not agreed on before, and later differences give NaN. A call
+        breaks torch.compile's graph.
+
     Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
     """
-    checked = _DPOOptions.of(**options)
-    return _linear_dpo_loss(
-        checked, hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora
-    )
+    tensors = (
+        hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora, seq_positions,
+    )  # fmt: skip
+    return _linear_dpo_loss(options, options.get("seq_group"), *tensors)
 
 
-def _linear_dpo_loss(
+def _linear_dpo_loss(options: _DPOOptions | dict, seq_group, *tensors) -> DPOOutput:
+    if seq_group is not None:
+        return eager(_over_ranks, options, process_group("seq_group", seq_group), *tensors)
+    options = options if isinstance(options, _DPOOptions) else _DPOOptions.of(**options)
+    return DPOOutput(*batch_losses(options.preference, _scored(options, *tensors)))
+
+
+def _over_ranks(options: _DPOOptions | dict, group, hidden, weight, *tensors) -> DPOOutput:
+    """What of a call is a rank's own comes first, so that the others hear of what it raises."""
+    with agreement(group, hidden) as described:
+        options = options if isinstance(options, _DPOOptions) else _DPOOptions.of(**options)
+        given = _scored(options, hidden, weight, *tensors)
+        described |= _described(options, given, hidden, weight, *tensors)
+        over = SequenceGroup.of(group, options.seq_grads).of_call(described)
+    return DPOOutput(*batch_losses(options.preference, given._replace(over=over)))
+
+
+def _described(
+    options: _DPOOptions, given: BatchInputs, hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, *_
+) -> dict[str, object]:
+    """What ranks of a `seq_group` must agree on. Not the number of rows, the seed, nor how labels are checked."""
+    packed, ref = given.cu_seqlens is not None, given.ref
+    kind = None if ref is None else "per token" if ref.shape == given.logps.shape else "per sequence"
+    own = ("seed", "vocab_group", "check_labels", "stream")
+    head = {name: value for name, value in described_options(options.head).items() if name not in own}
+    positions = given.positions
+    return {
+        "the function": "linear_dpo_loss",
+        "the number of sequences": len(given.cu_seqlens) - 1 if packed else len(given.labels),
+        "the layout": "packed" if packed else "padded",
+        **described_options(options.preference),
+        **head,
+        **{name: getattr(options, name) for name in _DPO_OPTIONS if name != "seq_group"},
+        "seq_positions": "a tensor" if isinstance(positions, Tensor) else positions,
+        "ref_logps": kind if ref_hidden is None else "of ref_hidden",
+        "the shape of weight": tuple(weight.shape),
+        **described_tensors({"hidden": hidden, "weight": weight, "bias": bias}, shape=False),
+        "whether logps require a gradient": given.logps.requires_grad,
+        "whether ref_logps require a gradient": ref is not None and ref.requires_grad,
+    }
+
+
+def _scored(
     options: _DPOOptions,
     hidden: Tensor,
     weight: Tensor,
@@ -155,13 +238,21 @@ def _linear_dpo_loss(
     ref_logps: Tensor | None,
     cu_seqlens: Tensor | None,
     lora,
-) -> DPOOutput:
+    seq_positions: Tensor | str | None,
+) -> BatchInputs:
     refuse_transforms("fastdpo.linear_dpo_loss", hidden, weight, bias, ref_hidden, ref_weight, ref_bias, ref_logps)
     with announcing(options.head.vocab_group, hidden):
         rows, labels = local_rows(hidden, labels)
         rows, labels = plain("hidden", rows), plain("labels", labels)
         cu_seqlens = None if cu_seqlens is None else plain("cu_seqlens", cu_seqlens)
-        _check_layout(rows, labels, cu_seqlens, options.head.check_labels)
+        check_layout(rows, labels, cu_seqlens, options.head.check_labels)
+        if seq_positions is not None:
+            if options.seq_group is None or options.ld_alpha is None:
+                missing = "seq_group" if options.seq_group is None else "ld_alpha"
+                raise ValueError(f"seq_positions was given without {missing}, and has no effect")
+            seq_positions = check_positions(
+                seq_positions, labels, options.head.ignore_index, cu_seqlens, options.head.check_labels
+            )
         reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
         reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
     statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
@@ -172,7 +263,7 @@ def _linear_dpo_loss(
             ref_logps = token_stats(
                 ref_hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
             ).logps
-    given = BatchInputs(
+    return BatchInputs(
         stats.logps,
         ref=ref_logps,
         labels=labels,
@@ -181,51 +272,8 @@ def _linear_dpo_loss(
         ignore_index=options.head.ignore_index,
         average=options.average_log_prob,
         ld_alpha=options.ld_alpha,
+        positions=seq_positions,
     )
-    return DPOOutput(*batch_losses(options.preference, given))
-
-
-def _check_layout(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, read_offsets: bool) -> None:
-    """Raises unless `hidden`, `labels` and `cu_seqlens` hold B chosen and B rejected sequences.
-
-    The values of `cu_seqlens` are read on the CPU, outside torch.compile, or with `read_offsets`, which waits.
-    """
-    if cu_seqlens is None:
-        if hidden.ndim != 3 or labels.shape != hidden.shape[:2]:
-            raise ValueError(
-                "without cu_seqlens, hidden must be [2B, T, H] and labels [2B, T]; got shapes "
-                f"{tuple(hidden.shape)} and {tuple(labels.shape)}"
-            )
-        if hidden.shape[0] % 2:
-            raise ValueError(
-                "hidden must hold as many rejected sequences as chosen ones; got an odd number of them, "
-                f"{hidden.shape[0]}"
-            )
-        return
-    if hidden.ndim != 2 or labels.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"with cu_seqlens, hidden must be [N, H] and labels [N]; got shapes {tuple(hidden.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"cu_seqlens must be an int32 or int64 tensor; got {cu_seqlens.dtype}")
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] % 2 == 0:
-        raise ValueError(
-            "cu_seqlens must hold 2B + 1 offsets, B chosen sequences and then B rejected ones; got shape "
-            f"{tuple(cu_seqlens.shape)}"
-        )
-    if read_offsets or (cu_seqlens.device.type == "cpu" and not traced(cu_seqlens)):
-        _check_offsets(cu_seqlens.tolist(), labels.shape[0])
-
-
-def _check_offsets(offsets: list[int], count: int) -> None:
-    if offsets[0] != 0:
-        raise ValueError(f"cu_seqlens must start at 0; got {offsets[0]}")
-    if offsets[-1] != count:
-        raise ValueError(f"cu_seqlens must end at the number of rows of hidden, {count}; got {offsets[-1]}")
-    for i, (start, stop) in enumerate(pairwise(offsets)):
-        if stop < start:
-            raise ValueError(f"cu_seqlens must not decrease; got {start} then {stop} at position {i + 1}")
 
 
 class _Reference(NamedTuple):
@@ -336,11 +384,13 @@ class LinearDPOLoss(torch.nn.Module):
         ref_logps: Tensor | None = None,  # [2B], or shaped like labels
         cu_seqlens: Tensor | None = None,  # [2B + 1]
         lora=None,
+        seq_positions: Tensor | str | None = None,  # shaped like labels
     ) -> DPOOutput:
         """Arguments and result are those of `linear_dpo_loss`."""
-        return _linear_dpo_loss(
-            self.options, hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora
-        )
+        tensors = (
+            hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora, seq_positions,
+        )  # fmt: skip
+        return _linear_dpo_loss(self.options, self.options.seq_group, *tensors)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.given.items())

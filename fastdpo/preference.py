@@ -12,9 +12,18 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .autograd import eager
 from .losses import PreferenceOptions, check_sequences, states_options
 from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
+from .sequence_groups import (
+    SequenceGroup,
+    agreement,
+    check_gradients,
+    described_options,
+    described_tensors,
+    process_group,
+)
 from .tensors import refuse_transforms
 
 
@@ -36,6 +45,8 @@ def preference_loss(
     *,
     chosen_lengths: Tensor | None = None,  # [B]
     rejected_lengths: Tensor | None = None,  # [B]
+    seq_group=None,
+    seq_grads: str = "sum",
     **options,
 ) -> PreferenceOutput:
     """The preference loss of B chosen and rejected completions, from their sequence log-probabilities.
@@ -74,6 +85,13 @@ def preference_loss(
         desirable_weight, undesirable_weight: ``kto``'s weights of chosen and rejected; >= 0.
         chosen_lengths, rejected_lengths: ``[B]`` integers, completion tokens; below 1 counts as 1 where a
             loss divides by it. Needed by {lengths}.
+        seq_group: a torch.distributed process group, or a one-dimensional DeviceMesh, whose ranks hold parts of the
+            tokens of the same B pairs. Then **all** of the six tensors are each rank's part: sums over its own
+            tokens, how many they are, and the reference's sums over them too; a whole reference log-prob stands on
+            one rank, zeros on the others. `kto_kl` is the same on every rank.
+        seq_grads: ``"sum"``: each rank's backward gives its own part of every gradient, and the sum over the group
+            is the gradient; ``"mean"``: that times the group's size, where what follows averages over its ranks
+            (DDP, FSDP). The upstream gradient is the same on every rank.
 
     Returns:
         PreferenceOutput(loss, losses, chosen_rewards, rejected_rewards). Rewards are ``beta * (logp -
@@ -93,11 +111,31 @@ def preference_loss(
         four log-probs. NaN in a row stays in that row of `losses` (``sft``, a mean over the batch, spreads
         it). B = 0 gives a loss of 0 with a working backward. No wait for the device.
 
+        With `seq_group` every rank gets the whole result, bit for bit the same, by one exchange in the forward and
+        none in the backward. Ranks whose options, shapes, types or kinds of tensors differ raise one ValueError on
+        all, which names the first difference; one that raises by itself is named by the others. On the CPU that is
+        compared in every call; on a GPU, where it waits, for what the group has not agreed on before, and later
+        differences give NaN. Give `linear_logps` a `seed` of its own on each rank: equal ones draw alike.
+
     Source: TRL 1.16's DPOTrainer; the papers of the single losses are listed in fastdpo/losses.py.
     """
-    refuse_transforms("fastdpo.preference_loss", chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
+    tensors = (
+        chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths,
+    )  # fmt: skip
+    refuse_transforms("fastdpo.preference_loss", *tensors[:4])
+    if seq_group is not None:
+        return eager(_over_ranks, process_group("seq_group", seq_group), seq_grads, options, tensors)
+    check_gradients(seq_group, seq_grads)
     options = PreferenceOptions(**options)
-    checked = check_sequences(
-        options, chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths
-    )
-    return PreferenceOutput(*batch_losses(options, BatchInputs(*checked))[:4])
+    return PreferenceOutput(*batch_losses(options, BatchInputs(*check_sequences(options, *tensors)))[:4])
+
+
+def _over_ranks(group, seq_grads: str, options: dict, tensors) -> PreferenceOutput:
+    with agreement(group, tensors[0]) as described:
+        check_gradients(group, seq_grads)
+        options = PreferenceOptions(**options)
+        checked = check_sequences(options, *tensors)
+        described |= {"the function": "preference_loss", "seq_grads": seq_grads, **described_options(options)}
+        described |= described_tensors(checked._asdict())
+        over = SequenceGroup.of(group, seq_grads).of_call(described)
+    return PreferenceOutput(*batch_losses(options, BatchInputs(*checked, over=over))[:4])

@@ -6,7 +6,7 @@ the engine where that cannot run. Computed in fp64; same names as there:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ...losses import PreferenceOptions
+from ...sequence_groups import SequenceGroup, SequenceShards, sum_of_parts
 from ...sequences import Cast, Sequences, cast, wide_dtype
 
 MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float
@@ -39,6 +40,12 @@ class BatchInputs(NamedTuple):
     ignore_index: int = -100
     average: bool = False
     ld_alpha: float | None = None
+    over: SequenceGroup | None = None  # whose ranks hold the rest of the tokens, or of the sums
+    positions: Tensor | str | None = None  # how their tokens follow each other, where ld_alpha asks
+
+    def sequences(self) -> Sequences:
+        where = (self.labels, self.ignore_index, self.cu_seqlens)
+        return Sequences(*where) if self.over is None else SequenceShards(*where, self.over, self.positions)
 
 
 @dataclass(frozen=True)
@@ -199,34 +206,51 @@ REFERENCE = {
 }
 
 
+def _of_tokens(given: BatchInputs):
+    """(log-probs of chosen, rejected and the reference's, their lengths, plain sums of chosen, weights), all [B]."""
+    sequences = given.sequences()
+    half, read = sequences.num // 2, [given.logps]
+    ref_per_token = given.ref is not None and given.ref.shape == given.logps.shape
+    if ref_per_token:
+        read.append(given.ref)
+    if given.ld_alpha is not None:
+        within = sequences.within_shared_length()
+        # Selected, not multiplied, at alpha 0: a tail that is left out must not bring its NaN along.
+        tails = [given.ld_alpha * x if given.ld_alpha else torch.zeros_like(x) for x in read]
+        read = [torch.where(within, x, tail) for x, tail in zip(read, tails)]
+    agreement = []
+    if given.log_sum_sq_probs is not None:
+        agreement.append(given.logps.detach() - given.log_sum_sq_probs)
+    plain, *sums = sequences.sums(given.logps, *read, *agreement)  # at once: over ranks, one exchange
+    policy, ref = sums[0], None
+    if ref_per_token:
+        ref = sums[1]
+    if given.average:
+        policy, ref = sequences.mean(policy), None if ref is None else sequences.mean(ref)
+    if given.ref is not None and not ref_per_token:
+        ref = sequences.whole("ref_logps", given.ref.reshape(-1))
+    weights = 1.0
+    if agreement:
+        weights = sequences.mean(sums[-1]).exp()
+        weights = weights[:half] * weights[half:]
+    refs = (None, None) if ref is None else (ref[:half], ref[half:])
+    lengths = (sequences.counts[:half], sequences.counts[half:])
+    return (policy[:half], policy[half:], *refs), lengths, plain[:half], weights
+
+
 def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Tensor, ...]:
     """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]), in the log-probs' dtype."""
     wide, dtype = wide_dtype(given.logps.device), given.logps.dtype
     weights = 1.0
     if given.rejected is None:
-        sequences = Sequences(given.labels, given.ignore_index, given.cu_seqlens)
-        half = sequences.num // 2
-
-        def read(logps: Tensor, sums: Tensor) -> Tensor:
-            """[2B] log-probs as the loss reads them; `sums` are the plain ones."""
-            if given.ld_alpha is not None:
-                # Selected, not multiplied, at alpha 0: a tail that is left out must not bring its NaN along.
-                tail = given.ld_alpha * logps if given.ld_alpha else torch.zeros_like(logps)
-                sums = sequences.sum(torch.where(sequences.within_shared_length(), logps, tail))
-            return sequences.mean(sums) if given.average else sums
-
-        sums, ref = sequences.sum(given.logps), given.ref
-        policy, sft_logps = read(given.logps, sums), sums[:half]
-        if ref is not None:
-            ref = ref.reshape(-1) if ref.shape != given.logps.shape else read(ref, sequences.sum(ref))
-        refs = (None, None) if ref is None else (ref[:half], ref[half:])
-        logps, lengths = (policy[:half], policy[half:], *refs), (sequences.counts[:half], sequences.counts[half:])
-        if given.log_sum_sq_probs is not None:
-            agreement = sequences.sum(given.logps.detach() - given.log_sum_sq_probs)
-            weights = sequences.mean(agreement).exp()
-            weights = weights[:half] * weights[half:]
+        logps, lengths, sft_logps, weights = _of_tokens(given)
     else:
-        logps, lengths, sft_logps = given[:4], (given.chosen_lengths, given.rejected_lengths), given.logps
+        logps, lengths = given[:4], (given.chosen_lengths, given.rejected_lengths)
+        if given.over is not None:
+            logps, lengths = sum_of_parts(given.over, logps, lengths)
+        sft_logps = logps[0]
+    if given.over is not None and isinstance(options.kto_kl, Tensor):
+        options = replace(options, kto_kl=given.over.same("kto_kl", options.kto_kl.to(given.logps.device, wide)))
     q = Terms(
         *(0.0 if x is None else cast(x, wide) for x in logps),
         *(None if n is None else n.clamp(min=1).to(wide) for n in lengths),

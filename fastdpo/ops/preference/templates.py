@@ -88,10 +88,10 @@ def batch_losses(options: PreferenceOptions, given: BatchInputs) -> tuple[Tensor
     """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]).
 
     By the templates, one call each way; by the reference where they cannot run, for losses without one (those that
-    match rows by rank need a sort), and for a `ref` wider than the log-probs.
+    match rows by rank need a sort), for a `ref` wider than the log-probs, and where sums cross ranks on the way.
     """
     logps, ref, kto_kl = given.logps, given.ref, None
-    served = ref is None or torch.promote_types(ref.dtype, logps.dtype) == logps.dtype
+    served = given.over is None and (ref is None or torch.promote_types(ref.dtype, logps.dtype) == logps.dtype)
     for name in options.loss_type:
         served = served and (name in LOSS_IDS or name == "sft")
     if not served or problem(logps.device, logps.dtype) is not None:
