@@ -274,6 +274,14 @@ def _check_lora(lora) -> LoRA:
     return LoRA(plain("lora A", lora[0]), plain("lora B", lora[1]), check_number("lora's scale", lora[2]))
 
 
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What F.linear would multiply in: the autocast type, or the common type of both."""
+    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
+    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return dtype
+
+
 def check_labels(labels: Tensor, options: HeadOptions, vocab_size: int) -> None:
     if labels.device.type == "meta":
         raise ValueError("check_labels=True reads the values of labels, which are on the meta device and have none")

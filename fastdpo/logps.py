@@ -16,7 +16,8 @@ from .distributed import travel
 from .distributed.dtensor import any_dtensor, resolve
 from .distributed.handshake import announcing
 from .head import CheckedHead, HeadOptions, check_head
-from .ops.operators import LinearLogpsFunction, agree, compiled
+from .ops.agreement import agree
+from .ops.operators import LinearLogpsFunction, compiled
 from .ops.problem import STATS, TokenStats
 from .tensors import refuse_transforms
 from .validation import check_names

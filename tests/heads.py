@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -96,10 +95,3 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     """||value - expected|| / ||expected|| in fp64; inf when anything is not finite."""
     difference = (value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)
     return difference.item() if torch.isfinite(difference) else float("inf")
-
-
-def engine_of(x: torch.Tensor):
-    """The engine that serves tensors like `x` now."""
-    from fastdpo.ops.engines import engine_for
-
-    return engine_for(x.device, x.dtype, os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET"))

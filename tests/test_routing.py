@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
-from heads import engine_of, peaked_head, relative_error, shares, small_head
+from heads import peaked_head, relative_error, shares, small_head
 
 import fastdpo
 from fastdpo import routing
 from fastdpo.head import Routing
+from fastdpo.ops.engines import engine_of
 
 
 def test_philox_known_answers():

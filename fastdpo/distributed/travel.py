@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..autograd import Function, once_differentiable
 from ..head import HeadOptions, check_head, check_labels
+from ..ops.agreement import described
 from ..ops.by_token import as_rows
-from ..ops.operators import backward, described, prepare, sharded_forward
+from ..ops.operators import backward, prepare, sharded_forward
 from ..ops.problem import STAT_DTYPES, Gradients, Needs, TokenStats
 from . import handshake
 from .dtensor import Plan, Resolved

@@ -121,6 +121,11 @@ def engine_for(device: torch.device, dtype: torch.dtype, forced: str | None, int
     return by_row(_BY_TOKEN[name])
 
 
+def engine_of(hidden: torch.Tensor) -> Engine:
+    """Which serves these hidden states now."""
+    return engine_for(hidden.device, hidden.dtype, os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET"))
+
+
 def _choose_logits(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     """(cpu, cuda or reference, why) for logits -> logps. CUDA tensors need no Triton here; a forced reference holds."""
     forced = os.environ.get("FASTDPO_ENGINE")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
-from os import environ
 from typing import NamedTuple
 
 import torch
@@ -25,12 +24,13 @@ from ..accumulate import destination, nothing_left
 from ..autograd import Function, no_second_derivative, once_differentiable, uncompiled
 from ..distributed import handshake
 from ..distributed.handshake import Agreed
-from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head, check_labels
+from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head, compute_dtype
 from ..routing import num_blocks, set_bytes
 from ..tensors import contiguous, in_rows, plain, refuse_transforms, traced
 from ..validation import check_flag, check_names
 from . import flops
-from .engines import Engine, engine_for
+from .agreement import agree
+from .engines import engine_of
 from .problem import STAT_DTYPES, STATS, Forward, Gradients, Head, Needs, Rows, TokenStats, Upstream
 
 
@@ -127,47 +127,6 @@ class LinearLogpsFunction(Function):
         return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 6
 
 
-def agree(call: CheckedHead, options: HeadOptions, stats, differentiable: bool) -> Agreed | None:
-    """What the ranks of `vocab_group` agree on before the call's first exchange of a size that data decides; ValueError
-    on every one of them unless they do."""
-    if options.vocab_group is None:
-        return None
-    hidden, _, _, lora_a, _, labels = call.tensors
-    told = described(call, options, stats, differentiable, options.key(hidden.device))
-    agreed = handshake.agree(options.vocab_group, told, hidden, labels, lora_a)
-    if options.check_labels:
-        check_labels(labels.view(call.shape), options, agreed.shards.vocab_size)
-    return agreed
-
-
-def described(call: CheckedHead, options: HeadOptions, stats, differentiable: bool, draw, rows: int | None = None):
-    """The call as its ranks compare it; `rows`: this rank's number of tokens, where tokens are each rank's own."""
-    hidden, weight, _, lora_a, _, labels = call.tensors
-    tau = options.tau if isinstance(options.tau, tuple) else (options.tau, options.tau)
-    dtypes = [None if x is None else x.dtype for x in call.tensors[:5]]
-    fields = {
-        "tokens": "the same on every rank" if rows is None else "each rank's own",
-        "the rows of hidden": labels.shape[0] if rows is None else 0,
-        "the last dimension of hidden": hidden.shape[-1],
-        **{f"{name}'s dtype": dtype for name, dtype in zip(_NAMES, dtypes)},
-        "lora's rank": -1 if lora_a is None else lora_a.shape[0],
-        "lora's scale": call.lora_scale,
-        **{name: getattr(options, name) for name in ("ignore_index", "logit_scale", "softcap", "temperature")},
-        "backward": options.backward,
-        "tau of dhidden": tau[0],
-        "tau of dweight": tau[1],
-        "whether seed is given": options.seed is not None,
-        "check_labels": options.check_labels,
-        "stats": stats,
-        "the inputs that want a gradient": [
-            name for name, x in zip(_NAMES, call.tensors[:5]) if differentiable and x is not None and x.requires_grad
-        ],
-        "autocast's or the products' dtype": _compute_dtype(hidden, weight),
-        "the engine": _engine(hidden).name,
-    }
-    return handshake.Call(fields, options.seed, draw, weight.shape[0], rows or 0)
-
-
 def sharded_forward(tensors, key: Tensor | None, scalars: Scalars, stats, agreed: Agreed) -> Forward:
     with handshake.telling(agreed.shards.group):
         result = _forward(tensors, key, scalars, stats, agreed.shards)
@@ -205,31 +164,19 @@ def prepare(
     """(the draws' key, None where nothing is drawn; scalars). Routed where a gradient is needed, unless the options say
     otherwise."""
     routing = options.routing(needs.hidden or needs.lora_a, needs.weight or needs.bias or needs.lora_b)
-    dtype = _compute_dtype(hidden, weight)
+    dtype = compute_dtype(hidden, weight)
     return key if routing.taus else None, Scalars(
         lora_scale, options.transform, options.ignore_index, dtype, *routing[:3]
     )
 
 
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What F.linear would multiply in: the autocast type, or the common type of both."""
-    device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return dtype
-
-
 def _is_operator(tensors) -> bool:
     """Whether a call has to be one operator: where it is only traced, or where a dispatch mode is on that could not
     see into Triton's kernels; but never with a shard of the vocabulary, which talks to other processes."""
-    wanted = traced(*tensors) or (_get_current_dispatch_mode() is not None and _engine(tensors[0]).name == "triton")
+    wanted = traced(*tensors) or (_get_current_dispatch_mode() is not None and engine_of(tensors[0]).name == "triton")
     if wanted:
         flops.register()
     return wanted
-
-
-def _engine(hidden: Tensor) -> Engine:
-    return engine_for(hidden.device, hidden.dtype, environ.get("FASTDPO_ENGINE"), environ.get("TRITON_INTERPRET"))
 
 
 def _problem(tensors, key: Tensor | None, scalars: Scalars, shards=None) -> tuple[Head, Rows, Routing | None]:
@@ -246,7 +193,7 @@ def _problem(tensors, key: Tensor | None, scalars: Scalars, shards=None) -> tupl
 
 
 def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) -> Forward:
-    engine = _engine(tensors[0])
+    engine = engine_of(tensors[0])
     head, rows, routing = _problem(tensors, key, scalars, shards)
     shards = None if shards is None or shards.size == 1 else shards
     with torch.autocast(head.hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
@@ -262,7 +209,7 @@ def backward(
     results = [x if x is None or x.is_contiguous() else contiguous(x) for x in saved[6:]]
     logps, lse, entropy, bitmap, most_pairs = results
     tensors, (dlogps, dentropy) = _plain(_NAMES, saved[:6]), _plain(_UPSTREAM, (dlogps, dentropy))
-    engine = _engine(tensors[0])
+    engine = engine_of(tensors[0])
     head, rows, routing = _problem(tensors, None, scalars, shards)
     coef = torch.zeros_like(logps) if dlogps is None else contiguous(dlogps.to(logps.dtype))
     coef_entropy = None if dentropy is None else contiguous(dentropy.to(logps.dtype))

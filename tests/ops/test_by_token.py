@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import engine_of, small_head
+from heads import small_head
 
 from fastdpo.head import Routing
 from fastdpo.ops import reference
 from fastdpo.ops.by_token import by_row
+from fastdpo.ops.engines import engine_of
 from fastdpo.ops.problem import STATS, Engine, Head, Needs, Rows, Upstream
 from fastdpo.routing import unpack_bits
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import engine_of, peaked_head
+from heads import peaked_head
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastdpo
 from fastdpo.ops import operators
+from fastdpo.ops.engines import engine_of
 
 HOW = {"exact": {"backward": "exact"}, "routed": {"tau": (0.05, 0.02), "seed": 2**63 + 9}}
 
@@ -19,7 +20,7 @@ def test_kernels_that_no_mode_sees_are_counted_by_formula(monkeypatch, how):
     """The cpu engine stands in for Triton's."""
     head = peaked_head(N=64, V=2048).leaves(torch.float32)
     head.labels[::4] = -100
-    monkeypatch.setattr(operators, "_engine", lambda hidden: engine_of(hidden)._replace(name="triton"))
+    monkeypatch.setattr(operators, "engine_of", lambda hidden: engine_of(hidden)._replace(name="triton"))
     with FlopCounterMode(display=False) as counter:
         logps = fastdpo.linear_logps(head.hidden, head.weight, head.labels, **HOW[how])
         *_, bitmap, _ = logps.grad_fn.next_functions[0][0].saved_tensors

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from heads import engine_of, small_head
+from heads import small_head
 
 from fastdpo.head import LogitTransform, LoRA
 from fastdpo.ops import reference
+from fastdpo.ops.engines import engine_of
 from fastdpo.ops.problem import STATS, Head, Needs, Rows, Tokens, Upstream
 
 TRANSFORMS = [LogitTransform(), LogitTransform(0.7, 0.0, 1.3), LogitTransform(1.2, 4.0, 0.8)]
