@@ -22,6 +22,7 @@ from ..models.options import TRAINER_OPTIONS, head_options
 from ..ops.operators import LinearLogpsFunction
 from ..ops.problem import TokenStats
 from .adapter import load
+from .trl_head import in_forward_of, is_of_fsdp, refuse_unreduced, split_head, telling_its_head
 from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
 
 SUPPORTED = "0.24 to 1.16"
@@ -105,6 +106,8 @@ def patch_trl(**options) -> bool:
         _placed.replace(utils, "_ChunkedLogProbFunction", lambda *_: _Replacement(None, signature, trainers))
     else:
         _placed.replace_everywhere(trl_modules(), theirs, lambda *_: _Replacement(theirs, signature, trainers))
+    if "add_fused_lm_head" in vars(utils):
+        _placed.replace_everywhere(trl_modules(), utils.add_fused_lm_head, telling_its_head)
     if "_use_triton" in vars(utils) and _only_selects_rows(utils):
         _placed.replace(utils, "_use_triton", _select_rows)
     return True
@@ -153,15 +156,17 @@ class _Replacement:
         if call["weight"].shape[0] == 0:
             raise RuntimeError(f"TRL {_trl_version()} passes an lm_head without rows: ZeRO-3's, not gathered")
         options = {name: call[name] for name in ("logit_scale", "softcap", "temperature") if name in call}
-        return token_stats(
-            call["hidden"],
-            call["weight"],
-            call["labels"],
-            bias=call.get("bias"),
-            options=HeadOptions(**options, **_placed.options),
-            stats=stats,
-            function=_RegatheringLogps,
-        )
+        options = HeadOptions(**options, **_placed.options)
+
+        def score(hidden, weight, bias) -> TokenStats:
+            labels, function = call["labels"], _RegatheringLogps
+            return token_stats(hidden, weight, labels, bias=bias, options=options, stats=stats, function=function)
+
+        head = split_head()
+        if head is not None and is_of_fsdp(head):
+            return in_forward_of(head, call["hidden"], score)
+        refuse_unreduced(call["weight"])
+        return score(call["hidden"], call["weight"], call.get("bias"))
 
 
 class _RegatheringLogps(LinearLogpsFunction):
