@@ -29,7 +29,7 @@ _STATE = _State()
 
 
 def telling_its_head(add_fused_lm_head, _):
-    """TRL's function that gives a model its fused forward; from then on the model tells of its head when it is split."""
+    """TRL's function that gives a model its fused forward; the model then tells of its head where it is split."""
 
     @functools.wraps(add_fused_lm_head)
     def wrapper(model, *args, **kwargs):
@@ -59,7 +59,7 @@ def _during(head: nn.Module, function, *args, **kwargs):
 
 
 def split_head() -> nn.Module | None:
-    """The head of the fused forward that is running, where it is split and TRL was patched when the forward was made."""
+    """The head of the fused forward that is running, where it is split; None for a forward made before patching."""
     return None if torch.compiler.is_compiling() else _STATE.head
 
 
@@ -78,9 +78,11 @@ def in_forward_of(
 
     def forward(hidden: Tensor) -> tuple[Tensor, ...]:
         bias = None if module.bias is None else _whole(module.bias)
-        scored.append(score(hidden, _whole(module.weight), bias))
-        # FSDP hangs the gathering before the backward on them; what it returns of them may be rounded
-        return tuple(x for x in scored[0] if x is not None and x.requires_grad)
+        stats = score(hidden, _whole(module.weight), bias)
+        # FSDP hangs the gathering before the backward on what takes a gradient and is not a view; what it returns of it
+        # may be rounded
+        scored.append(TokenStats(*(x.clone() if _takes_gradient(x) else x for x in stats)))
+        return tuple(filter(_takes_gradient, scored[0]))
 
     before = module.__dict__.get("forward")
     module.forward = forward
@@ -93,18 +95,22 @@ def in_forward_of(
     return scored[0]
 
 
+def _takes_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
 def refuse_unreduced(weight: Tensor) -> None:
     """Raises for what TRL has gathered of a DTensor in a forward that tells nothing of its head, where a gradient of it
     would be lost."""
     if torch.is_grad_enabled() and type(weight.grad_fn).__name__ == "_ToTorchTensorBackward" and split_head() is None:
         raise NotImplementedError(
-            "an lm_head that is split (a DTensor), of a trainer that was made before patch_trl was called: its gradient "
-            "would not be reduced over ranks; call patch_trl first, at the top of the script"
+            "an lm_head that is split (a DTensor), of a trainer that was made before patch_trl was called: its "
+            "gradient would not be reduced over ranks; call patch_trl first, at the top of the script"
         )
 
 
 def _refuse_not_gathered(head: nn.Module) -> None:
-    """Raises where FSDP2 has split the head's weight, as a part of a larger group, and that one's forward is not running."""
+    """Raises where FSDP2 has split the head's weight, as part of a larger group whose forward is not running."""
     if is_of_fsdp(head):
         return
     for hook in head._load_state_dict_post_hooks.values():  # FSDP2's record of a parameter is known to its module so
