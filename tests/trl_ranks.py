@@ -47,7 +47,7 @@ def train(path: str, kind: str, size: int, patch: dict | None, prepare=None, par
         **config,
     )
     if args.fsdp or args.deepspeed:
-        as_on_accelerators()
+        _as_on_accelerators()
     set_seed(3)
     models = [AutoModelForCausalLM.from_pretrained(path) for _ in range(2 if kind == "DPO" else 1)]
     unpatch_trl()
@@ -71,7 +71,7 @@ def train(path: str, kind: str, size: int, patch: dict | None, prepare=None, par
     return metrics(trainer), (parameters or whole)(trainer), trainer
 
 
-def as_on_accelerators() -> None:
+def _as_on_accelerators() -> None:
     """Lets accelerate use what it leaves out on CPUs, silently: FSDP and DeepSpeed."""
     from accelerate import DistributedType, PartialState
 
