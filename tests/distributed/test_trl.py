@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -18,6 +20,7 @@ from trl_ranks import assert_same_training, save_model, train
 
 from fastdpo.integrations import patch_trl, unpatch_trl
 
+FSDP2 = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
 EXACT, ROUTED = {"backward": "exact"}, {"backward": "routed", "tau": 0.0}
 
 
@@ -72,7 +75,7 @@ PREPARED = {
 
 
 def on_a_rank(rank, size, path, kind, layout, patch):
-    config = {} if layout == "DDP" else {"fsdp": True, "fsdp_config": {"version": 2}}
+    config = {} if layout == "DDP" else {"fsdp": True, "fsdp_config": yaml.safe_load(FSDP2.read_text())["fsdp_config"]}
     logged, parameters, trainer = train(path, kind, size, patch, PREPARED[layout], **config)
     if layout != "DDP":
         assert isinstance(trainer.model, FSDPModule) and isinstance(trainer.model.model.layers[0], FSDPModule)

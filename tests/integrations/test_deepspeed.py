@@ -10,10 +10,9 @@ import torch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 deepspeed = pytest.importorskip("deepspeed", reason="not installed: make test-deepspeed", exc_type=ImportError)
-    "deepspeed", reason="DeepSpeed is not installed: make test-deepspeed", exc_type=ImportError
-)
 pytest.importorskip("trl", minversion="1.16")
 
+from deepspeed.comm.torch import build_shm_op
 from transformers import AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl_ranks import BATCH, assert_same_training, save_model, train
@@ -24,8 +23,13 @@ EXACT, ROUTED = {"backward": "exact"}, {"backward": "routed", "tau": 0.0}
 
 
 @pytest.fixture(scope="module")
-def made():
-    return {}
+def made(tmp_path_factory):
+    """Compiles what DeepSpeed does at its first use, before ranks do and wait for each other; in a folder of the run's
+    own: a lock that a killed run has left in the shared one is waited for without end."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(tmp_path_factory.mktemp("extensions"))
+    build_shm_op()
+    yield {}
+    del os.environ["TORCH_EXTENSIONS_DIR"]
 
 
 @pytest.fixture
