@@ -40,8 +40,9 @@ def path(made, tiny_llama, tmp_path_factory):
 
 
 def zero(stage: int, **config) -> dict:
-    # By default ZeRO-3 splits no parameter of a model this small
-    return config | {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    # By default ZeRO-3 splits no parameter of a model this small, and gradients are clipped to 1
+    parameters = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return config | {"zero_optimization": parameters, "gradient_clipping": 0.0, "zero_allow_untested_optimizer": True}
 
 
 def whole(model) -> dict[str, torch.Tensor]:
@@ -68,7 +69,7 @@ def in_one_process(path: str, kind: str):
 
 def on_a_rank(rank, size, path, kind, stage, patch):
     config = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-    config = zero(stage, **config, gradient_clipping=0.0, zero_allow_untested_optimizer=True)
+    config = zero(stage, **config)
     try:
         logged, parameters, trainer = train(
             path, kind, size, patch, parameters=lambda trainer: whole(trainer.model), deepspeed=config
@@ -109,7 +110,7 @@ def loss_of(logps):
 def patched_on_a_rank(rank, size, path, stage):
     model = patch_model(AutoModelForCausalLM.from_pretrained(path), backward="exact").train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
-    config = zero(stage, train_micro_batch_size_per_gpu=BATCH // size, zero_allow_untested_optimizer=True)
+    config = zero(stage, train_micro_batch_size_per_gpu=BATCH // size)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     seen = []
     for step in range(2):
