@@ -60,7 +60,8 @@ _MISSING = object()
 def patch_trl(**options) -> bool:
     """Let every TRL trainer compute its log-probs with fastdpo, from the next step on.
 
-    Works before and after trainers are constructed. Calling it again replaces the options.
+    Works before and after trainers are constructed; where FSDP splits the head, before. Calling it again replaces the
+    options.
 
     Args:
         backward, tau, seed: as in `fastdpo.linear_logps`; everything else is the trainer's to say.
@@ -75,13 +76,15 @@ def patch_trl(**options) -> bool:
         RuntimeError: this TRL's function has a signature, or a trainer of it methods, that are not understood, or it
             is older than 0.24; nothing is replaced.
         NotImplementedError: from a step of a trainer that takes logits (all before 1.15; CPO and ORPO): its lm_head is
-            split by FSDP or DeepSpeed ZeRO-3, or is more than a linear layer with one LoRA adapter.
+            split by FSDP or DeepSpeed ZeRO-3, or is more than a linear layer with one LoRA adapter. From any step:
+            FSDP splits the head, and the trainer was made before this call or another module than FSDP's is called.
 
     Guarantees:
         With ``backward="exact"`` losses, metrics and gradients are TRL's up to fp32 rounding; in reduced
         precision the logits are not rounded, as TRL's are. On the CPU TRL scores every row, prompts and
         padding included; patched, completion rows only. Under DeepSpeed ZeRO-3 the head is gathered for the
-        forward and again for the backward, one gather each on every rank, as in TRL. Trainers that take logits get
+        forward and again for the backward, one gather each on every rank, as in TRL. A head to which FSDP was applied,
+        alone or in a group, is scored in its own forward, where FSDP gathers it and averages its gradient. Trainers that take logits get
         those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
     head_options("patch_trl", options, TRAINER_OPTIONS)
