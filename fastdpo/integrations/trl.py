@@ -84,8 +84,8 @@ def patch_trl(**options) -> bool:
         precision the logits are not rounded, as TRL's are. On the CPU TRL scores every row, prompts and
         padding included; patched, completion rows only. Under DeepSpeed ZeRO-3 the head is gathered for the
         forward and again for the backward, one gather each on every rank, as in TRL. A head to which FSDP was applied,
-        alone or in a group, is scored in its own forward, where FSDP gathers it and averages its gradient. Trainers that
-        take logits get those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
+        alone or in a group, is scored in its own forward, where FSDP gathers it and averages its gradient. Trainers
+        that take logits get those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
     head_options("patch_trl", options, TRAINER_OPTIONS)
     utils = load("trl.trainer.utils", "patch_trl needs TRL: pip install 'fastdpo[trl]'")
