@@ -4,6 +4,7 @@
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
 # make test-trainers   the tests of other trainers, each in an environment with the real package; TRAINERS="ms-swift"
+# make test-deepspeed   the tests of DeepSpeed ZeRO, in an environment with DeepSpeed, on the CPU
 # make kernels compile every Triton kernel ahead of time for four GPU architectures and check the machine code, with the
 #              oldest and the newest Triton; the launches of a few models; the CUDA kernels, where nvcc was found
 # make launches every launch of real models' steps, compiled for six GPU architectures (an hour); LAUNCHES_ARGS="--arch 86"
@@ -19,7 +20,7 @@ RUN = $(VENV)/bin/python
 TRITON = 3.6.0
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize test-trl test-trainers models kernels launches gpu wheels lint bench bench-micro bench-compare clean
+.PHONY: demo test sanitize test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -52,6 +53,9 @@ test-trl: $(VENV)/installed-test
 
 test-trainers: $(VENV)/installed-test
 	$(RUN) tests/integrations/environments.py $(or $(TRAINERS),trainers)
+
+test-deepspeed: $(VENV)/installed-test
+	$(RUN) tests/integrations/environments.py deepspeed
 
 # The oldest Triton that is supported, beside the newest, which the tests use.
 $(VENV)/triton-$(TRITON)/installed: $(VENV)/bin/python

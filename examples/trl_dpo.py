@@ -1,6 +1,7 @@
 """DPO with TRL: fastdpo is one line of it. With --lora only an adapter is trained.
 
 python examples/trl_dpo.py --model Qwen/Qwen2.5-0.5B --data preferences.jsonl [--lora 16]
+accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/trl_dpo.py ...   (or zero3.yaml)
 """
 
 import argparse

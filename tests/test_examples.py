@@ -68,3 +68,18 @@ def test_trl_lora(run, tmp_path):
     adapter = load_file(tmp_path / "dpo_output" / "adapter_model.safetensors")
     assert all(".lora_" in name for name in adapter)
     assert any(value.any() for name, value in adapter.items() if "lora_B" in name)  # B starts at zero
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "section", "expected"),
+    [
+        ("fsdp2.yaml", "FSDP", "fsdp_config", {"fsdp_version": 2}),
+        ("zero3.yaml", "DEEPSPEED", "deepspeed_config", {"zero_stage": 3}),
+    ],
+)
+def test_accelerate_knows_the_configurations(name, kind, section, expected):
+    """What they train like is in distributed/test_trl.py and integrations/test_deepspeed.py."""
+    from accelerate.commands.config.config_args import load_config_from_file  # raises for a key it does not know
+
+    config = load_config_from_file(str(EXAMPLES / "accelerate" / name))
+    assert config.distributed_type == kind and expected.items() <= getattr(config, section).items()

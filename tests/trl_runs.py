@@ -11,6 +11,19 @@ WORDS = "the cat dog bird sat ran flew on under over a red green mat tree house 
 CLOCK = ("runtime", "per_second", "flos", "step_time")
 
 
+def build_tokenizer():
+    """One token a word; needs no network."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=list(specials.values())))
+    names = ["input_ids", "attention_mask"]  # token types, which Llama's generate refuses, are in the default
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **specials)
+
+
 def classes(kind: str):
     """(config, trainer): releases moved some to trl.experimental."""
     for place in ("trl", f"trl.experimental.{kind.lower()}"):

@@ -22,6 +22,7 @@ from ..models.options import TRAINER_OPTIONS, head_options
 from ..ops.operators import LinearLogpsFunction
 from ..ops.problem import TokenStats
 from .adapter import load
+from .trl_head import in_forward_of, is_of_fsdp, refuse_unreduced, split_head, telling_its_head
 from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
 
 SUPPORTED = "0.24 to 1.16"
@@ -59,7 +60,8 @@ _MISSING = object()
 def patch_trl(**options) -> bool:
     """Let every TRL trainer compute its log-probs with fastdpo, from the next step on.
 
-    Works before and after trainers are constructed. Calling it again replaces the options.
+    Works before and after trainers are constructed; where FSDP splits the head, before. Calling it again replaces the
+    options.
 
     Args:
         backward, tau, seed: as in `fastdpo.linear_logps`; everything else is the trainer's to say.
@@ -74,14 +76,16 @@ def patch_trl(**options) -> bool:
         RuntimeError: this TRL's function has a signature, or a trainer of it methods, that are not understood, or it
             is older than 0.24; nothing is replaced.
         NotImplementedError: from a step of a trainer that takes logits (all before 1.15; CPO and ORPO): its lm_head is
-            split by FSDP or DeepSpeed ZeRO-3, or is more than a linear layer with one LoRA adapter.
+            split by FSDP or DeepSpeed ZeRO-3, or is more than a linear layer with one LoRA adapter. From any step:
+            FSDP splits the head, and the trainer was made before this call or another module than FSDP's is called.
 
     Guarantees:
         With ``backward="exact"`` losses, metrics and gradients are TRL's up to fp32 rounding; in reduced
         precision the logits are not rounded, as TRL's are. On the CPU TRL scores every row, prompts and
         padding included; patched, completion rows only. Under DeepSpeed ZeRO-3 the head is gathered for the
-        forward and again for the backward, one gather each on every rank, as in TRL. Trainers that take logits get
-        those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
+        forward and again for the backward, one gather each on every rank, as in TRL. A head to which FSDP was applied,
+        alone or in a group, is scored in its own forward, where FSDP gathers it and averages its gradient. Trainers
+        that take logits get those of `lazy_logits`; in evaluation with metrics of the user's own they get TRL's.
     """
     head_options("patch_trl", options, TRAINER_OPTIONS)
     utils = load("trl.trainer.utils", "patch_trl needs TRL: pip install 'fastdpo[trl]'")
@@ -105,6 +109,8 @@ def patch_trl(**options) -> bool:
         _placed.replace(utils, "_ChunkedLogProbFunction", lambda *_: _Replacement(None, signature, trainers))
     else:
         _placed.replace_everywhere(trl_modules(), theirs, lambda *_: _Replacement(theirs, signature, trainers))
+    if "add_fused_lm_head" in vars(utils):
+        _placed.replace_everywhere(trl_modules(), utils.add_fused_lm_head, telling_its_head)
     if "_use_triton" in vars(utils) and _only_selects_rows(utils):
         _placed.replace(utils, "_use_triton", _select_rows)
     return True
@@ -153,15 +159,17 @@ class _Replacement:
         if call["weight"].shape[0] == 0:
             raise RuntimeError(f"TRL {_trl_version()} passes an lm_head without rows: ZeRO-3's, not gathered")
         options = {name: call[name] for name in ("logit_scale", "softcap", "temperature") if name in call}
-        return token_stats(
-            call["hidden"],
-            call["weight"],
-            call["labels"],
-            bias=call.get("bias"),
-            options=HeadOptions(**options, **_placed.options),
-            stats=stats,
-            function=_RegatheringLogps,
-        )
+        options = HeadOptions(**options, **_placed.options)
+
+        def score(hidden, weight, bias) -> TokenStats:
+            labels, function = call["labels"], _RegatheringLogps
+            return token_stats(hidden, weight, labels, bias=bias, options=options, stats=stats, function=function)
+
+        head = split_head()
+        if head is not None and is_of_fsdp(head):
+            return in_forward_of(head, call["hidden"], score)
+        refuse_unreduced(call["weight"])
+        return score(call["hidden"], call["weight"], call.get("bias"))
 
 
 class _RegatheringLogps(LinearLogpsFunction):

@@ -5,16 +5,9 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-    from trl_runs import WORDS
+    from trl_runs import build_tokenizer
 
-    specials = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=list(specials.values())))
-    names = ["input_ids", "attention_mask"]  # token types, which Llama's generate refuses, are in the default
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **specials)
+    return build_tokenizer()
 
 
 @pytest.fixture

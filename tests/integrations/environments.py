@@ -1,5 +1,5 @@
-"""Runs the tests of trainers that cannot live in one environment: `make test-trl`, `make test-trainers`, or
-some of them by name.
+"""Runs the tests of trainers that cannot live in one environment: `make test-trl`, `make test-trainers`,
+`make test-deepspeed`, or some of them by name.
 
 Each gets an environment with what differs from the one that runs this; torch and the rest are shared.
 """
@@ -74,7 +74,9 @@ TRAINERS = {
         ("torchtune==0.6.1", "torchao==0.10.0"),
     ),
 }
-ENVIRONMENTS = TRL | TRAINERS
+# Compiles nothing: what runs on CPUs needs none of its kernels
+DEEPSPEED = Environment(("deepspeed==0.19.8",), (f"{HERE}/test_deepspeed.py",), variables={"DS_ACCELERATOR": "cpu"})
+ENVIRONMENTS = TRL | TRAINERS | {"deepspeed": DEEPSPEED}
 
 
 def python_of(name: str) -> Path:

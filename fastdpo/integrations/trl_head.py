@@ -1,0 +1,131 @@
+"""The lm_head that TRL's fused forward reads: `lm_head.weight` is taken and the module never called, so that what FSDP
+hangs on it does not run.
+
+FSDP's hooks on a head that is a group of its own, or one with the last norm, gather its weight, gather it again for the
+backward and average its gradient. TRL's `weight.full_tensor()` leaves every rank with its slice of its own gradient. So
+such a head is called here, and log-probs are computed in its forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.problem import TokenStats
+
+FSDP1 = "_fsdp_wrapped_module"
+
+
+class _State(threading.local):
+    head: nn.Module | None = None  # of the fused forward that this thread is in, where it is split
+
+
+_STATE = _State()
+
+
+def telling_its_head(add_fused_lm_head, _):
+    """TRL's function that gives a model its fused forward; the model then tells of its head where it is split."""
+
+    @functools.wraps(add_fused_lm_head)
+    def wrapper(model, *args, **kwargs):
+        add_fused_lm_head(model, *args, **kwargs)
+        fused = model.forward.__func__
+
+        @functools.wraps(fused)
+        def forward(self, *args, **kwargs):
+            head = self.get_output_embeddings()
+            if not (is_of_fsdp(head) or _is_dtensor(head.weight)):
+                return fused(self, *args, **kwargs)
+            _refuse_not_gathered(head)
+            return _during(head, fused, self, *args, **kwargs)
+
+        model.forward = MethodType(forward, model)
+
+    return wrapper
+
+
+@torch._disable_dynamo  # it cannot write to a threading.local
+def _during(head: nn.Module, function, *args, **kwargs):
+    outer, _STATE.head = _STATE.head, head
+    try:
+        return function(*args, **kwargs)
+    finally:
+        _STATE.head = outer
+
+
+def split_head() -> nn.Module | None:
+    """The head of the fused forward that is running, where it is split; None for a forward made before patching."""
+    return None if torch.compiler.is_compiling() else _STATE.head
+
+
+def is_of_fsdp(head: nn.Module) -> bool:
+    """Whether FSDP was applied to the head itself, and its hooks gather."""
+    return FSDP1 in head._modules or any(kind.__name__ == "FSDPModule" for kind in type(head).__mro__)
+
+
+def in_forward_of(
+    head: nn.Module, hidden: Tensor, score: Callable[[Tensor, Tensor, Tensor | None], TokenStats]
+) -> TokenStats:
+    """``score(hidden, weight, bias)`` inside of the forward of a head to which FSDP was applied."""
+    module, scored = head, []
+    while FSDP1 in module._modules:
+        module = module._modules[FSDP1]
+
+    def forward(hidden: Tensor) -> tuple[Tensor, ...]:
+        bias = None if module.bias is None else _whole(module.bias)
+        stats = score(hidden, _whole(module.weight), bias)
+        # FSDP hangs the gathering before the backward on what takes a gradient and is not a view; what it returns of it
+        # may be rounded
+        scored.append(TokenStats(*(x.clone() if _takes_gradient(x) else x for x in stats)))
+        return tuple(filter(_takes_gradient, scored[0]))
+
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        head(hidden)
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+    return scored[0]
+
+
+def _takes_gradient(x: Tensor | None) -> bool:
+    return x is not None and x.requires_grad
+
+
+def refuse_unreduced(weight: Tensor) -> None:
+    """Raises for what TRL has gathered of a DTensor in a forward that tells nothing of its head, where a gradient of it
+    would be lost."""
+    if torch.is_grad_enabled() and type(weight.grad_fn).__name__ == "_ToTorchTensorBackward" and split_head() is None:
+        raise NotImplementedError(
+            "an lm_head that is split (a DTensor), of a trainer that was made before patch_trl was called: its "
+            "gradient would not be reduced over ranks; call patch_trl first, at the top of the script"
+        )
+
+
+def _refuse_not_gathered(head: nn.Module) -> None:
+    """Raises where FSDP2 has split the head's weight, as part of a larger group whose forward is not running."""
+    if is_of_fsdp(head):
+        return
+    for hook in head._load_state_dict_post_hooks.values():  # FSDP2's record of a parameter is known to its module so
+        for cell in getattr(hook, "__closure__", None) or ():
+            if getattr(cell.cell_contents, "sharded_param", None) is head.weight:
+                raise NotImplementedError(
+                    "an lm_head that FSDP has split and not gathered: call the model that FSDP was applied to, and not "
+                    "a module inside of it"
+                )
+
+
+def _is_dtensor(x: Tensor) -> bool:
+    return hasattr(x, "full_tensor")
+
+
+def _whole(x: Tensor) -> Tensor:
+    """Inside of FSDP's forward a DTensor is split by tensor parallelism alone, whose ranks have the same gradient."""
+    return x.full_tensor() if _is_dtensor(x) else x
