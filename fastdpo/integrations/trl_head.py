@@ -16,9 +16,8 @@ from types import MethodType
 import torch
 from torch import Tensor, nn
 
+from ..models.wrappers import FSDP1, is_dtensor, refuse_sharded, scored_module, whole
 from ..ops.problem import TokenStats
-
-FSDP1 = "_fsdp_wrapped_module"
 
 
 class _State(threading.local):
@@ -39,9 +38,10 @@ def telling_its_head(add_fused_lm_head, _):
         @functools.wraps(fused)
         def forward(self, *args, **kwargs):
             head = self.get_output_embeddings()
-            if not (is_of_fsdp(head) or _is_dtensor(head.weight)):
+            if not (is_of_fsdp(head) or is_dtensor(head.weight)):
                 return fused(self, *args, **kwargs)
-            _refuse_not_gathered(head)
+            if not is_of_fsdp(head):  # part of a larger group, whose forward may not be running
+                refuse_sharded(head, head.weight)
             return _during(head, fused, self, *args, **kwargs)
 
         model.forward = MethodType(forward, model)
@@ -71,14 +71,13 @@ def is_of_fsdp(head: nn.Module) -> bool:
 def in_forward_of(
     head: nn.Module, hidden: Tensor, score: Callable[[Tensor, Tensor, Tensor | None], TokenStats]
 ) -> TokenStats:
-    """``score(hidden, weight, bias)`` inside of the forward of a head to which FSDP was applied."""
-    module, scored = head, []
-    while FSDP1 in module._modules:
-        module = module._modules[FSDP1]
+    """``score(hidden, weight, bias)`` inside of the forward of a head to which FSDP was applied; there a DTensor is
+    split by tensor parallelism alone, whose ranks have the same gradient."""
+    module, scored = scored_module(head), []
 
     def forward(hidden: Tensor) -> tuple[Tensor, ...]:
-        bias = None if module.bias is None else _whole(module.bias)
-        stats = score(hidden, _whole(module.weight), bias)
+        bias = None if module.bias is None else whole(module.bias)
+        stats = score(hidden, whole(module.weight), bias)
         # FSDP hangs the gathering before the backward on what takes a gradient and is not a view; what it returns of it
         # may be rounded
         scored.append(TokenStats(*(x.clone() if _takes_gradient(x) else x for x in stats)))
@@ -107,25 +106,3 @@ def refuse_unreduced(weight: Tensor) -> None:
             "an lm_head that is split (a DTensor), of a trainer that was made before patch_trl was called: its "
             "gradient would not be reduced over ranks; call patch_trl first, at the top of the script"
         )
-
-
-def _refuse_not_gathered(head: nn.Module) -> None:
-    """Raises where FSDP2 has split the head's weight, as part of a larger group whose forward is not running."""
-    if is_of_fsdp(head):
-        return
-    for hook in head._load_state_dict_post_hooks.values():  # FSDP2's record of a parameter is known to its module so
-        for cell in getattr(hook, "__closure__", None) or ():
-            if getattr(cell.cell_contents, "sharded_param", None) is head.weight:
-                raise NotImplementedError(
-                    "an lm_head that FSDP has split and not gathered: call the model that FSDP was applied to, and not "
-                    "a module inside of it"
-                )
-
-
-def _is_dtensor(x: Tensor) -> bool:
-    return hasattr(x, "full_tensor")
-
-
-def _whole(x: Tensor) -> Tensor:
-    """Inside of FSDP's forward a DTensor is split by tensor parallelism alone, whose ranks have the same gradient."""
-    return x.full_tensor() if _is_dtensor(x) else x
