@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "distributed"
-SCRIPTS = ["tensor_parallel.py", "pipeline.py"]
+SCRIPTS = ["data_parallel.py", "data_parallel.py --ddp", "tensor_parallel.py", "context_parallel.py", "pipeline.py"]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,13 @@ def expected() -> list[float]:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_ranks_train_as_one_process_with_logits(script, expected):
+    script, *options = script.split()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run([*command, str(FOLDER / script)], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [*command, str(FOLDER / script), *options], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 0, run.stderr
     losses = [float(x) for x in re.findall(r"^step \d: loss (\S+)$", run.stdout, re.MULTILINE)]
     assert expected[-1] < 0.5 < expected[0]

@@ -1,30 +1,40 @@
-"""DPO under FSDP2, the head in a group of its own: each rank has its pairs and a slice of every parameter.
+"""DPO with each rank's own pairs: under FSDP2, the head in a group of its own, or under DDP.
 
-torchrun --nproc-per-node 2 examples/distributed/fsdp2.py
+torchrun --nproc-per-node 2 examples/distributed/data_parallel.py [--ddp]
 """
+
+import argparse
 
 import tiny
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 import fastdpo
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ddp", action="store_true", help="a whole model on every rank")
+    ddp = parser.parse_args().ddp
     rank, size, device = tiny.start()
     model = tiny.model().to(device)
     fastdpo.patch_model(model, backward="exact")  # before it is wrapped: it runs the model once
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model.lm_head)  # gathered when it scores, and its gradient scattered, by its own hooks
-    fully_shard(model)
+    if ddp:
+        model = DistributedDataParallel(model)
+    else:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model.lm_head)  # gathered when it scores, and its gradient scattered, by its own hooks
+        fully_shard(model)
+    # Before the first forward: after one without gradients FSDP2's root stays gathered, and model.parameters() are copies
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
-    # this rank's pairs: FSDP2 takes the mean over ranks, so each has as many
+    # this rank's pairs: the wrapper takes the mean over ranks, so each has as many
     ids, labels = (torch.cat([half.chunk(size)[rank] for half in x.chunk(2)]).to(device) for x in tiny.batch())
     with torch.no_grad():  # the reference: the model before training
         ref_logps = model(ids, labels=labels, fastdpo=True).logps.sum(-1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     for step in range(4):
         logps = model(ids, labels=labels, fastdpo=True).logps.sum(-1)
         out = fastdpo.preference_loss(*logps.chunk(2), *ref_logps.chunk(2), beta=0.1)
