@@ -28,7 +28,7 @@ def main():
             fully_shard(layer)
         fully_shard(model.lm_head)  # gathered when it scores, and its gradient scattered, by its own hooks
         fully_shard(model)
-    # Before the first forward: after one without gradients FSDP2's root stays gathered, and model.parameters() are copies
+    # Before a forward without gradients: FSDP2's root stays gathered after one, and its parameters are then copies
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
 
     # this rank's pairs: the wrapper takes the mean over ranks, so each has as many

@@ -214,7 +214,8 @@ class _PatchedForward:
         if factor is not None:
             found = [x if x is None or x.dtype == torch.bool else x * factor for x in found]
         if shift_labels is None:
-            found = [None if x is None else x[:, :-1] for x in found]
+            # copies, of few numbers: FSDP warns of views, whose in-place change its hooks would miss
+            found = [None if x is None else x[:, :-1].clone() for x in found]
         return ModelTokenStats(*found, **_besides_logits(output))
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
