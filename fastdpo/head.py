@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .accumulate import check_accumulates
+from .distributed.groups import process_group
 from .tensors import plain
 from .validation import FLOATS, check_flag, check_integer, check_number
 
@@ -112,26 +113,7 @@ def _accumulate_into(name: str, value) -> str | None:
 
 
 def _group(name: str, value):
-    if value is None:
-        return None
-    if torch.distributed.is_available():
-        from torch.distributed.device_mesh import DeviceMesh
-
-        if isinstance(value, DeviceMesh):
-            if value.ndim != 1:
-                names = value.mesh_dim_names or ("tp",)
-                raise ValueError(
-                    f"vocab_group must be one dimension of a mesh; got {value}: pass one of them, such as "
-                    f"mesh[{names[-1]!r}], or its get_group()"
-                )
-            value = value.get_group()
-        if isinstance(value, torch.distributed.ProcessGroup):
-            if torch.distributed.get_rank(value) < 0:
-                raise ValueError("vocab_group must be a process group of which this process is a rank")
-            return value
-    raise TypeError(
-        f"vocab_group must be a process group of torch.distributed or a one-dimensional DeviceMesh; got {value!r}"
-    )
+    return None if value is None else process_group(name, value)
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,21 @@ from torch import Tensor
 
 from .autograd import eager
 from .distributed.dtensor import local_rows, plain_or_dtensor
+from .distributed.groups import process_group
 from .distributed.handshake import announcing
-from .head import HEAD_OPTIONS, HeadOptions
-from .logps import token_stats
-from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
-from .ops.preference.reference import BatchInputs
-from .ops.preference.templates import batch_losses
-from .sequence_groups import (
+from .distributed.sequences import (
     SequenceGroup,
     agreement,
     check_gradients,
     check_positions,
     described_options,
     described_tensors,
-    process_group,
 )
+from .head import HEAD_OPTIONS, HeadOptions
+from .logps import token_stats
+from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
+from .ops.preference.reference import BatchInputs
+from .ops.preference.templates import batch_losses
 from .sequences import check_layout
 from .tensors import plain, refuse_transforms
 from .validation import FLOATS, check_flag, check_number

@@ -13,17 +13,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .autograd import eager
-from .losses import PreferenceOptions, check_sequences, states_options
-from .ops.preference.reference import BatchInputs
-from .ops.preference.templates import batch_losses
-from .sequence_groups import (
+from .distributed.groups import process_group
+from .distributed.sequences import (
     SequenceGroup,
     agreement,
     check_gradients,
     described_options,
     described_tensors,
-    process_group,
 )
+from .losses import PreferenceOptions, check_sequences, states_options
+from .ops.preference.reference import BatchInputs
+from .ops.preference.templates import batch_losses
 from .tensors import refuse_transforms
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..routing import ONE
+from .groups import gather
 
 # The columns of RowStats in csrc/structs.h; those up to the squares leave the label out, and are relative to `max`.
 ROW_STATS = ("max", "sum_exp", "sum_exp_z", "sum_exp_sq", "sum_z", "max_before", "max_after")
@@ -37,11 +38,7 @@ class VocabShards:
         return VocabShards(group, len(columns), rank, sum(columns[:rank]), sum(columns), max(columns))
 
     def _gather(self, x: Tensor) -> Tensor:
-        import torch.distributed as dist
-
-        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous(), group=self.group)
-        return torch.stack(parts)
+        return gather(self.group, x)
 
     def sum(self, x: Tensor) -> Tensor:
         # gather and add in rank order: an all_reduce may add in another order from run to run

@@ -335,5 +335,5 @@ def _meshes(rank, size):
 def test_a_mesh_of_one_dimension_is_its_group(ranks):
     for same, error in ranks(2)(_meshes):
         assert same
-        assert error.startswith("ValueError: vocab_group must be one dimension of a mesh; got DeviceMesh(")
+        assert error.startswith("ValueError: vocab_group must be a one-dimensional mesh; got one of shape")
         assert error.endswith("pass one of them, such as mesh['tp'], or its get_group()")

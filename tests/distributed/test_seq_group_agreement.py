@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import fastdpo
-from fastdpo.sequence_groups import _AGREED, SequenceGroup, agree
+from fastdpo.distributed.sequences import _AGREED, SequenceGroup, agree
 
 H, V = 8, 200
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ...distributed.sequences import SequenceGroup, SequenceShards, sum_of_parts
 from ...losses import PreferenceOptions
-from ...sequence_groups import SequenceGroup, SequenceShards, sum_of_parts
 from ...sequences import Cast, Sequences, cast, wide_dtype
 
 MAX_EXPONENT = 80.0  # TRL's bound: e^80 is a finite float

@@ -18,9 +18,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from .autograd import Function, once_differentiable
-from .sequences import Sequences, cast, wide_dtype
-from .tensors import plain, traced
+from ..autograd import Function, once_differentiable
+from ..sequences import Sequences, cast, wide_dtype
+from ..tensors import plain, traced
+from .groups import gather
 
 GRADIENTS = ("sum", "mean")
 SAME = 1e-3  # what must be the same on every rank may differ by so much, as sums in another order do; rank 0's is taken
@@ -28,39 +29,6 @@ POSITIONS = 2**32  # more than any sequence has
 NO_TOKEN = 2**63 - 1
 _AGREED: WeakKeyDictionary = WeakKeyDictionary()  # of a group: the tickets that its ranks were seen to share
 _MOST_AGREED = 1000  # a beta that changes at every step must not fill the memory
-
-
-def process_group(name: str, value):
-    """The process group that `value` is or has; TypeError or ValueError naming the argument."""
-    if torch.distributed.is_available():
-        from torch.distributed.device_mesh import DeviceMesh
-
-        if isinstance(value, DeviceMesh):
-            if value.ndim != 1:
-                raise ValueError(
-                    f"{name} must be a one-dimensional mesh; got one of shape {tuple(value.mesh.shape)}, dimensions "
-                    f"{value.mesh_dim_names}: pass one of them, such as mesh[{(value.mesh_dim_names or ('cp',))[0]!r}]"
-                )
-            return value.get_group()
-        if isinstance(value, torch.distributed.ProcessGroup):
-            if torch.distributed.get_rank(value) < 0:
-                raise ValueError(f"{name} must be a group that this rank is in; got {value!r}")
-            return value
-    raise TypeError(
-        f"{name} must be a process group or a one-dimensional DeviceMesh of torch.distributed; got {value!r}"
-    )
-
-
-def gather(group, x: Tensor) -> Tensor:
-    """[size, *x.shape], in rank order; shapes must be equal."""
-    import torch.distributed as dist
-
-    size, x = dist.get_world_size(group), x.contiguous()
-    if size == 1 or not x.numel():
-        return x[None].expand(size, *x.shape)
-    parts = [torch.empty_like(x) for _ in range(size)]
-    dist.all_gather(parts, x, group=group)
-    return torch.stack(parts)
 
 
 def digest(described: dict[str, object]) -> int:
