@@ -147,7 +147,7 @@ class _NoDevice:
 class _OneShard:
     """Collectives of a group of one."""
 
-    vocab_size = 128256
+    vocab_size, widest = 128256, 32064
 
     def label_logit(self, x: Tensor) -> Tensor:
         return x

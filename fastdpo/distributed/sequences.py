@@ -132,8 +132,9 @@ class _Sum(Function):
     def forward(ctx, local, over):
         ctx.factor = over.factor
         # the ticket in words that fp32 holds too
-        words = torch.tensor([over.ticket >> shift & 0xFFFF for shift in (0, 16, 32, 48)], dtype=local.dtype)
-        told = over.gather(torch.cat([words.to(local.device), local.reshape(-1)]))
+        words = [over.ticket >> shift & 0xFFFF for shift in (0, 16, 32, 48)]
+        words = torch.tensor(words, dtype=local.dtype, device="cpu").to(local.device)
+        told = over.gather(torch.cat([words, local.reshape(-1)]))
         together = (told[:, :4] == told[0, :4]).all()
         return torch.where(together, told[:, 4:].sum(0), torch.nan).view(local.shape)
 

@@ -86,10 +86,10 @@ def test_frozen_and_no_grad_calls_save_nothing_to_route():
 
 
 def test_a_shifted_slice_of_hidden_is_not_copied():
-    from fastdpo.ops.by_token import _as_rows
+    from fastdpo.ops.by_token import as_rows
 
     hidden = torch.randn(3, 9, 32)
-    rows, source = _as_rows(hidden[:, :-1])
+    rows, source = as_rows(hidden[:, :-1])
     assert rows.data_ptr() == hidden.data_ptr()
     assert torch.equal(rows[source], hidden[:, :-1].reshape(-1, 32))
 

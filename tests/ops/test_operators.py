@@ -295,7 +295,7 @@ class Zeros:
 @pytest.mark.parametrize("call", CALLS)
 def test_nothing_waits_between_the_call_and_the_engine(monkeypatch, call):
     """A tensor without data raises where one of a GPU would wait: at item(), nonzero(), indexing with a mask."""
-    monkeypatch.setattr(library, "_engine", lambda hidden: Zeros)
+    monkeypatch.setattr(library, "engine_of", lambda hidden: Zeros)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # neither knows this device
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
     loss, *grads = with_gradients(call, *call_inputs("meta"))
