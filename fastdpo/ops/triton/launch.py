@@ -212,7 +212,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "narrow": {80: Tile(128, 128, 32, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 2), 90: Tile(128, 128, 32, 8, 2), 100: Tile(128, 128, 32, 8, 2)},
         "crowded": {80: Tile(64, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 2), 120: Tile(32, 64, 32, 8, 2)},
-        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 64, 16, 8, 2)},
     },
     "dweight": {
         "half": {
@@ -229,7 +229,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "fp32": {80: Tile(128, 128, 16, 8, 3), 90: Tile(128, 128, 32, 8, 2), 100: Tile(128, 128, 32, 8, 2)},
         "crowded": {80: Tile(64, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 2)},
-        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 64, 16, 8, 2)},
     },
     "lora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
     "low_rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
