@@ -193,7 +193,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         },
         "narrow": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 3), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)},
-        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 128, 16, 8, 2)},
     },
     "dz": {
         "half": {
@@ -248,7 +248,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
             80: Tile(64, 128, 32, 8, 3),
             90: Tile(64, 128, 32, 4, 2, per_sm=2),
         },
-        "unaligned": {80: Tile(64, 128, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 128, 16, 8, 2)},
     },
     "routed_dhidden": {
         "half": {
