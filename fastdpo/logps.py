@@ -105,16 +105,7 @@ def linear_logps(
     Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; routed: fastdpo/routing.py.
     """
     options = HeadOptions(
-        ignore_index,
-        logit_scale,
-        softcap,
-        temperature,
-        backward,
-        tau,
-        seed,
-        vocab_group,
-        check_labels,
-        accumulate_into,
+        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
     return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options).logps
 
@@ -167,16 +158,7 @@ def linear_token_stats(
     """
     stats = check_names("stats", stats, STATS)
     options = HeadOptions(
-        ignore_index,
-        logit_scale,
-        softcap,
-        temperature,
-        backward,
-        tau,
-        seed,
-        vocab_group,
-        check_labels,
-        accumulate_into,
+        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
     return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options, stats=stats)
 

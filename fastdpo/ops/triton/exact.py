@@ -182,10 +182,8 @@ def _kinds(sweep: Sweep) -> tuple[str | None, str | None, str | None]:
         return None, None, None
     several = sweep.tokens.capacity > sweep.part.slab[0]
     entropy = sweep.terms.coef_entropy is not None
-    kinds = [
-        "narrow" if wanted else None
-        for wanted in (entropy, call.lora_rank, more or several or entropy or sweep.adds.value)
-    ]
+    wanted = entropy, call.lora_rank, more or several or entropy or sweep.adds.value
+    kinds = ["narrow" if x else None for x in wanted]
     if several and call.vocab_size % 16:  # whose last rows take registers, too
         kinds[2] = "crowded"
     return tuple(kinds)

@@ -175,7 +175,7 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
 # its products, so that two programs of a multiprocessor take turns; "narrow", with something beside that takes
 # registers or shared memory (operands stored wider than they are multiplied in, a low-rank head, a softcap); "fp32";
 # "low_rank", the few columns of such a head in fp32; "crowded", the exact kernel of such a head with operands in
-# fp32; "unaligned", that is rows that can only be read one element at a time. A kernel without tiles of its own for
+# fp32, and its dweight of odd vocabularies in long batches; "unaligned", that is rows that can only be read one element at a time. A kernel without tiles of its own for
 # a kind uses those of another kind, and an architecture those of sm_80.
 SHORT = 1024
 _LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "short": "half", "unaligned": "half"}
