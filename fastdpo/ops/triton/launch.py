@@ -171,12 +171,12 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
     return shape
 
 
-# Kinds of operands: "half"; "short", the same with an H of at most SHORT, where a tile's epilogue weighs as much as
-# its products, so that two programs of a multiprocessor take turns; "narrow", with something beside that takes
-# registers or shared memory (operands stored wider than they are multiplied in, a low-rank head, a softcap); "fp32";
-# "low_rank", the few columns of such a head in fp32; "crowded", the exact kernel of such a head with operands in
-# fp32, and its dweight of odd vocabularies in long batches; "unaligned", that is rows that can only be read one element at a time. A kernel without tiles of its own for
-# a kind uses those of another kind, and an architecture those of sm_80.
+# Kinds of operands: "half"; "short", the same with an H of at most SHORT, where a tile's epilogue weighs as much as its
+# products, so that two programs of a multiprocessor take turns; "narrow", with something beside that takes registers or
+# shared memory (operands stored wider than they are multiplied in, a low-rank head, a softcap); "fp32"; "low_rank", the
+# few columns of such a head in fp32; "crowded", the exact kernel of such a head with operands in fp32, and its dweight
+# of odd vocabularies in long batches; "unaligned", that is rows that can only be read one element at a time. A kernel
+# without tiles of its own for a kind uses those of another kind, and an architecture those of sm_80.
 SHORT = 1024
 _LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "short": "half", "unaligned": "half"}
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
