@@ -14,6 +14,7 @@ from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
 from .divergence import by_token as divergence_by_token
+from .divergence import cpu as divergence_cpu
 from .divergence import reference as divergence_reference
 from .divergence.problem import DivergenceEngine
 from .problem import Engine
@@ -36,8 +37,9 @@ _BY_TOKEN = {
 
 _DIVERGENCE_BY_TOKEN = {
     "reference": DivergenceEngine("reference", divergence_reference.forward, divergence_reference.backward),
+    "cpu": DivergenceEngine("cpu", divergence_cpu.forward, divergence_cpu.backward),
 }
-_DIVERGENCE_BY_TOKEN["cpu"] = _DIVERGENCE_BY_TOKEN["triton"] = _DIVERGENCE_BY_TOKEN["reference"]
+_DIVERGENCE_BY_TOKEN["triton"] = _DIVERGENCE_BY_TOKEN["reference"]
 
 
 def _unavailable(engine: str, device: torch.device, interpret: str | None) -> str | None:
