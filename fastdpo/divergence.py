@@ -12,7 +12,7 @@ from torch import Tensor
 from .autograd import eager
 from .head import HeadOptions, check_head
 from .ops.divergence.function import Settings, divergence
-from .ops.divergence.problem import DIVERGENCE_STATS, KINDS, DivergenceOutput
+from .ops.divergence.problem import DIVERGENCE_STATS, DIVERGENCE_TAU, KINDS, DivergenceOutput
 from .tensors import plain, refuse_transforms
 from .validation import check_integer, check_names, check_number
 
@@ -79,7 +79,8 @@ def linear_divergence(
             and the rest belongs to neither distribution. ``"common"``: as many as the smaller head has. None: the
             heads have the same number of rows, or the call is refused.
         backward, tau, seed, lora, ignore_index, check_labels, accumulate_into: as in `linear_logps`, of the student.
-            `tau` bounds a block's share of the sum of |dz|; where ``"logps"`` is asked for, of its tail too.
+            `tau`: a block's share of the sum of ``|dz|``, and of the tail where ``"logps"`` is asked for, below which
+            it is sampled; None: 2**-9, with ``"logps"`` that of `linear_logps`.
         vocab_group: must be None: heads split over ranks are not served yet.
 
     Returns:
@@ -113,6 +114,8 @@ def linear_divergence(
     if kind == "jsd" and jsd_beta in (0.0, 1.0):
         kind = KINDS[int(jsd_beta)]
     stats = check_names("stats", stats, DIVERGENCE_STATS)
+    if tau is None and backward == "routed" and "logps" not in stats:
+        tau = DIVERGENCE_TAU
     options = HeadOptions(
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
