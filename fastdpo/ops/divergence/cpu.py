@@ -1,7 +1,7 @@
 """The CPU engine of the divergence: a tile of either head's logits at a time, folded together; ../cpu/ for two heads.
 
-A KL divergence takes one sweep through both heads. JSD takes two: what it sums over is no function of a block's sums,
-but needs both log-sum-exps first.
+A KL divergence takes one sweep through both heads. What JSD sums over is no function of a block's sums, but needs both
+log-sum-exps first: it takes so few tokens at a time that all their logits stay, and are folded twice.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from .blocks import BlockSums, log_sums, results, shares
 from .problem import KINDS, DivergenceForward, DivergenceUpstream, Heads
 
 BLOCK_SUMS_BYTES = 3 * TILE_BYTES  # of a chunk of tokens; the vocabulary is read once per chunk
+KEPT_BYTES = 6 * TILE_BYTES  # JSD's logits of both heads
+FEWEST_KEPT = 32  # tokens of a chunk: with fewer a product takes longer than two of more
 
 
 def forward(
@@ -53,6 +55,9 @@ def forward(
     )
     bytes_per_token = 8 * (blocks if shards is None else num_blocks(shards.widest)) * EXTENSION.BLOCK_DIVERGENCE_SIZE
     size = max(1, min(ops.chunk_rows(), ref_ops.chunk_rows(), BLOCK_SUMS_BYTES // bytes_per_token))
+    if heads.kind == "jsd":
+        kept = KEPT_BYTES // (8 * (ops.vocab_size if shards is None else shards.widest))
+        size = min(size, kept) if kept >= FEWEST_KEPT else size
     for start in range(0, count, size):
         chunk = slice(start, min(start + size, count))
         of_chunk = {name: None if x is None else x[chunk] for name, x in vars(found).items()}
@@ -70,12 +75,19 @@ def _forward_chunk(
     hidden, low_rank = ops.hidden(chunk.start, chunk.stop)
     ref_hidden, _ = ref_ops.hidden(chunk.start, chunk.stop)
 
+    keeps = heads.kind == "jsd" and 8 * n * ops.vocab_size <= KEPT_BYTES
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def products(first: int, last: int) -> tuple[Tensor, Tensor]:
+        tile = ops.products(hidden, low_rank, ops.weight(first, last), first)
+        return tile, ref_ops.products(ref_hidden, None, ref_ops.weight(first, last), first)
+
     def sweep(lse: Tensor | None = None, ref_lse: Tensor | None = None) -> BlockSums:
         cols = min(ops.slab_cols(n), ref_ops.slab_cols(n))
         for first in range(0, ops.vocab_size, cols):
-            last = min(first + cols, ops.vocab_size)
-            tile = ops.products(hidden, low_rank, ops.weight(first, last), first)
-            ref_tile = ref_ops.products(ref_hidden, None, ref_ops.weight(first, last), first)
+            tile, ref_tile = kept.get(first) or products(first, min(first + cols, ops.vocab_size))
+            if keeps:
+                kept[first] = tile, ref_tile
             EXTENSION.divergence_fold(
                 **ops.tile(tile, first),
                 **_ref_tile(ref_ops, ref_tile, first),

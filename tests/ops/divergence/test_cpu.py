@@ -76,6 +76,15 @@ def test_neither_chunks_nor_threads_show(monkeypatch, kind, beta):
     assert (small.bitmap != saved.bitmap).float().mean() < 0.01
 
 
+def test_logits_that_do_not_stay_are_computed_twice(monkeypatch):
+    given = problem("jsd", 0.3)
+    expected = cpu.forward(*given)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 8 * 2000 * 33)  # 33 tokens' stay
+    torch.testing.assert_close(cpu.forward(*given).divergence, expected.divergence, rtol=1e-6, atol=1e-7)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 8 * 2000 * 31)
+    torch.testing.assert_close(cpu.forward(*given).divergence, expected.divergence, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("isa", native.EXTENSION.supported_isas() if native.available() else [])
 def test_every_instruction_set(isa, monkeypatch):
     before = native.EXTENSION.isa()
