@@ -100,7 +100,7 @@ def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | N
 
 def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:
     """Only the tokens with an upstream gradient: the exact backward of the others is zero."""
-    active = upstream.coef != 0
+    active = upstream.active != 0
     if upstream.coef_entropy is not None:
         active |= upstream.coef_entropy != 0
     if active.all():

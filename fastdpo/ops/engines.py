@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from . import native, reference
+from . import entries, native, reference
 from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
@@ -119,6 +119,15 @@ def engine_for(device: torch.device, dtype: torch.dtype, forced: str | None, int
 
         return Engine("triton", forward.forward, backward.backward)
     return by_row(_BY_TOKEN[name])
+
+
+def entries_of(engine: Engine):
+    """The module of this engine's `logits` and `backward` of entries: entries.py."""
+    if engine.name == "triton":
+        from .triton import entries as triton_entries
+
+        return triton_entries
+    return entries
 
 
 def engine_of(hidden: torch.Tensor) -> Engine:

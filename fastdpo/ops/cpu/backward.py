@@ -55,7 +55,7 @@ def backward(
     add_tiles = _Exact(ops, saved, upstream)
     if routing is not None:
         # The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean.
-        most = saved.most_pairs.masked_fill(upstream.coef == 0, 0).sum().item()
+        most = saved.most_pairs.masked_fill(upstream.active == 0, 0).sum().item()
         if most <= CROSSOVER * max(1, ops.count * ops.num_blocks):
             add_tiles = _Routed(ops, saved, upstream, routing)
 
@@ -191,6 +191,7 @@ class _Exact:
             coef=upstream.coef[chunk],
             entropy=saved.entropy[chunk] if given else None,
             coef_entropy=upstream.coef_entropy[chunk] if given else None,
+            coef_lse=None if upstream.coef_lse is None else upstream.coef_lse[chunk],
             num_threads=ops.threads,
         )
 
@@ -206,6 +207,7 @@ class _Routed:
         self.ops, self.saved, self.upstream, self.routing = ops, saved, upstream, routing
         # [N, bytes] of the larger set, kept at the smaller tau, and of the smaller one inside it, if there is one
         self.sets = saved.bitmap.split(-(-ops.num_blocks // 8), 1)
+        self.active = upstream.active
         self.counts: dict[int, Tensor] = {}  # of each set that was listed: pairs per block
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
@@ -260,6 +262,7 @@ class _Routed:
             coef=self.upstream.coef,
             entropy=None,
             coef_entropy=None,
+            coef_lse=self.upstream.coef_lse,
             tau=routing.taus[0],
             second_tau=-1.0 if second is None else routing.taus[1],
             second_bits=second,
@@ -290,7 +293,7 @@ class _Routed:
         ops, num_blocks, num_tokens = self.ops, self.ops.num_blocks, self.ops.count
         kept = {
             "bitmap": self.sets[which],
-            "coef": self.upstream.coef,
+            "coef": self.active,
             "num_tokens": num_tokens,
             "num_threads": ops.threads,
         }
