@@ -129,7 +129,7 @@ def linear_divergence(
 def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
     hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora = arguments
     kind, beta, stats, options, ref_transform = settings
-    labels, labelled = _labels(labels_or_mask, options, stats)
+    labels, labelled = _labels(labels_or_mask, hidden, options, stats)
     heads = (weight, bias, lora), (ref_weight, ref_bias, None)
     (weight, bias, lora), (ref_weight, ref_bias, _) = _common(heads, vocab_size)
     call = check_head(hidden, weight, labels, bias, lora, options)
@@ -148,9 +148,13 @@ def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
     return divergence(call, teacher, options)
 
 
-def _labels(labels_or_mask, options: HeadOptions, stats) -> tuple[Tensor, bool]:
+def _labels(labels_or_mask, hidden, options: HeadOptions, stats) -> tuple[Tensor, bool]:
     """(labels, whether they are ids: of a mask they are 0 where a row counts)."""
     given = plain("labels_or_mask", labels_or_mask)
+    rows = plain("hidden", hidden).shape[:-1]
+    if given.shape != rows:
+        shapes = f"{tuple(rows)}; got {tuple(given.shape)}"
+        raise ValueError(f"labels_or_mask must have one entry for each row of hidden, {shapes}")
     if given.dtype != torch.bool:
         return given, True
     without = [name for name in stats if name in ("logps", "ref_logps")]

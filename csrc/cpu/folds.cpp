@@ -103,7 +103,8 @@ inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t c
   transform_block<kSoftcap, true>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
                                   tile.transform, cols, z, slope);
   const float constant_slope = tile.transform.scale * tile.transform.inv_temperature;
-  const Vec lse = splat(a.lse[token]), coef = splat(a.coef[token]);
+  const float coef_lse = a.coef_lse ? a.coef_lse[token] : 0.0f;
+  const Vec lse = splat(a.lse[token]), coef = splat(a.coef[token] - coef_lse);  // d(lse) = p
   const Vec coef_entropy = splat(a.coef_entropy ? a.coef_entropy[token] : 0.0f);
   const Vec entropy = splat(a.entropy ? a.entropy[token] : 0.0f);
   const int64_t label = a.labels[token] - tile.col_start - col;
@@ -118,7 +119,8 @@ inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t c
     store(dz + i, kSoftcap ? g * load(slope + i) : g * splat(constant_slope));
   }
   if (has_label) {
-    dz[label] = label_grad(a.logps[token], a.coef[token], entropy[0], coef_entropy[0]) *
+    const float own = label_grad(a.logps[token], a.coef[token], entropy[0], coef_entropy[0]);
+    dz[label] = (a.coef_lse ? own + coef_lse * expf(a.logps[token]) : own) *
                 (kSoftcap ? slope[label] : constant_slope);
   }
   return sum(mass);

@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 
-from . import native, reference
+from . import entries, native, reference
 from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
@@ -144,6 +144,15 @@ def divergence_engine(device: torch.device, dtype: torch.dtype) -> DivergenceEng
     """Which serves such tensors now."""
     forced, interpret = os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET")
     return divergence_engine_for(device, dtype, forced, interpret)
+
+
+def entries_of(engine: Engine):
+    """The module of this engine's `logits` and `backward` of entries: entries.py."""
+    if engine.name == "triton":
+        from .triton import entries as triton_entries
+
+        return triton_entries
+    return entries
 
 
 def engine_of(hidden: torch.Tensor) -> Engine:

@@ -58,7 +58,7 @@ class _LogpsDz:
     """Of the upstream gradients of logps and entropy."""
 
     def __init__(self, ops: Operands, saved: Forward, upstream: Upstream):
-        self.ops, self.saved, self.upstream, self.coef = ops, saved, upstream, upstream.coef
+        self.ops, self.saved, self.upstream, self.coef = ops, saved, upstream, upstream.active
         self.exact, self.routed = EXTENSION.grad, EXTENSION.routed_grad
 
     def fields(self, ops: Operands, columns: slice, rows: slice | Tensor, num_rows: int) -> dict:
@@ -72,6 +72,7 @@ class _LogpsDz:
             "coef": upstream.coef[every],
             "entropy": saved.entropy[every] if given else None,
             "coef_entropy": upstream.coef_entropy[every] if given else None,
+            "coef_lse": None if upstream.coef_lse is None else upstream.coef_lse[every],
         }
 
 

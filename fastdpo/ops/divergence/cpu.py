@@ -156,6 +156,7 @@ class _DivergenceDz:
             "coef": upstream.coef[every],
             "entropy": of_rows(saved.entropy if upstream.coef_entropy is not None else None),
             "coef_entropy": of_rows(upstream.coef_entropy),
+            "coef_lse": None,
             "ref_lse": saved.ref_lse[every],
             "ref_logps": of_rows(saved.ref_logps),
             "mean": of_rows(saved.mean),
