@@ -103,16 +103,7 @@ def linear_divergence(
     arguments = (hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora)
     factors = lora if isinstance(lora, (tuple, list)) else ()
     refuse_transforms("fastdpo.linear_divergence", *arguments[:7], *factors)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    if type(jsd_beta) is not float or jsd_beta != 0.5:
-        jsd_beta = check_number("jsd_beta", jsd_beta, 0)
-        if jsd_beta > 1:
-            raise ValueError(f"jsd_beta must lie in [0, 1]; got {jsd_beta}")
-        if kind != "jsd":
-            raise ValueError(f"jsd_beta belongs to kind='jsd'; got {jsd_beta} with {kind!r}")
-    if kind == "jsd" and jsd_beta in (0.0, 1.0):
-        kind = KINDS[int(jsd_beta)]
+    kind, jsd_beta = check_kind(kind, jsd_beta)
     stats = check_names("stats", stats, DIVERGENCE_STATS)
     if tau is None and backward == "routed" and "logps" not in stats:
         tau = DIVERGENCE_TAU
@@ -124,6 +115,19 @@ def linear_divergence(
     ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
     settings = (kind, jsd_beta, stats, options, ref_options.transform)
     return _divergence(arguments, vocab_size, settings)
+
+
+def check_kind(kind, jsd_beta) -> tuple[str, float]:
+    """(kind, jsd_beta), the ends of the generalised JSD by their own names."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    if type(jsd_beta) is not float or jsd_beta != 0.5:
+        jsd_beta = check_number("jsd_beta", jsd_beta, 0)
+        if jsd_beta > 1:
+            raise ValueError(f"jsd_beta must lie in [0, 1]; got {jsd_beta}")
+        if kind != "jsd":
+            raise ValueError(f"jsd_beta belongs to kind='jsd'; got {jsd_beta} with {kind!r}")
+    return (KINDS[int(jsd_beta)] if kind == "jsd" and jsd_beta in (0.0, 1.0) else kind), jsd_beta
 
 
 def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
