@@ -1,5 +1,5 @@
-"""Distillation from the ids that a teacher found most likely, with their log-probs: top-k teachers, and servers that send
-no more. The log-probs of a row's K ids come from one sweep of the student's head: linear_logps with labels [N, K].
+"""Distillation from the ids that a teacher found most likely, with their log-probs: top-k teachers, and servers that
+send no more. The log-probs of a row's K ids come from one sweep of the student's head: linear_logps with labels [N, K].
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def topk_divergence(
 
     Guarantees:
         As `linear_logps` with ``[..., K]`` labels. The student's tail is what its largest listed probability leaves, in
-        full precision, less the others; the teacher's is at least 1e-7, below which rounded log-probs do not tell.
-        Ids that are listed twice count twice.
+        full precision, less the others: of it 2**-23 at least, and 1e-38, where it has no gradient any more. The
+        teacher's is at least 1e-7, below which rounded log-probs do not tell. Ids that are listed twice count twice.
 
     Source: top-k distillation as in TRL's ServerDistillationTrainer; generalised JSD, Agarwal et al., arXiv 2306.13649.
     """
@@ -103,10 +103,14 @@ def topk_divergence(
         ids = ids.masked_fill(given == -torch.inf, ignore_index)
     p = token_stats(hidden, weight, ids, bias=bias, lora=lora, options=options).logps
     counts = ids != ignore_index
+    # Of an id out of range, or a NaN in hidden: it stays in its row, and out of the head's gradient.
+    wrong = (p.detach().isnan() & counts).any(-1, keepdim=True)
+    counts, nan = counts & ~wrong, torch.where(wrong[..., 0], torch.nan, 0.0).to(p.dtype)
     r = given.detach().to(p.dtype)
+    p = p.masked_fill(~counts, 0.0)
     p, r, counts = (_bucketed if tail == "bucket" else _renormalized)(p, r, counts)
     terms = _terms(p.masked_fill(~counts, 0.0), r.masked_fill(~counts, 0.0), kind, jsd_beta)
-    return terms.masked_fill(~counts, 0.0).sum(-1)
+    return terms.masked_fill(~counts, 0.0).sum(-1) + nan
 
 
 def _checked(hidden, topk_ids, topk_logps) -> tuple[Tensor, Tensor]:
