@@ -101,9 +101,10 @@ def linear_logps(
         nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
         for one seed. Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add
         nothing to the other gradients; of K labels, NaN in their own place of the result. With K > 1 a weight in a half
-        type has its gradient's rows of the labels rounded twice (the others, and all other gradients, once), a
-        call takes some 40 bytes more for each of them, a head that is sharded over ranks with tokens of their own is
-        always gathered, and what is sampled is the tail of the likeliest label. Gradients are computed only for tensors that require them. Without
+        type has its gradient's rows of the labels rounded twice (the others, and all other gradients, once), a call
+        takes some 40 bytes more for each label, a head that is sharded over ranks with tokens of their own is always
+        gathered, and what is sampled is the tail of a row's likeliest label. Gradients are computed only for tensors
+        that require them. Without
         `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a GPU on the way
         to its engine.
 
@@ -160,8 +161,8 @@ def linear_token_stats(
 
     Guarantees:
         As `linear_logps`. `logps`, `entropy` and `lse` are differentiable (an upstream gradient of `entropy` takes the
-        exact backward; one of `lse`, as of a z-loss, is routed too); the others are not. An `entropy` that leaves a compiled function counts as having an upstream
-        gradient: detach one that is only logged.
+        exact backward; one of `lse`, as of a z-loss, is routed too); the others are not. An `entropy` that leaves a
+        compiled function counts as having an upstream gradient: detach one that is only logged.
 
     Source: mean of log sum p^2 is WPO's weight, Zhou et al., arXiv 2406.11827, eq. 2.
     """
