@@ -6,11 +6,13 @@ The formulas, and which (token, block) pairs a routed backward keeps: fastdpo/op
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from .head import HeadOptions, check_head
-from .ops.divergence.operators import Options, divergence
+from .ops.divergence.operators import LinearDivergenceFunction, Options, divergence
 from .ops.divergence.problem import DIVERGENCE_STATS, DIVERGENCE_TAU, KINDS, DivergenceOutput
 from .tensors import plain, refuse_transforms
 from .validation import check_integer, check_names, check_number
@@ -101,8 +103,6 @@ def linear_divergence(
         as TRL has it); routed: fastdpo/routing.py.
     """
     arguments = (hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora)
-    factors = lora if isinstance(lora, (tuple, list)) else ()
-    refuse_transforms("fastdpo.linear_divergence", *arguments[:7], *factors)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if type(jsd_beta) is not float or jsd_beta != 0.5:
@@ -114,8 +114,6 @@ def linear_divergence(
     if kind == "jsd" and jsd_beta in (0.0, 1.0):
         kind = KINDS[int(jsd_beta)]
     stats = check_names("stats", stats, DIVERGENCE_STATS)
-    if tau is None and backward == "routed" and "logps" not in stats:
-        tau = DIVERGENCE_TAU
     options = HeadOptions(
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
@@ -123,12 +121,20 @@ def linear_divergence(
         raise NotImplementedError("vocab_group: linear_divergence does not serve heads that are split over ranks")
     ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
     settings = (kind, jsd_beta, stats, options, ref_options.transform)
-    return _divergence(arguments, vocab_size, settings)
+    return token_divergence(arguments, vocab_size, settings)
 
 
-def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
+def token_divergence(arguments, vocab_size, settings, function=LinearDivergenceFunction) -> DivergenceOutput:
+    """The one door: the tensors of `linear_divergence` are checked here, what else it takes is.
+
+    `function`: where a trainer's head needs care in the backward.
+    """
     hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora = arguments
+    factors = lora if isinstance(lora, (tuple, list)) else ()
+    refuse_transforms(function.of, *arguments[:7], *factors)
     kind, beta, stats, options, ref_transform = settings
+    if options.tau is None and options.backward == "routed" and "logps" not in stats:
+        options = replace(options, tau=DIVERGENCE_TAU)
     labels, labelled = _labels(labels_or_mask, hidden, options, stats)
     heads = (weight, bias, lora), (ref_weight, ref_bias, None)
     (weight, bias, lora), (ref_weight, ref_bias, _) = _common(heads, vocab_size)
@@ -145,7 +151,7 @@ def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
         )
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
     options = Options(kind, beta, labelled, stats, options, ref_transform, differentiable, call.lora_scale)
-    return divergence(call, teacher, options)
+    return divergence(call, teacher, options, function)
 
 
 def _labels(labels_or_mask, hidden, options: HeadOptions, stats) -> tuple[Tensor, bool]:

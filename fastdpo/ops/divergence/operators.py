@@ -134,10 +134,12 @@ class LinearDivergenceFunction(Function):
         return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 5
 
 
-def divergence(call: CheckedHead, teacher: CheckedHead, options: Options) -> DivergenceOutput:
+def divergence(
+    call: CheckedHead, teacher: CheckedHead, options: Options, function=LinearDivergenceFunction
+) -> DivergenceOutput:
     """Of checked tensors; each shaped like the labels."""
     tensors = (*call.tensors, *teacher.tensors[:3])
-    apply = super(Function, LinearDivergenceFunction).apply  # torch's: the class's own checks again
+    apply = super(Function, function).apply  # torch's: the class's own checks again
     if not torch.compiler.is_compiling():
         outputs = apply(*tensors, options)
     elif options.head.accumulate_into is not None:  # an operator returns gradients
