@@ -225,7 +225,7 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions, prefix:
     if hidden.shape[-1] != hidden_size:
         raise ValueError(f"{of_hidden} has H = {hidden.shape[-1]} but {of_weight} has H = {hidden_size}")
     rows, several = hidden.shape[:-1], labels.ndim == hidden.ndim
-    if labels.shape[: len(rows)] != rows or not (labels.ndim == len(rows) or several and labels.shape[-1] > 0):
+    if labels.shape[: len(rows)] != rows or not (labels.ndim == len(rows) or (several and labels.shape[-1] > 0)):
         raise ValueError(
             f"labels must be shaped like {of_hidden} without its last dimension, {tuple(rows)}, or with K > 0 labels in "
             f"its place, {(*rows, 'K')}; got {tuple(labels.shape)}"

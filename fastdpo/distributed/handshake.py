@@ -180,9 +180,9 @@ def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tens
 
 
 def agree_upstream(shards: VocabShards, *upstream: Tensor | None, own: bool = False):
-    """The gradients of DIFFERENTIABLE, which every rank multiplies its part of the gradients with: ValueError on every rank where
-    they differ. A loss that one rank alone scales would make gradients of shards that do not fit each other. `own`:
-    they are each rank's own, and only which of them there are is compared."""
+    """The gradients of DIFFERENTIABLE, which every rank multiplies its part of the gradients with: ValueError on every
+    rank where they differ. A loss that one rank alone scales would make gradients of shards that do not fit each
+    other. `own`: they are each rank's own, and only which of them there are is compared."""
     if shards.size == 1:
         return upstream
     given = next(x for x in upstream if x is not None)

@@ -37,7 +37,8 @@ from .problem import FOLDED, STAT_DTYPES, STATS, Forward, Gradients, Head, Needs
 
 class LinearLogpsFunction(Function):
     """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [...],
-    HeadOptions, stats, differentiable, lora_scale)`` returns the tensors of TokenStats, flat, None where not asked for. `differentiable`: whether a gradient of them may be wanted. It checks what `linear_token_stats` checks.
+    HeadOptions, stats, differentiable, lora_scale)`` returns the tensors of TokenStats, flat, None where not asked for.
+    `differentiable`: whether a gradient of them may be wanted. It checks what `linear_token_stats` checks.
 
     Saved besides the inputs, per row: logp, lse and, routed, one bit per block; of several labels, their logits too.
     """

@@ -30,7 +30,7 @@ class TokenStats(NamedTuple):
 STATS = TokenStats._fields[1:]
 OF_LABELS = ("logps", "is_top1")  # of each of several labels; the others are of a token's distribution
 FOLDED = STATS[:-1]  # what engines compute where it is asked for; lse they always do
-STAT_DTYPES = {name: torch.bool if name == "is_top1" else torch.float32 for name in STATS}  # fp64 of fp64 inputs
+STAT_DTYPES = {name: torch.bool if name == "is_top1" else torch.float32 for name in FOLDED}  # fp64 of fp64 inputs
 IDENTITY = LogitTransform()
 
 

@@ -139,7 +139,12 @@ def backward(
 def _range_size(head: Head, rows: Rows, needs: Needs, sums: Gradients) -> int | None:
     """Rows whose dhidden is summed at once and then rounded; None: it is neither, or not wanted."""
     dtype = head.hidden.dtype
-    if not needs.hidden or sums.hidden is not None or dtype in (torch.float32, torch.float64) or rows.labels.numel() == 0:
+    if (
+        not needs.hidden
+        or sums.hidden is not None
+        or dtype in (torch.float32, torch.float64)
+        or rows.labels.numel() == 0
+    ):
         return None
     return max(128, SUMS_BYTES // (4 * head.hidden.shape[-1]))
 
