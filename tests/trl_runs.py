@@ -78,6 +78,22 @@ def prompts() -> Dataset:
     return Dataset.from_list([{"prompt": sentence(i, 4)} for i in range(8)])
 
 
+def conversations() -> Dataset:
+    def said(role: str, content: str) -> dict:
+        return {"role": role, "content": content}
+
+    return Dataset.from_list(
+        [
+            {"messages": [said("user", sentence(i, 3 + i % 4)), said("assistant", sentence(i + 9, 4 + i % 3))]}
+            for i in range(12)
+        ]
+    )
+
+
+# As the collators of the trainers that distill need one
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+
+
 def length_reward(completions, **_):
     return [float(len(set(completion.split()))) for completion in completions]
 
