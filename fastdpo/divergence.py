@@ -108,6 +108,18 @@ def linear_divergence(
         TRL's `beta`; routed: fastdpo/routing.py.
     """
     arguments = (hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora)
+    kind, jsd_beta = check_kind(kind, jsd_beta)
+    stats = check_names("stats", stats, DIVERGENCE_STATS)
+    options = HeadOptions(
+        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
+    )
+    ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
+    settings = (kind, jsd_beta, stats, options, ref_options.transform)
+    return token_divergence(arguments, vocab_size, settings)
+
+
+def check_kind(kind, jsd_beta) -> tuple[str, float]:
+    """(kind, jsd_beta), the ends of the generalised JSD by their own names."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if type(jsd_beta) is not float or jsd_beta != 0.5:
@@ -116,15 +128,7 @@ def linear_divergence(
             raise ValueError(f"jsd_beta must lie in [0, 1]; got {jsd_beta}")
         if kind != "jsd":
             raise ValueError(f"jsd_beta belongs to kind='jsd'; got {jsd_beta} with {kind!r}")
-    if kind == "jsd" and jsd_beta in (0.0, 1.0):
-        kind = KINDS[int(jsd_beta)]
-    stats = check_names("stats", stats, DIVERGENCE_STATS)
-    options = HeadOptions(
-        ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
-    )
-    ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
-    settings = (kind, jsd_beta, stats, options, ref_options.transform)
-    return token_divergence(arguments, vocab_size, settings)
+    return (KINDS[int(jsd_beta)] if kind == "jsd" and jsd_beta in (0.0, 1.0) else kind), jsd_beta
 
 
 def token_divergence(arguments, vocab_size, settings, function=LinearDivergenceFunction) -> DivergenceOutput:
