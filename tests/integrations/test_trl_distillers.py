@@ -10,8 +10,7 @@ pytest.importorskip("trl", minversion="0.24")
 pytest.importorskip("peft")
 
 from peft import LoraConfig
-from transformers import LlamaConfig, LlamaForCausalLM
-from trl_runs import CHAT_TEMPLATE, classes, conversations, largest_difference, prompts
+from trl_runs import CHAT_TEMPLATE, classes, conversations, largest_difference, prompts, teacher
 
 from fastdpo.demo.setup import build_tokenizer
 from fastdpo.integrations import lazy_logits, patch_trl, trl_distillers, unpatch_trl
@@ -29,24 +28,6 @@ def unpatched():
     unpatch_trl()
     for owner, names in originals.items():
         assert [name for name, value in vars(owner).items() if value is not names.get(name)] == []
-
-
-def teacher(vocab_size: int = 512, scale: float = 0.4) -> LlamaForCausalLM:
-    """Larger than the student of the fixtures, and surer."""
-    torch.manual_seed(7)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=scale,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def bytes_tokenizer():
