@@ -116,16 +116,34 @@ def linear_divergence(
     options = HeadOptions(
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
-    if options.vocab_group is not None:
-        raise NotImplementedError("vocab_group: linear_divergence does not serve heads that are split over ranks")
     ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
     settings = (kind, jsd_beta, stats, options, ref_options.transform)
     return eager(_divergence, arguments, vocab_size, settings)
 
 
+def token_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    options: HeadOptions,
+    stats: tuple[str, ...],
+) -> DivergenceOutput:
+    """KL(reference || policy) of two heads with the same options, which are checked."""
+    arguments = (hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, lora)
+    return eager(_divergence, arguments, None, ("forward_kl", 0.5, stats, options, options.transform))
+
+
 def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
     hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora = arguments
     kind, beta, stats, options, ref_transform = settings
+    if options.vocab_group is not None:
+        raise NotImplementedError("vocab_group: the divergence of two heads does not serve heads split over ranks")
     labels, labelled = _labels(labels_or_mask, options, stats)
     heads = (weight, bias, lora), (ref_weight, ref_bias, None)
     (weight, bias, lora), (ref_weight, ref_bias, _) = _common(heads, vocab_size)
