@@ -158,11 +158,12 @@ struct GradArgs {
   Tile tile;
   const int32_t* tokens;  // [num_rows] index into the arrays below; null: row i is token i
   int64_t num_tokens;
-  const int64_t* labels;  // [num_tokens], as the five below
+  const int64_t* labels;  // [num_tokens], as the six below
   const float *lse, *logps;
   const float* coef;          // dL/dlogp
   const float* entropy;       // both null, or both given
   const float* coef_entropy;  // dL/dentropy
+  const float* coef_lse;      // dL/dlse, or null
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -170,7 +171,7 @@ struct GradArgs {
     in.optional(tile.num_rows, NAMED(tokens));
     in.vector(tokens ? 0 : tile.num_rows, NAMED(labels), num_tokens);
     in.arrays(num_tokens, NAMED(lse, logps, coef));
-    in.optional(num_tokens, NAMED(entropy, coef_entropy));
+    in.optional(num_tokens, NAMED(entropy, coef_entropy, coef_lse));
     in.require(!entropy == !coef_entropy, "entropy and coef_entropy go together");
     in.numbers(NAMED(num_threads));
   }

@@ -186,7 +186,7 @@ HEAD_OPTIONS = tuple(option.name for option in fields(HeadOptions) if option.nam
 class CheckedHead(NamedTuple):
     """The tensors of one call, plain and of shapes, types and devices that fit."""
 
-    tensors: tuple[Tensor | None, ...]  # hidden [..., H], weight, bias, LoRA's A and B, labels [N]
+    tensors: tuple[Tensor | None, ...]  # hidden [..., H], weight, bias, LoRA's A and B, labels [N], or [N, K] for K > 1
     lora_scale: float
     shape: torch.Size  # of labels
 
@@ -224,10 +224,11 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions, prefix:
         raise ValueError(f"{of_weight} must have at least one row and one column; got shape {tuple(weight.shape)}")
     if hidden.shape[-1] != hidden_size:
         raise ValueError(f"{of_hidden} has H = {hidden.shape[-1]} but {of_weight} has H = {hidden_size}")
-    if hidden.shape[:-1] != labels.shape:
+    rows, several = hidden.shape[:-1], labels.ndim == hidden.ndim
+    if labels.shape[: len(rows)] != rows or not (labels.ndim == len(rows) or (several and labels.shape[-1] > 0)):
         raise ValueError(
-            f"labels must be shaped like {of_hidden} without its last dimension, {tuple(hidden.shape[:-1])}; "
-            f"got {tuple(labels.shape)}"
+            f"labels must be shaped like {of_hidden} without its last dimension, {tuple(rows)}, or with K > 0 labels in "
+            f"its place, {(*rows, 'K')}; got {tuple(labels.shape)}"
         )
     if bias is not None and bias.shape != (vocab_size,):
         raise ValueError(f"{of_bias} must have shape ({vocab_size},); got {tuple(bias.shape)}")
@@ -245,7 +246,8 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions, prefix:
     if options.check_labels and options.vocab_group is None:
         check_labels(labels, options, vocab_size)
     lora_a, lora_b, lora_scale = lora or (None, None, 1.0)
-    return CheckedHead((hidden, weight, bias, lora_a, lora_b, labels.reshape(-1)), lora_scale, labels.shape)
+    flat = labels.reshape(-1, labels.shape[-1]) if several and labels.shape[-1] > 1 else labels.reshape(-1)
+    return CheckedHead((hidden, weight, bias, lora_a, lora_b, flat), lora_scale, labels.shape)
 
 
 def _check_lora(lora) -> LoRA:

@@ -18,7 +18,7 @@ from .distributed.handshake import announcing
 from .head import CheckedHead, HeadOptions, check_head
 from .ops.agreement import agree
 from .ops.operators import LinearLogpsFunction, compiled
-from .ops.problem import STATS, TokenStats
+from .ops.problem import OF_LABELS, STATS, TokenStats
 from .tensors import refuse_transforms
 from .validation import check_names
 
@@ -199,7 +199,7 @@ def _of_ranks(hidden, weight, labels, bias, lora, options: HeadOptions, stats, f
     with announcing(options.vocab_group, hidden):
         given, plan = resolve(hidden, weight, labels, bias, lora, options)
     if plan is not None:
-        if plan.may_travel(weight):
+        if plan.may_travel(weight) and given.labels.ndim < given.hidden.ndim:
             stats_of_rows = travel.token_stats(given, plan, hidden, stats)
             if stats_of_rows is not None:
                 return stats_of_rows
@@ -227,4 +227,7 @@ def _applied(function, call: CheckedHead, options: HeadOptions, stats, different
 
 
 def _shaped(call: CheckedHead, outputs) -> TokenStats:
-    return TokenStats(*[None if x is None else x.view(call.shape) for x in outputs])
+    rows, shaped = call.tensors[0].shape[:-1], []
+    for name, x in zip(TokenStats._fields, outputs):
+        shaped.append(None if x is None else x.view(call.shape if name in OF_LABELS else rows))
+    return TokenStats(*shaped)

@@ -9,7 +9,7 @@ from heads import relative_error
 
 from fastdpo.head import LogitTransform, LoRA, Routing
 from fastdpo.ops import reference
-from fastdpo.ops.problem import STATS, Head, Needs, Rows, Tokens, Upstream
+from fastdpo.ops.problem import FOLDED, Head, Needs, Rows, Tokens, Upstream
 from fastdpo.ops.triton.backward import backward
 from fastdpo.ops.triton.forward import forward
 
@@ -49,7 +49,7 @@ class Case:
         taus = (self.routed[0] if needs.of_hidden else -1.0, self.routed[1] if needs.of_weight else -1.0)
         return Routing.of(*taus, torch.tensor(SEED - 2**64, device=DEVICE) if as_tensor else SEED)
 
-    def run(self, coef, coef_entropy=None, needs=None, stats=STATS) -> tuple:
+    def run(self, coef, coef_entropy=None, needs=None, stats=FOLDED) -> tuple:
         needs = needs or Needs(*(x is not None for x in self.head.inputs))
         coef = coef.to(DEVICE)
         coef_entropy = None if coef_entropy is None else coef_entropy.to(DEVICE)

@@ -26,7 +26,8 @@ from . import sketch
 from .shards import VocabShards
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs")
+STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "lse")
+DIFFERENTIABLE = ("logps", "entropy", "lse")
 INPUTS = ("hidden", "weight", "bias", "lora A", "lora B")
 MOST_KNOWN = 4096  # calls of a group that the host remembers
 
@@ -66,6 +67,7 @@ _PHASES = ("the forward", "the backward")
 # what the host knows,
 _FIELDS = {
     "tokens": _one_of("the same on every rank", "each rank's own"),
+    "labels of a row": _INT,
     "the rows of hidden": _INT,
     "the last dimension of hidden": _INT,
     "hidden's dtype": _DTYPE,
@@ -93,7 +95,7 @@ _FIELDS = {
 _EXACT = ("the number of completion tokens", "labels")
 _ROUNDED = {
     "the forward": ("hidden", "lora A"),
-    "the backward": ("the upstream gradient of logps", "the upstream gradient of entropy"),
+    "the backward": tuple(f"the upstream gradient of {name}" for name in DIFFERENTIABLE),
 }
 _TOLERANCES = {"the forward": sketch.ROUNDING, "the backward": sketch.SAME_CODE}
 # and a refusal's text, 8 bytes a word.
@@ -101,8 +103,13 @@ _TEXT = 64
 
 _HOST = slice(len(_HEADER), len(_HEADER) + len(_FIELDS))
 _DATA = slice(_HOST.stop, _HOST.stop + len(_EXACT))
-_SKETCHES = slice(_DATA.stop, _DATA.stop + 2 * sketch.SKETCH)
+_SKETCHES = slice(_DATA.stop, _DATA.stop + len(DIFFERENTIABLE) * sketch.SKETCH)
 _MESSAGE = slice(_SKETCHES.stop, _SKETCHES.stop + _TEXT)
+
+
+def _sketch(i: int) -> slice:
+    start = _SKETCHES.start + i * sketch.SKETCH
+    return slice(start, start + sketch.SKETCH)
 
 
 class Call(NamedTuple):
@@ -135,7 +142,7 @@ def _waits(device: torch.device) -> bool:
 def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tensor | None) -> Agreed:
     """Exchanges the tickets of a forward; ValueError on every rank, naming what differs and each rank's value.
 
-    `labels` [N] and, of the rows they count, `hidden` [..., H]: compared where given.
+    `labels` [N] or [N, K] and, of the rows they count, `hidden` [..., H]: compared where given.
     """
     import torch.distributed as dist
 
@@ -148,11 +155,12 @@ def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tens
         words[_HEADER.index("draw")] = call.draw
     if labels is not None:
         counts = labels != call.fields["ignore_index"]
-        words[_DATA] = torch.stack((counts.sum(), sketch.checksum(labels)))
-        words[_SKETCHES.start : _SKETCHES.start + sketch.SKETCH] = sketch.of_rows(hidden, counts).view(torch.int64)
+        words[_DATA] = torch.stack((counts.sum(), sketch.checksum(labels.view(-1))))
+        counts = counts if counts.ndim == 1 else counts.any(1)
+        words[_sketch(0)] = sketch.of_rows(hidden, counts).view(torch.int64)
     if lora_a is not None:
         every = torch.ones(lora_a.shape[0], dtype=torch.bool, device=device)
-        words[_SKETCHES.start + sketch.SKETCH : _SKETCHES.stop] = sketch.of_rows(lora_a, every).view(torch.int64)
+        words[_sketch(1)] = sketch.of_rows(lora_a, every).view(torch.int64)
     tickets = _exchange(group, words)
     key, known = None, None
     if call.draw is not None:
@@ -171,25 +179,24 @@ def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tens
     return Agreed(VocabShards.of(group, known), key, (), _poison(tickets, "the forward", call.seed is not None))
 
 
-def agree_upstream(shards: VocabShards, dlogps: Tensor | None, dentropy: Tensor | None, *, own: bool = False):
-    """(dlogps, dentropy), which every rank multiplies its part of the gradients with: ValueError on every rank where
-    they differ. A loss that one rank alone scales would make gradients of shards that do not fit each other. `own`:
-    they are each rank's own, and only which of them there are is compared."""
+def agree_upstream(shards: VocabShards, *upstream: Tensor | None, own: bool = False):
+    """The gradients of DIFFERENTIABLE, which every rank multiplies its part of the gradients with: ValueError on every
+    rank where they differ. A loss that one rank alone scales would make gradients of shards that do not fit each
+    other. `own`: they are each rank's own, and only which of them there are is compared."""
     if shards.size == 1:
-        return dlogps, dentropy
-    given = dlogps if dlogps is not None else dentropy
+        return upstream
+    given = next(x for x in upstream if x is not None)
     words = _ticket("the backward", given.device)
-    words[_DATA.start] = (dlogps is not None) + 2 * (dentropy is not None)
-    for i, x in enumerate((dlogps, dentropy)):
+    words[_DATA.start] = sum(1 << i for i, x in enumerate(upstream) if x is not None)
+    for i, x in enumerate(upstream):
         if x is not None and not own:
-            start = _SKETCHES.start + i * sketch.SKETCH
-            words[start : start + sketch.SKETCH] = sketch.of_vector(x).view(torch.int64)
+            words[_sketch(i)] = sketch.of_vector(x.reshape(-1)).view(torch.int64)
     tickets = _exchange(shards.group, words)
     if _waits(given.device):
         _compared(tickets, "the backward", None)
-        return dlogps, dentropy
+        return upstream
     poison = _poison(tickets, "the backward")
-    return tuple(None if x is None else x + poison.to(x.dtype) for x in (dlogps, dentropy))
+    return tuple(None if x is None else x + poison.to(x.dtype) for x in upstream)
 
 
 @contextmanager
@@ -290,8 +297,8 @@ def _error(tickets: Tensor, phase: str, seed: int | None) -> ValueError | None:
             told.append(f"{name}: {each(f'has {field.shown(word)}' for word in column(i))}")
     count, labels = column(_DATA.start), column(_DATA.start + 1)
     if len(set(count)) > 1 and phase == "the backward":
-        parts = ("none", "logps", "entropy", "logps and entropy")
-        told.append(f"what has an upstream gradient: {each(f'has {parts[x & 3]}' for x in count)}")
+        parts = (" and ".join(name for i, name in enumerate(DIFFERENTIABLE) if x >> i & 1) or "none" for x in count)
+        told.append(f"what has an upstream gradient: {each(f'has {names}' for names in parts)}")
     elif len(set(count)) > 1:
         told.append(f"the number of labels that are not ignored: {each(f'has {x}' for x in count)}")
     if len(set(labels)) > 1 and not told:

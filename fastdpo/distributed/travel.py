@@ -22,7 +22,7 @@ from ..autograd import Function, once_differentiable
 from ..head import HeadOptions, check_head, check_labels
 from ..ops.agreement import described
 from ..ops.by_token import as_rows
-from ..ops.operators import backward, prepare, sharded_forward
+from ..ops.operators import Upstreams, backward, constants, prepare, sharded_forward
 from ..ops.problem import STAT_DTYPES, Gradients, Needs, TokenStats
 from . import handshake
 from .dtensor import Plan, Resolved
@@ -161,23 +161,24 @@ class _Travelling(Function):
             mine, into = turns.mine(turn)
             for name, values in outputs.items():
                 values[into] = getattr(result, name)[mine]
-            saved += [result.logps, result.lse, result.entropy, result.bitmap, result.most_pairs]
+            saved += [result.logps, result.lse, result.entropy, result.bitmap, result.most_pairs, result.selected]
         if True in needs:
             ctx.save_for_backward(hidden, *head, kept, all_labels, *saved)
             ctx.needs, ctx.scalars, ctx.agreed = needs, scalars, agreed
-        results = [outputs.get(name) for name in TokenStats._fields]
-        ctx.mark_non_differentiable(*[x for x in results[2:] if x is not None])
-        return tuple(results)
+        results = tuple(outputs.get(name) for name in TokenStats._fields)
+        ctx.mark_non_differentiable(*constants(results))
+        return results
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogps, dentropy, *_):
-        if dlogps is None and dentropy is None:
+    def backward(ctx, *upstream):
+        upstream = Upstreams.of(upstream)
+        if upstream.first is None:
             return (None,) * 12
         shards, needs, scalars = ctx.agreed.shards, ctx.needs, ctx.scalars
-        with handshake.announcing(shards.group, dlogps if dlogps is not None else dentropy, "the backward"):
+        with handshake.announcing(shards.group, upstream.first, "the backward"):
             hidden, weight, bias, lora_a, lora_b, kept, all_labels, *saved = ctx.saved_tensors
-        dlogps, dentropy = handshake.agree_upstream(shards, dlogps, dentropy, own=True)
+        upstream = handshake.agree_upstream(shards, *upstream, own=True)
         with handshake.telling(shards.group):
             turns = _Turns(ctx.agreed, hidden, kept)
             head = (weight, bias, lora_a, lora_b)
@@ -185,14 +186,14 @@ class _Travelling(Function):
             for name, x in zip(Needs._fields[1:], head):
                 if getattr(needs, name) and (turns.count > 1 or name == "lora_a"):
                     setattr(sums, name, Gradients.place(x.shape, x))
-            upstream = [None if x is None else turns.of_all(x[kept], 0.0) for x in (dlogps, dentropy)]
+            upstream = [None if x is None else turns.of_all(x[kept], 0.0) for x in upstream]
             dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
             for turn, rows in turns:
                 span = turns.span(turn)
-                coefs = [None if x is None else x[:, span].reshape(-1) for x in upstream]
-                tensors = (rows, *head, all_labels[:, span].reshape(-1), *saved[5 * turn : 5 * turn + 5])
+                coefs = Upstreams(*[None if x is None else x[:, span].reshape(-1) for x in upstream])
+                tensors = (rows, *head, all_labels[:, span].reshape(-1), *saved[6 * turn : 6 * turn + 6])
                 sums.hidden = Gradients.place(rows.shape, rows) if needs.hidden else None
-                sums = backward(tensors, *coefs, scalars, needs, shards, sums)
+                sums = backward(tensors, coefs, scalars, needs, shards, sums)
                 if needs.hidden:
                     _, into = turns.mine(turn)
                     mine = turns.to_owners(sums.hidden)[: into.shape[0]]

@@ -30,6 +30,7 @@ def described(call: CheckedHead, options: HeadOptions, stats, differentiable: bo
     dtypes = [None if x is None else x.dtype for x in call.tensors[:5]]
     fields = {
         "tokens": "the same on every rank" if rows is None else "each rank's own",
+        "labels of a row": 0 if labels.ndim == 1 else labels.shape[1],
         "the rows of hidden": labels.shape[0] if rows is None else 0,
         "the last dimension of hidden": hidden.shape[-1],
         **{f"{name}'s dtype": dtype for name, dtype in zip(INPUTS, dtypes)},

@@ -9,11 +9,12 @@ from functools import cache
 
 import torch
 
-from . import native, reference
+from . import entries, native, reference
 from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
 from .divergence import by_token as divergence_by_token
+from .divergence import cpu as divergence_cpu
 from .divergence import reference as divergence_reference
 from .divergence.problem import DivergenceEngine
 from .problem import Engine
@@ -36,8 +37,9 @@ _BY_TOKEN = {
 
 _DIVERGENCE_BY_TOKEN = {
     "reference": DivergenceEngine("reference", divergence_reference.forward, divergence_reference.backward),
+    "cpu": DivergenceEngine("cpu", divergence_cpu.forward, divergence_cpu.backward),
 }
-_DIVERGENCE_BY_TOKEN["cpu"] = _DIVERGENCE_BY_TOKEN["triton"] = _DIVERGENCE_BY_TOKEN["reference"]
+_DIVERGENCE_BY_TOKEN["triton"] = _DIVERGENCE_BY_TOKEN["reference"]
 
 
 def _unavailable(engine: str, device: torch.device, interpret: str | None) -> str | None:
@@ -142,6 +144,15 @@ def divergence_engine(device: torch.device, dtype: torch.dtype) -> DivergenceEng
     """Which serves such tensors now."""
     forced, interpret = os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET")
     return divergence_engine_for(device, dtype, forced, interpret)
+
+
+def entries_of(engine: Engine):
+    """The module of this engine's `logits` and `backward` of entries: entries.py."""
+    if engine.name == "triton":
+        from .triton import entries as triton_entries
+
+        return triton_entries
+    return entries
 
 
 def engine_of(hidden: torch.Tensor) -> Engine:

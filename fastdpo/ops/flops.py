@@ -16,7 +16,9 @@ from ..tensors import traced
 
 def _scored(labels: Tensor, ignore_index: int) -> int:
     """Completion tokens; all rows where only shapes are known."""
-    return labels.shape[0] if traced(labels) else int((labels != ignore_index).sum())
+    if traced(labels):
+        return labels.shape[0]
+    return int((labels != ignore_index).view(labels.shape[0], -1).any(1).sum())
 
 
 def _forward_flops(hidden, weight, bias, lora_a, lora_b, labels, seed, *, ignore_index, **_) -> int:
@@ -24,7 +26,7 @@ def _forward_flops(hidden, weight, bias, lora_a, lora_b, labels, seed, *, ignore
 
 
 def _backward_flops(hidden, weight, bias, lora_a, lora_b, labels, *rest, ignore_index, needs, **_) -> int:
-    _, _, _, bitmap, _, _, dentropy = rest
+    _, _, _, bitmap, _, _, _, dentropy, _ = rest
     dhidden, dweight = needs[0] or needs[3], needs[1] or needs[2] or needs[4]
     products = 1 + dhidden + dweight  # one to recompute the logits
     if bitmap is None or dentropy is not None or traced(bitmap):

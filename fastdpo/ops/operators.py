@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import fields, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,18 +29,18 @@ from ..head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, chec
 from ..routing import num_blocks, set_bytes
 from ..tensors import contiguous, in_rows, plain, refuse_transforms, traced
 from ..validation import check_flag, check_names
-from . import flops
+from . import flops, several
 from .agreement import agree
 from .engines import engine_of
-from .problem import STAT_DTYPES, STATS, Forward, Gradients, Head, Needs, Rows, TokenStats, Upstream
+from .problem import FOLDED, STAT_DTYPES, STATS, Forward, Gradients, Head, Needs, Rows, TokenStats, Upstream
 
 
 class LinearLogpsFunction(Function):
     """Autograd for `linear_token_stats`: ``apply(hidden [..., H], weight, bias, lora_a, lora_b, labels [...],
-    HeadOptions, stats, differentiable, lora_scale)`` returns the five tensors of TokenStats, flat, None where not asked
-    for. `differentiable`: whether a gradient of them may be wanted. It checks what `linear_token_stats` checks.
+    HeadOptions, stats, differentiable, lora_scale)`` returns the tensors of TokenStats, flat, None where not asked for.
+    `differentiable`: whether a gradient of them may be wanted. It checks what `linear_token_stats` checks.
 
-    Saved besides the inputs, per row: logp, lse and, routed, one bit per block.
+    Saved besides the inputs, per row: logp, lse and, routed, one bit per block; of several labels, their logits too.
     """
 
     of = "fastdpo.linear_logps"
@@ -79,23 +80,23 @@ class LinearLogpsFunction(Function):
         if True in needs:
             # copies: the caller may change in place what is returned
             logps, entropy = result.logps.clone(), None if result.entropy is None else result.entropy.clone()
+            lse = result.lse.clone() if "lse" in stats else result.lse
             # ctx keeps tensors only through save_for_backward, which watches for in-place changes and cycles
-            ctx.save_for_backward(*tensors, logps, result.lse, entropy, result.bitmap, result.most_pairs)
+            ctx.save_for_backward(*tensors, logps, lse, entropy, result.bitmap, result.most_pairs, result.selected)
             ctx.needs, ctx.scalars, ctx.shards, ctx.weight_shape = needs, scalars, shards, weight.shape
             ctx.accumulate_into = options.accumulate_into
-        outputs = [getattr(result, name) for name in TokenStats._fields]
-        constants = [x for x in outputs[2:] if x is not None]  # of logps and entropy there are gradients
-        ctx.mark_non_differentiable(*constants)  # a second call would undo a first
-        return tuple(outputs)
+        outputs = outputs_of(result, stats)
+        ctx.mark_non_differentiable(*constants(outputs))  # a second call would undo a first
+        return outputs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dlogps, dentropy, *_):
-        if dlogps is None and dentropy is None:
+    def backward(ctx, *upstream):
+        upstream = Upstreams.of(upstream)
+        if upstream.first is None:
             return (None,) * 11
         shards = ctx.shards
-        upstream = dlogps if dlogps is not None else dentropy
-        with handshake.announcing(None if shards is None else shards.group, upstream, "the backward"):
+        with handshake.announcing(None if shards is None else shards.group, upstream.first, "the backward"):
             saved = ctx.saved_tensors
             if saved[1].shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
                 raise RuntimeError(
@@ -103,7 +104,7 @@ class LinearLogpsFunction(Function):
                     "the backward: keep a sharded head gathered until the backward is done"
                 )
             if shards is not None:
-                dlogps, dentropy = _plain(_UPSTREAM, (dlogps, dentropy))
+                upstream = Upstreams(*_plain(_UPSTREAM, upstream))
             place = destination(ctx, saved[1]) if ctx.needs.weight else None
         sums = Gradients(weight=place)
         if shards is not None:
@@ -112,16 +113,16 @@ class LinearLogpsFunction(Function):
                 sums.hidden = Gradients.place((saved[6].shape[0], hidden.shape[-1]), hidden)
             if ctx.needs.lora_a:
                 sums.lora_a = Gradients.place(lora_a.shape, lora_a)
-            dlogps, dentropy = handshake.agree_upstream(shards, dlogps, dentropy)
+            upstream = Upstreams(*handshake.agree_upstream(shards, *upstream))
             with handshake.telling(shards.group):
-                grads = backward(saved, dlogps, dentropy, ctx.scalars, ctx.needs, shards, sums)
+                grads = backward(saved, upstream, ctx.scalars, ctx.needs, shards, sums)
                 if grads.hidden is not None:
                     grads.hidden = shards.sum_of_rows(grads.hidden, hidden.dtype)
                 if grads.lora_a is not None:
                     grads.lora_a = shards.sum(grads.lora_a).to(lora_a.dtype)
         else:
             run = _backward_operator if _is_operator(saved[:6]) else backward
-            grads = run(saved, dlogps, dentropy, ctx.scalars, ctx.needs, sums=sums)
+            grads = run(saved, upstream, ctx.scalars, ctx.needs, sums=sums)
         if place is not None:
             grads.weight = nothing_left(ctx.accumulate_into, saved[1])
         return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 6
@@ -143,7 +144,35 @@ def compiled(call: CheckedHead, options: HeadOptions, stats: tuple[str, ...], di
     needs = Needs(*[differentiable and x is not None and x.requires_grad for x in inputs])
     key, scalars = prepare(options, needs, options.key(inputs[0].device), *inputs[:2], call.lora_scale)
     result = _forward_operator(call.tensors, key, scalars, stats)
-    return tuple(getattr(result, name) for name in TokenStats._fields)
+    return outputs_of(result, stats)
+
+
+def outputs_of(result: Forward, stats) -> tuple[Tensor | None, ...]:
+    """The fields of TokenStats; None where not asked for, as engines have it of all but lse."""
+    return tuple(None if name == "lse" and name not in stats else getattr(result, name) for name in TokenStats._fields)
+
+
+def constants(outputs: tuple[Tensor | None, ...]) -> list[Tensor]:
+    """Those without a gradient."""
+    return [x for name, x in zip(TokenStats._fields, outputs) if x is not None and name not in Upstreams._fields]
+
+
+class Upstreams(NamedTuple):
+    """The gradients that arrive, of what has one."""
+
+    logps: Tensor | None
+    entropy: Tensor | None
+    lse: Tensor | None
+
+    @staticmethod
+    def of(outputs: tuple[Tensor | None, ...]) -> Upstreams:
+        """Of one for each field of TokenStats."""
+        return Upstreams(*[outputs[TokenStats._fields.index(name)] for name in Upstreams._fields])
+
+    @property
+    def first(self) -> Tensor | None:
+        """Any of them."""
+        return next((x for x in self if x is not None), None)
 
 
 class Scalars(NamedTuple):
@@ -196,35 +225,38 @@ def _forward(tensors, key: Tensor | None, scalars: Scalars, stats, shards=None) 
     engine = engine_of(tensors[0])
     head, rows, routing = _problem(tensors, key, scalars, shards)
     shards = None if shards is None or shards.size == 1 else shards
+    run = engine.forward if rows.labels.ndim == 1 else partial(several.forward, engine)
     with torch.autocast(head.hidden.device.type, enabled=False):  # compute_dtype says it; the sums stay fp32
-        return engine.forward(head, rows, stats=frozenset(stats), routing=routing, shards=shards)
+        return run(head, rows, stats=frozenset(stats) & _FOLDED, routing=routing, shards=shards)
 
 
 def backward(
-    saved, dlogps, dentropy, scalars: Scalars, needs: Needs, shards=None, sums: Gradients | None = None
+    saved, upstream: Upstreams, scalars: Scalars, needs: Needs, shards=None, sums: Gradients | None = None
 ) -> Gradients:
     """`saved`: the inputs, and what the backward reads of the results; one of the upstream gradients at least. `sums`:
     of earlier calls, to which the head's gradients are added; it is the caller's no more."""
     # hooks on saved tensors, and callers of the operator, may give back another layout
     results = [x if x is None or x.is_contiguous() else contiguous(x) for x in saved[6:]]
-    logps, lse, entropy, bitmap, most_pairs = results
-    tensors, (dlogps, dentropy) = _plain(_NAMES, saved[:6]), _plain(_UPSTREAM, (dlogps, dentropy))
+    logps, lse, entropy, bitmap, most_pairs, selected = results
+    tensors, (dlogps, dentropy, dlse) = _plain(_NAMES, saved[:6]), _plain(_UPSTREAM, upstream)
     engine = engine_of(tensors[0])
     head, rows, routing = _problem(tensors, None, scalars, shards)
     coef = torch.zeros_like(logps) if dlogps is None else contiguous(dlogps.to(logps.dtype))
-    coef_entropy = None if dentropy is None else contiguous(dentropy.to(logps.dtype))
+    coef_entropy, coef_lse = (None if x is None else contiguous(x.to(logps.dtype)) for x in (dentropy, dlse))
     if bitmap is None or dentropy is not None:  # a block's share of the tail says nothing about the entropy's gradient
         routing = bitmap = most_pairs = None
-    saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs)
+    saved = Forward(logps, lse, entropy, bitmap=bitmap, most_pairs=most_pairs, selected=selected)
+    run = engine.backward if rows.labels.ndim == 1 else partial(several.backward, engine)
     with torch.autocast(head.hidden.device.type, enabled=False):
-        grads = engine.backward(head, rows, saved, Upstream(coef, coef_entropy), routing, needs, sums)
+        grads = run(head, rows, saved, Upstream(coef, coef_entropy, coef_lse), routing, needs, sums)
     if grads.hidden is not None:
         grads.hidden = grads.hidden.view(head.hidden.shape)
     return grads
 
 
 _NAMES = ("hidden", "weight", "bias", "lora A", "lora B", "labels")
-_UPSTREAM = ("an upstream gradient",) * 2
+_UPSTREAM = ("an upstream gradient",) * 3
+_FOLDED = frozenset(FOLDED)
 
 
 def _plain(names: tuple[str, ...], tensors) -> list[Tensor | None]:
@@ -238,7 +270,7 @@ def _plain(names: tuple[str, ...], tensors) -> list[Tensor | None]:
 # The operators
 
 _INPUTS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_a, Tensor? lora_b, Tensor labels"
-_SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap, Tensor? most_pairs"
+_SAVED = "Tensor logps, Tensor lse, Tensor? entropy, Tensor? bitmap, Tensor? most_pairs, Tensor? selected"
 # without a key, and then without a bitmap, nothing is routed
 _SCALARS = (
     "float lora_scale, float[] transform, int ignore_index, ScalarType compute_dtype, float[] taus, int hidden_set, "
@@ -250,28 +282,30 @@ _RESULTS = tuple(field.name for field in fields(Forward))
 def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats) -> Forward:
     outputs = token_stats_op(*tensors, key, **scalars._asdict(), stats=sorted(stats))
     present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if key is not None else set())
+    present |= {"selected"} if tensors[5].ndim == 2 else set()
     return Forward(*[x if name in present else None for name, x in zip(_RESULTS, outputs)])
 
 
-def _backward_operator(saved, dlogps, dentropy, scalars: Scalars, needs: Needs, sums=None) -> Gradients:
-    grads = token_stats_backward_op(*saved, dlogps, dentropy, **scalars._asdict(), needs=list(needs))
+def _backward_operator(saved, upstream: Upstreams, scalars: Scalars, needs: Needs, sums=None) -> Gradients:
+    grads = token_stats_backward_op(*saved, *upstream, **scalars._asdict(), needs=list(needs))
     return Gradients(*[grad if need else None for grad, need in zip(grads, needs)]).added_to(sums)
 
 
 def _check(tensors, scalars: Scalars) -> None:
     """As the door does, of an operator's tensors: whoever calls one comes by no other."""
     hidden, weight, bias, lora_a, lora_b, labels = tensors
-    if labels.shape != (math.prod(hidden.shape[:-1]),):
+    if labels.ndim not in (1, 2) or labels.shape[0] != math.prod(hidden.shape[:-1]):
         raise ValueError(f"labels must be the flat rows of hidden {tuple(hidden.shape)}; got {tuple(labels.shape)}")
     lora = None if lora_a is None and lora_b is None else (lora_a, lora_b, scalars.lora_scale)
-    check_head(hidden, weight, labels.reshape(hidden.shape[:-1]), bias, lora, HeadOptions())
+    check_head(hidden, weight, labels.reshape(*hidden.shape[:-1], *labels.shape[1:]), bias, lora, HeadOptions())
 
 
 def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
     """Of each field of Forward."""
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    dtypes = {name: torch.bool if kind == torch.bool else dtype for name, kind in STAT_DTYPES.items()}
-    return {"logps": dtype, "lse": dtype, **dtypes, "bitmap": torch.uint8, "most_pairs": torch.int32}
+    dtypes = {name: torch.bool if STAT_DTYPES[name] == torch.bool else dtype for name in FOLDED}
+    pairs = {"bitmap": torch.uint8, "most_pairs": torch.int32}
+    return {"logps": dtype, "lse": dtype, **dtypes, **pairs, "selected": dtype}
 
 
 @torch.library.custom_op(
@@ -292,23 +326,27 @@ def token_stats_op(*tensors, stats, **scalars):
 
 @token_stats_op.register_fake
 def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scalars):
-    shapes = dict.fromkeys(("logps", "lse", *stats), labels.shape)
+    rows = labels.shape[:1]
+    shapes = dict.fromkeys(("logps", "lse", *stats), rows)
     if key is not None:
-        bitmap = (labels.shape[0], len(taus) * set_bytes(num_blocks(weight.shape[0])))
-        shapes |= {"bitmap": bitmap, "most_pairs": labels.shape}
+        bitmap = (*rows, len(taus) * set_bytes(num_blocks(weight.shape[0])))
+        shapes |= {"bitmap": bitmap, "most_pairs": rows}
+    if labels.ndim == 2:
+        of_labels = ("logps", "selected", *(name for name in stats if name == "is_top1"))
+        shapes |= dict.fromkeys(of_labels, labels.shape)
     return tuple(hidden.new_empty(shapes.get(name, (0,)), dtype=dtype) for name, dtype in _dtypes(hidden).items())
 
 
 @torch.library.custom_op(
     "fastdpo::linear_token_stats_backward",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_SAVED}, Tensor? dlogps, Tensor? dentropy, *, {_SCALARS}, bool[] needs)"
+    schema=f"({_INPUTS}, {_SAVED}, Tensor? dlogps, Tensor? dentropy, Tensor? dlse, *, {_SCALARS}, bool[] needs)"
     f" -> ({', '.join(['Tensor'] * 5)})",
 )
 def token_stats_backward_op(*tensors, needs, **scalars):
     refuse_transforms("fastdpo.linear_logps", *tensors)
     _check(tensors[:6], Scalars(**scalars))
-    grads = backward(tensors[:11], *tensors[11:], Scalars(**scalars), Needs(*needs))
+    grads = backward(tensors[:12], Upstreams(*tensors[12:]), Scalars(**scalars), Needs(*needs))
     made = zip((grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b), tensors)
     return tuple(_absent(like, tensors[0]) if grad is None else grad for grad, like in made)
 
@@ -325,25 +363,26 @@ def _absent(like: Tensor | None, hidden: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, keyword_only_inputs, output):
     outputs = dict(zip(_RESULTS, output))
-    routed, with_entropy = inputs[6] is not None, "entropy" in keyword_only_inputs["stats"]
+    routed, stats, several_labels = inputs[6] is not None, keyword_only_inputs["stats"], inputs[5].ndim == 2
     ctx.set_materialize_grads(False)  # entropy without an upstream gradient keeps the backward routed
     ctx.save_for_backward(
         *inputs[:6],
         outputs["logps"],
         outputs["lse"],
-        outputs["entropy"] if with_entropy else None,
+        outputs["entropy"] if "entropy" in stats else None,
         *(outputs[name] if routed else None for name in ("bitmap", "most_pairs")),
+        outputs["selected"] if several_labels else None,
     )
     ctx.scalars = {name: x for name, x in keyword_only_inputs.items() if name != "stats"}
-    differentiable = ("logps", "entropy") if with_entropy else ("logps",)
+    differentiable = {"logps", *stats} & set(Upstreams._fields)
     ctx.mark_non_differentiable(*(x for name, x in outputs.items() if name not in differentiable))
 
 
 def _autograd_backward(ctx, dlogps, dlse, dentropy, *_):
     needs = list(ctx.needs_input_grad[:5])
-    if dlogps is None and dentropy is None:
+    if dlogps is None and dentropy is None and dlse is None:
         return (None,) * 7
-    grads = token_stats_backward_op(*ctx.saved_tensors, dlogps, dentropy, **ctx.scalars, needs=needs)
+    grads = token_stats_backward_op(*ctx.saved_tensors, dlogps, dentropy, dlse, **ctx.scalars, needs=needs)
     return (*(grad if need else None for grad, need in zip(grads, needs)), None, None)
 
 

@@ -13,17 +13,24 @@ from ..head import LogitTransform, LoRA
 
 
 class TokenStats(NamedTuple):
-    """Per token, shaped like `labels`, 0 (False) where ignored; a statistic that was not asked for is None."""
+    """Per token, 0 (False) where ignored; a statistic that was not asked for is None.
+
+    Shaped like `labels`. Of several labels per token, ``[..., K]``, those of a label, `logps` and `is_top1`, are; the
+    others are of the token's distribution, ``[...]``, and 0 where all of its labels are ignored.
+    """
 
     logps: Tensor  # fp32, nats
     entropy: Tensor | None  # fp32, nats; differentiable
     mean_logit: Tensor | None  # fp32, mean of z over the vocabulary
     is_top1: Tensor | None  # bool, label == argmax z (first maximum, as torch.argmax)
     log_sum_sq_probs: Tensor | None  # fp32, log sum_v p[v]^2
+    lse: Tensor | None = None  # fp32, nats, log sum_v exp z[v]; differentiable
 
 
 STATS = TokenStats._fields[1:]
-STAT_DTYPES = {name: torch.bool if name == "is_top1" else torch.float32 for name in STATS}  # fp64 of fp64 inputs
+OF_LABELS = ("logps", "is_top1")  # of each of several labels; the others are of a token's distribution
+FOLDED = STATS[:-1]  # what engines compute where it is asked for; lse they always do
+STAT_DTYPES = {name: torch.bool if name == "is_top1" else torch.float32 for name in FOLDED}  # fp64 of fp64 inputs
 IDENTITY = LogitTransform()
 
 
@@ -53,7 +60,7 @@ class Head:
 class Rows:
     """All M rows of a call, ignored ones included: how many are completion tokens stays on the device."""
 
-    labels: Tensor  # [M] int64 or int32, contiguous, ids of the whole vocabulary
+    labels: Tensor  # [M] int64 or int32, contiguous, ids of the whole vocabulary; [M, K] for several.py alone
     ignore_index: int
     vocab_start: int  # first id of this rank's shard
     vocab_size: int  # of all ranks
@@ -90,6 +97,7 @@ class Forward:
     log_sum_sq_probs: Tensor | None = None
     bitmap: Tensor | None = None  # uint8 [N, ceil(blocks / 8) of each of Routing.taus], the kept pairs
     most_pairs: Tensor | None = None  # [N] int32, kept at the smaller tau by any draw: what routed or exact hangs on
+    selected: Tensor | None = None  # [N, K] the labels' logits, of several.py; then logps and is_top1 are [N, K] too
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,12 @@ class Upstream:
 
     coef: Tensor  # [N] dL/dlogp
     coef_entropy: Tensor | None = None  # [N] dL/dentropy; takes the exact path
+    coef_lse: Tensor | None = None  # [N] dL/dlse
+
+    @property
+    def active(self) -> Tensor:
+        """[N], not 0 where a row has a gradient of logps or lse."""
+        return self.coef if self.coef_lse is None else ((self.coef != 0) | (self.coef_lse != 0)).to(self.coef.dtype)
 
 
 class Needs(NamedTuple):

@@ -207,17 +207,19 @@ def backward(
         labels, logps, lse = tokens.labels[chunk], saved.logps[chunk], saved.lse[chunk]
         coef = upstream.coef[chunk].to(dtype)
         logp = z - lse[:, None]
-        dz = -coef[:, None] * logp.exp()
+        coef_lse = 0.0 if upstream.coef_lse is None else upstream.coef_lse[chunk].to(dtype)
+        dz = (coef_lse - coef)[:, None] * logp.exp()
         here = (labels >= 0) & (labels < z.shape[1])
         index = labels.clamp(0, z.shape[1] - 1)[:, None]
-        label_dz = coef * -torch.expm1(logps)  # 1 - p before any rounding of p
+        label_dz = coef * -torch.expm1(logps) + coef_lse * logps.exp()  # 1 - p before any rounding of p
         dz.scatter_(1, index, torch.where(here, label_dz, dz.gather(1, index)[:, 0])[:, None])
         if upstream.coef_entropy is not None:  # d(entropy)/dz = -p * (log p + entropy)
             p = logp.exp()
             weighted = upstream.coef_entropy[chunk].to(dtype)[:, None] * p * (logp + saved.entropy[chunk][:, None])
             dz -= torch.where(p > 0, weighted, 0 * p)
         dz *= slope
-        dz = torch.where(coef[:, None] == 0, torch.zeros_like(dz), dz) if upstream.coef_entropy is None else dz
+        if upstream.coef_entropy is None:
+            dz = torch.where(upstream.active[chunk][:, None] == 0, torch.zeros_like(dz), dz)
         dz_hidden = dz_weight = dz
         if routing is not None:
             rest, _ = without_label(z, labels)

@@ -10,7 +10,7 @@ from fastdpo.head import Routing
 from fastdpo.ops import reference
 from fastdpo.ops.by_token import by_row
 from fastdpo.ops.engines import engine_of
-from fastdpo.ops.problem import STATS, Engine, Head, Needs, Rows, Upstream
+from fastdpo.ops.problem import FOLDED, Engine, Head, Needs, Rows, Upstream
 from fastdpo.routing import unpack_bits
 
 NEEDS = Needs(True, True, False, False, False)
@@ -29,7 +29,7 @@ def problem():
 def call(problem, coef):
     head, rows, routing = problem
     engine = engine_of(head.hidden)
-    result = engine.forward(head, rows, stats=frozenset(STATS), routing=routing, shards=None)
+    result = engine.forward(head, rows, stats=frozenset(FOLDED), routing=routing, shards=None)
     return result, engine.backward(head, rows, result, Upstream(coef), routing, NEEDS)
 
 

@@ -103,7 +103,7 @@ def test_nothing_is_written_outside_of_the_blocks_asked_for():
 ROWS = {
     **{"data": torch.zeros(2, 128), "col_start": 0, "bias": None, "transform": (1.0, 0.0, 1.0), "num_threads": 1},
     **{"labels": torch.zeros(2, dtype=torch.int64), "lse": torch.zeros(2), "logps": torch.zeros(2)},
-    **{"coef": torch.ones(2), "entropy": None, "coef_entropy": None},
+    **{"coef": torch.ones(2), "entropy": None, "coef_entropy": None, "coef_lse": None},
 }
 PAIRS = {
     **ROWS,
@@ -147,7 +147,13 @@ def test_arrays_that_tokens_index_have_one_length():
     tokens = torch.tensor([2, 0], dtype=torch.int32)
     given = {"data": torch.randn(2, 128), "col_start": 0, "bias": None, "transform": (1.0, 0.0, 1.0), "tokens": tokens}
     per_token = {name: torch.zeros(3) for name in ("lse", "logps", "coef")}
-    rest = {"labels": torch.zeros(3, dtype=torch.int64), "entropy": None, "coef_entropy": None, "num_threads": 1}
+    rest = {
+        "labels": torch.zeros(3, dtype=torch.int64),
+        "entropy": None,
+        "coef_entropy": None,
+        "coef_lse": None,
+        "num_threads": 1,
+    }
     C.grad(**given, **per_token, **rest)
     for name in per_token:
         with pytest.raises(RuntimeError, match=rf"grad: {name}: .* would misread"):

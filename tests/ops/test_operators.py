@@ -45,16 +45,15 @@ def test_opcheck_of_the_forward(engine, case, seed, stats):
     opcheck(library.token_stats_op, operator_inputs(case, seed), {**SCALARS, "stats": stats})
 
 
-@pytest.mark.parametrize("upstream", ["logps", "entropy", "both"])
+@pytest.mark.parametrize("upstream", ["logps", "entropy", "lse", "all"])
 @pytest.mark.parametrize("needs", [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 1, 0, 0, 1]], ids=str)
 @pytest.mark.parametrize("seed", [None, -5], ids=["exact", "routed"])
 def test_opcheck_of_the_backward(engine, seed, needs, upstream):
     inputs = operator_inputs("bias, lora, masked", seed, False)
-    logps, lse, entropy, *_, bitmap, most_pairs = library.token_stats_op(*inputs, **SCALARS, stats=["entropy"])
-    dlogps = None if upstream == "entropy" else torch.randn(12)
-    dentropy = None if upstream == "logps" else torch.randn(12)
+    logps, lse, entropy, *_, bitmap, most_pairs, _ = library.token_stats_op(*inputs, **SCALARS, stats=["entropy"])
+    dlogps, dentropy, dlse = (torch.randn(12) if upstream in (x, "all") else None for x in ("logps", "entropy", "lse"))
     pairs = (None, None) if seed is None else (bitmap, most_pairs)
-    saved = (logps, lse, entropy, *pairs, dlogps, dentropy)
+    saved = (logps, lse, entropy, *pairs, None, dlogps, dentropy, dlse)
     opcheck(library.token_stats_backward_op, (*inputs[:6], *saved), {**SCALARS, "needs": [bool(x) for x in needs]})
 
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 
 from fastdpo.head import LoRA
-from fastdpo.ops.problem import STATS, Forward, Gradients, Head, Needs, TokenStats
+from fastdpo.ops.problem import FOLDED, STATS, Forward, Gradients, Head, Needs, TokenStats
 
 
 def test_inputs_needs_and_gradients_have_one_order():
@@ -20,8 +20,8 @@ def test_inputs_needs_and_gradients_have_one_order():
 
 
 def test_every_statistic_has_its_field():
-    assert TokenStats._fields == ("logps", *STATS)
-    assert [field.name for field in fields(Forward)] == ["logps", "lse", *STATS, "bitmap", "most_pairs"]
+    assert TokenStats._fields == ("logps", *STATS) and STATS == (*FOLDED, "lse")
+    assert [field.name for field in fields(Forward)] == ["logps", "lse", *FOLDED, "bitmap", "most_pairs", "selected"]
 
 
 def test_which_products_a_gradient_needs():

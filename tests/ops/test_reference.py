@@ -9,7 +9,7 @@ from heads import small_head
 from fastdpo.head import LogitTransform, LoRA
 from fastdpo.ops import reference
 from fastdpo.ops.engines import engine_of
-from fastdpo.ops.problem import STATS, Head, Needs, Rows, Tokens, Upstream
+from fastdpo.ops.problem import FOLDED, Head, Needs, Rows, Tokens, Upstream
 
 TRANSFORMS = [LogitTransform(), LogitTransform(0.7, 0.0, 1.3), LogitTransform(1.2, 4.0, 0.8)]
 
@@ -36,7 +36,7 @@ def test_equals_torch(monkeypatch, transform, chunk):
     plain = [x.detach() for x in (leaves.hidden, leaves.weight, leaves.bias, a, b)]
     head = Head(*plain[:3], LoRA(*plain[3:], scale), transform, torch.float64)
     tokens = Tokens(leaves.labels, None, None, 9)
-    result = reference.forward(head, tokens, stats=frozenset(STATS))
+    result = reference.forward(head, tokens, stats=frozenset(FOLDED))
     torch.testing.assert_close(result.logps, label.detach())
     torch.testing.assert_close(result.entropy, entropy.detach())
     torch.testing.assert_close(result.mean_logit, z.detach().mean(1))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...head import Routing
 from ...routing import BLOCK, num_blocks
 from ..native import EXTENSION
-from ..problem import STAT_DTYPES, Forward, Head, Tokens
+from ..problem import FOLDED, STAT_DTYPES, Forward, Head, Tokens
 from .operands import Operands
 
 
@@ -28,8 +28,8 @@ def forward(
     count, blocks, threads = ops.count, ops.num_blocks, ops.threads
     fp32 = {"dtype": torch.float32, "device": device}
     columns = {"logps": torch.empty(count, **fp32), "lse": torch.empty(count, **fp32)}
-    for name, dtype in STAT_DTYPES.items():
-        columns[name] = torch.empty(count, dtype=dtype, device=device) if name in stats else None
+    for name in FOLDED:
+        columns[name] = torch.empty(count, dtype=STAT_DTYPES[name], device=device) if name in stats else None
     bitmap = most_pairs = None
     if routing is not None:
         bitmap = torch.empty(count, len(routing.taus) * -(-blocks // 8), dtype=torch.uint8, device=device)
@@ -79,11 +79,11 @@ def forward(
         )
         if routing is not None:
             out = bitmap[chunk], most_pairs[chunk]
-            _route(block_lse, rest_lse, labels, routing, start, *out, shards, threads)
+            route(block_lse, rest_lse, labels, routing, start, *out, shards, threads)
     return Forward(**columns, bitmap=bitmap, most_pairs=most_pairs)
 
 
-def _route(
+def route(
     block_lse: Tensor,
     rest_lse: Tensor,
     labels: Tensor,

@@ -13,10 +13,10 @@ from torch import Tensor
 from ...routing import num_blocks
 from ...tensors import in_rows
 from ..native import EXTENSION
-from ..problem import STATS
+from ..problem import FOLDED
 
 CHUNK_BYTES = 16 << 20
-_NO_STATS = dict.fromkeys(STATS)
+_NO_STATS = dict.fromkeys(FOLDED)
 
 
 def _chunks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -99,6 +99,7 @@ def backward(
         "coef": coef,
         "entropy": entropy,
         "coef_entropy": coef_entropy,
+        "coef_lse": None,
     }
     for source, target, zero, *of_rows in _chunks(logits, out, no_gradient, *saved.values()):
         data = target if in_place else torch.empty(target.shape, dtype=torch.float32, device=out.device)

@@ -39,9 +39,10 @@ def backward(
     grads = _allocate(call, needs, places)
     if call.num_rows == 0:
         return grads.added_to(sums)
+    active = upstream.active
     with on_device(call.device):
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
-        coefs = (None, None) if routing is not None else (upstream.coef, upstream.coef_entropy)
+        coefs = (None, None) if routing is not None else (active, upstream.coef_entropy)
         num_lists = sum(len(part.lists(call.num_blocks)) for part in parts(call, needs)) if routing is not None else 0
         items = torch.empty(num_lists, lists.ITEMS, dtype=torch.int32, device=call.device)
         tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
@@ -53,7 +54,7 @@ def backward(
             if routing is None:
                 exact(sweep, range(call.num_blocks), None, out)
             else:
-                sets = Sets.of(sweep, saved, routing)
+                sets = Sets.of(sweep, saved, routing, active)
                 for blocks in sweep.part.lists(call.num_blocks):
                     listed = lists.empty(sweep, blocks, CROSSOVER, next(items_of_lists))
                     _routed(sweep, sets, listed, blocks)

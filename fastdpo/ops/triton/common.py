@@ -98,6 +98,7 @@ class RowTerms(NamedTuple):
     entropy: Tensor | None
     coef: Tensor
     coef_entropy: Tensor | None
+    coef_lse: Tensor | None
 
 
 class RowFactors(NamedTuple):
@@ -200,7 +201,10 @@ def row_terms(row, exists, terms, transform, dz_scale):
     """RowFactors: all scales are in them, and what `shift` was rounded by."""
     c = tl.load(terms.coef + row, mask=exists, other=0.0)
     row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
-    active, cx, ce = c != 0, c, c
+    active, cx, ce, others_c = c != 0, c, c, c
+    if terms.coef_lse is not None:
+        cl = tl.load(terms.coef_lse + row, mask=exists, other=0.0)
+        active, others_c = active | (cl != 0), c - cl  # d(lse) = p
     if terms.coef_entropy is not None:
         cx = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
         ce = cx * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
@@ -208,14 +212,18 @@ def row_terms(row, exists, terms, transform, dz_scale):
     scale = transform.scale * transform.inv_temperature
     if dz_scale is not None:
         scale *= tl.load(dz_scale)
-    others = -expm1(tl.load(terms.logps + row, mask=exists, other=-1.0))  # before any rounding of p
+    row_logp = tl.load(terms.logps + row, mask=exists, other=-1.0)
+    others = -expm1(row_logp)  # before any rounding of p
+    of_label = c * others
+    if terms.coef_lse is not None:
+        of_label = tl.fma(cl, exp(row_logp), of_label)
     shift = row_lse * LOG2E
     # What `shift` was rounded by, and the scale that probabilities() takes, at a logit as large as the row's sum.
     size = unit(transform)
     relative = tl.fma(size, LOG2E, -(size * LOG2E)) / tl.where(size == 0, 1.0, size)
     of_p = -scale * tl.exp2(tl.fma(row_lse, relative, -tl.fma(row_lse, LOG2E, -shift)))
     shift = tl.where(active, shift, float("inf"))  # p is 0
-    return RowFactors(active, shift, others, c * of_p, c * others * scale, cx * unit(transform) * of_p, ce * of_p)
+    return RowFactors(active, shift, others, others_c * of_p, of_label * scale, cx * unit(transform) * of_p, ce * of_p)
 
 
 @triton.jit

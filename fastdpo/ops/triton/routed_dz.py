@@ -44,12 +44,12 @@ class Sets(NamedTuple):
     ratio_weight: bool
 
     @staticmethod
-    def of(sweep: Sweep, saved: Forward, routing: Routing) -> Sets:
+    def of(sweep: Sweep, saved: Forward, routing: Routing, active: Tensor) -> Sets:
         hidden, head = bool(sweep.by_token), sweep.of_head
         smaller_hidden, smaller_weight = hidden and routing.hidden_set == 1, head and routing.weight_set == 1
         one, smaller, both = set_bytes(sweep.call.num_blocks), smaller_hidden or smaller_weight, hidden and head
         first, second = saved.bitmap[:, :one], saved.bitmap[:, one:]
-        kept = Kept(second if smaller and not both else first, first.stride(0), saved.most_pairs, sweep.terms.coef)
+        kept = Kept(second if smaller and not both else first, first.stride(0), saved.most_pairs, active)
         return Sets(
             kept,
             second if smaller and both else None,

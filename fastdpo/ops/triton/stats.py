@@ -1,6 +1,6 @@
 """The statistics of a token: what a block leaves of them, how blocks and shards add up, and what rows get.
 
-All that is particular to one statistic is in this file, beside its name in problem.STATS.
+All that is particular to one statistic is in this file, beside its name in problem.FOLDED.
 """
 
 from __future__ import annotations

@@ -97,6 +97,7 @@ def sweeps(
         None if upstream.coef_entropy is None else saved.entropy,
         upstream.coef,
         upstream.coef_entropy,
+        upstream.coef_lse,
     )
     scales = _scales(upstream, call.dtype)
     lora_a_sums = None
@@ -133,8 +134,9 @@ def _scales(upstream: Upstream, compute_dtype: torch.dtype) -> tuple[Tensor | No
     if compute_dtype != torch.float16:
         return None, None
     largest = upstream.coef.abs().amax()
-    if upstream.coef_entropy is not None:
-        largest = torch.maximum(largest, upstream.coef_entropy.abs().amax())
+    for other in (upstream.coef_entropy, upstream.coef_lse):
+        if other is not None:
+            largest = torch.maximum(largest, other.abs().amax())
     usable = (largest > 0) & torch.isfinite(largest)
     exponent = torch.where(usable, largest, 1.0).log2().ceil()
     return torch.exp2(-exponent), torch.exp2(exponent)

@@ -10,7 +10,7 @@ from fastdpo.head import LogitTransform, Routing
 from fastdpo.ops import native, reference
 from fastdpo.ops.cpu import operands
 from fastdpo.ops.cpu.forward import forward
-from fastdpo.ops.problem import STATS, Head, Tokens
+from fastdpo.ops.problem import FOLDED, Head, Tokens
 
 if not native.available():
     pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
@@ -28,10 +28,10 @@ def problem(dtype=torch.float32):
 @pytest.mark.parametrize("tile_bytes", [1, 1 << 13, 1 << 16, operands.TILE_BYTES])
 def test_pieces_of_any_size_give_the_definition(monkeypatch, tile_bytes):
     monkeypatch.setattr(operands, "TILE_BYTES", tile_bytes)
-    result = forward(*problem(), stats=frozenset(STATS))
-    expected = reference.forward(*problem(torch.float64), stats=frozenset(STATS))
+    result = forward(*problem(), stats=frozenset(FOLDED))
+    expected = reference.forward(*problem(torch.float64), stats=frozenset(FOLDED))
     assert torch.equal(result.is_top1, expected.is_top1)
-    for name in ("logps", "lse", *STATS):
+    for name in ("logps", "lse", *FOLDED):
         x = getattr(result, name)
         if name != "is_top1":
             torch.testing.assert_close(x.double(), getattr(expected, name), rtol=2e-6, atol=2e-6, msg=name)

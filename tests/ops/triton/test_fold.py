@@ -7,7 +7,7 @@ import torch
 from triton_case import DEVICE
 
 from fastdpo.head import LogitTransform
-from fastdpo.ops.problem import STATS, Head, Rows
+from fastdpo.ops.problem import FOLDED, Head, Rows
 from fastdpo.ops.triton.call import Call
 from fastdpo.ops.triton.common import LowRank, TokenRange
 from fastdpo.ops.triton.fold import fold
@@ -18,7 +18,7 @@ N, H = 48, 40
 ELSEWHERE = 10_000  # columns of the shards before this one, and after it
 
 
-def folded(hidden, weight, labels, bias=None, stats=STATS, **transform) -> tuple[torch.Tensor, BlockSums]:
+def folded(hidden, weight, labels, bias=None, stats=FOLDED, **transform) -> tuple[torch.Tensor, BlockSums]:
     """(label_logit, sums); labels may be outside of the weight's rows."""
     V = len(weight)
     tensors = [None if x is None else x.float().to(DEVICE) for x in (hidden, weight, bias)]
@@ -85,7 +85,7 @@ def test_sums_of_every_block_leave_the_label_out(V, where, transform):
 
 
 @pytest.mark.parametrize("transform", [{}, {"scale": -0.7}], ids=str)
-@pytest.mark.parametrize("stats", [(), STATS], ids=["plain", "statistics"])
+@pytest.mark.parametrize("stats", [(), FOLDED], ids=["plain", "statistics"])
 def test_what_is_no_number_stays_in_its_row(stats, transform):
     """Also in blocks without a label, whose logits take no masks."""
     hidden, weight = torch.randn(N, H).double(), torch.randn(700, H).double()
@@ -102,7 +102,7 @@ def test_what_is_no_number_stays_in_its_row(stats, transform):
     assert sums.lse[3:6].isnan().all() and not label_logit[3:6].isfinite().any()
 
 
-@pytest.mark.parametrize("stats", [(), STATS], ids=["plain", "statistics"])
+@pytest.mark.parametrize("stats", [(), FOLDED], ids=["plain", "statistics"])
 @pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min, -1e30], ids=str)
 def test_columns_that_a_bias_rules_out(low, stats):
     """A block without any left, one with some, and those of the label's block: their share is 0, without a NaN."""
@@ -126,7 +126,7 @@ def test_logits_that_fp32_has_no_digits_for(scale):
     """The largest is the sum; with a few digits left, the sum still has them."""
     hidden, weight = torch.randn(N, H).double(), torch.randn(384, H).double()
     labels = torch.randint(0, 128, (N,))
-    _, sums = folded(hidden, weight, labels, stats=STATS, scale=scale)
+    _, sums = folded(hidden, weight, labels, stats=FOLDED, scale=scale)
     expected = defined(logits(hidden, weight, scale), labels)
     for name in ("lse", "lse2", "mean"):
         torch.testing.assert_close(getattr(sums, name), getattr(expected, name), rtol=1e-5, atol=0.0, msg=name)

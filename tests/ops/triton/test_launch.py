@@ -14,7 +14,7 @@ import triton
 
 from fastdpo.head import LoRA, Routing
 from fastdpo.ops import triton as wing
-from fastdpo.ops.problem import STATS, Forward, Head, Needs, Rows, Upstream
+from fastdpo.ops.problem import FOLDED, Forward, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward
 from fastdpo.ops.triton import launch as launching
 from fastdpo.ops.triton.forward import forward
@@ -23,7 +23,7 @@ from fastdpo.ops.triton.launch import Recorder, Target, Tile, launch
 OPTIONS = {
     "exact": {},
     "routed": {"routed": True},
-    "everything": {"routed": True, "extras": True, "stats": frozenset(STATS)},
+    "everything": {"routed": True, "extras": True, "stats": frozenset(FOLDED)},
     "entropy": {"extras": True, "entropy": True, "stats": frozenset(("entropy",))},
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from triton_case import DEVICE
 
-from fastdpo.ops.problem import STATS, Head, Rows
+from fastdpo.ops.problem import FOLDED, Head, Rows
 from fastdpo.ops.triton.call import Call
 from fastdpo.ops.triton.common import LowRank, TokenRange
 from fastdpo.ops.triton.fold import fold
@@ -36,10 +36,10 @@ def test_statistics_of_rows(confident, shards):
     if confident:
         hidden = weight[labels] * torch.linspace(0.5, 1.5, N)[:, None]
     call = Call(Head(hidden.to(DEVICE), weight.to(DEVICE)), Rows(labels.to(DEVICE), -100, 0, V))
-    results = Results.empty(STATS, N, call.device)
+    results = Results.empty(FOLDED, N, call.device)
     rows = torch.empty(N, call.pitch, device=DEVICE)
     part = TokenRange(compact(call, results, first=rows), 0, N)
-    sums, label_logit = BlockSums.empty(STATS, N, call.num_blocks, call.device), torch.empty(N, device=DEVICE)
+    sums, label_logit = BlockSums.empty(FOLDED, N, call.num_blocks, call.device), torch.empty(N, device=DEVICE)
     fold(call, part, rows, LowRank(), label_logit, sums)
     rest_lse = finish(call, part, sums, label_logit, results, NOTHING_ROUTED, shards)
     z = hidden.double() @ weight.double().T
