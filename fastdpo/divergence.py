@@ -148,6 +148,24 @@ def token_divergence(arguments, vocab_size, settings, function=LinearDivergenceF
     return divergence(call, teacher, options, function)
 
 
+def reference_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    options: HeadOptions,
+    stats: tuple[str, ...],
+) -> DivergenceOutput:
+    """KL(reference || policy) of two heads with the same options, which are checked."""
+    arguments = (hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, lora)
+    return token_divergence(arguments, None, ("forward_kl", 0.5, stats, options, options.transform))
+
+
 def _of_ranks(arguments, vocab_size, settings, head: HeadOptions, function) -> DivergenceOutput:
     """A call whose heads are both split over the ranks of a group."""
     kind, beta, stats, _, ref_transform = settings
