@@ -26,7 +26,7 @@ from .distributed.sequences import (
     described_options,
     described_tensors,
 )
-from .divergence import token_divergence
+from .divergence import reference_divergence
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
@@ -290,7 +290,7 @@ def _logps(options: _DPOOptions, hidden, weight, labels, bias, lora, reference: 
 def _compared(options: _DPOOptions, hidden, weight, labels, bias, lora, reference: Reference):
     """Policy and reference in one sweep over both heads; WPO's weights are of another one."""
     student, teacher = (hidden, weight, labels, bias, lora), (reference.hidden, reference.weight, reference.bias)
-    found = token_divergence(*student, *teacher, options=options.head, stats=("logps", "ref_logps"))
+    found = reference_divergence(*student, *teacher, options=options.head, stats=("logps", "ref_logps"))
     weighting = None
     if options.use_weighting:
         with torch.no_grad():
