@@ -57,6 +57,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("NO_ROW_STATS") = std::vector<double>(std::begin(kNoRowStats), std::end(kNoRowStats));
   m.attr("PARTIAL_FLOATS") = kPartialFloats;
   m.attr("LEFT_OUT") = kLeftOut;
+  m.attr("BLOCK_DIVERGENCE_SIZE") = kBlockDivergenceSize;
   m.attr("MAX_TERMS") = kMaxTerms;
   m.attr("PAIR_SUMS_BYTES") = sizeof(PairSums);
   m.attr("PREFERENCE_LOSSES") = names(kPreferenceLosses);
@@ -81,6 +82,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def<FillPairsArgs>(m, "fill_pairs", &fill_pairs);
   def<GatherArgs>(m, "gather_rows", &gather_rows);
   def<ScatterArgs>(m, "scatter_add_rows", &scatter_add_rows);
+  def<DivergenceFoldArgs>(m, "divergence_fold", &divergence_fold);
+  def<DivergenceFinishArgs>(m, "divergence_lse", &divergence_lse);
+  def<DivergenceFinishArgs>(m, "divergence_finish", &divergence_finish);
+  def<DivergenceGradArgs>(m, "divergence_grad", &divergence_grad);
+  def<RoutedDivergenceGradArgs>(m, "routed_divergence_grad", &routed_divergence_grad);
   def_of_types<PreferenceForwardArgs>(m, "host_preference_forward",
                                       [](const auto& a) { host_preference_forward(a.batch, a.out); });
   def_of_types<PreferenceBackwardArgs>(m, "host_preference_backward",

@@ -1,6 +1,7 @@
 """Preference training without logits; see README.md. The public names, nothing else."""
 
 from ._version import __version__
+from .divergence import DivergenceOutput, linear_divergence
 from .integrations import ModelTokenStats, patch_model, patch_trl, unpatch_model, unpatch_trl
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .logps import linear_logps, linear_token_stats
@@ -13,6 +14,7 @@ from .selective import selective_log_softmax
 
 __all__ = [
     "DPOOutput",
+    "DivergenceOutput",
     "LinearDPOLoss",
     "LinearLogpsFunction",
     "ModelTokenStats",
@@ -21,6 +23,7 @@ __all__ = [
     "TokenStats",
     "__version__",
     "backends",
+    "linear_divergence",
     "linear_dpo_loss",
     "linear_logps",
     "linear_token_stats",

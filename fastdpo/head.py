@@ -191,15 +191,16 @@ class CheckedHead(NamedTuple):
     shape: torch.Size  # of labels
 
 
-def check_head(hidden, weight, labels, bias, lora, options: HeadOptions) -> CheckedHead:
+def check_head(hidden, weight, labels, bias, lora, options: HeadOptions, prefix: str = "") -> CheckedHead:
     """ValueError or TypeError, naming the argument and its value, unless everything fits. With a `vocab_group` labels
-    are checked when its ranks have told how many columns they have."""
-    hidden, weight, labels = plain("hidden", hidden), plain("weight", weight), plain("labels", labels)
-    bias = None if bias is None else plain("bias", bias)
+    are checked when its ranks have told how many columns they have. `prefix`: of the arguments' names."""
+    of_hidden, of_weight, of_bias = (f"{prefix}{name}" for name in ("hidden", "weight", "bias"))
+    hidden, weight, labels = plain(of_hidden, hidden), plain(of_weight, weight), plain("labels", labels)
+    bias = None if bias is None else plain(of_bias, bias)
     lora = None if lora is None else _check_lora(lora)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32 token ids; got {labels.dtype}")
-    named = {"hidden": hidden, "weight": weight, "bias": bias}
+    named = {of_hidden: hidden, of_weight: weight, of_bias: bias}
     if lora is not None:
         named.update({"lora A": lora.a, "lora B": lora.b})
     device, doubles, count = hidden.device, 0, 0
@@ -209,26 +210,27 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions) -> Chec
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
         if x.device != device:
-            raise ValueError(f"{name} is on {x.device} but hidden is on {device}")
+            raise ValueError(f"{name} is on {x.device} but {of_hidden} is on {device}")
         doubles, count = doubles + (x.dtype is torch.float64), count + 1
     if labels.device != device:
-        raise ValueError(f"labels is on {labels.device} but hidden is on {device}")
+        raise ValueError(f"labels is on {labels.device} but {of_hidden} is on {device}")
     if hidden.ndim < 1 or weight.ndim != 2:
         raise ValueError(
-            f"hidden must be [..., H] and weight [V, H]; got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"{of_hidden} must be [..., H] and {of_weight} [V, H]; got shapes {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
         )
     vocab_size, hidden_size = weight.shape
     if vocab_size == 0 or hidden_size == 0:
-        raise ValueError(f"weight must have at least one row and one column; got shape {tuple(weight.shape)}")
+        raise ValueError(f"{of_weight} must have at least one row and one column; got shape {tuple(weight.shape)}")
     if hidden.shape[-1] != hidden_size:
-        raise ValueError(f"hidden has H = {hidden.shape[-1]} but weight has H = {hidden_size}")
+        raise ValueError(f"{of_hidden} has H = {hidden.shape[-1]} but {of_weight} has H = {hidden_size}")
     if hidden.shape[:-1] != labels.shape:
         raise ValueError(
-            f"labels must be shaped like hidden without its last dimension, {tuple(hidden.shape[:-1])}; "
+            f"labels must be shaped like {of_hidden} without its last dimension, {tuple(hidden.shape[:-1])}; "
             f"got {tuple(labels.shape)}"
         )
     if bias is not None and bias.shape != (vocab_size,):
-        raise ValueError(f"bias must have shape ({vocab_size},); got {tuple(bias.shape)}")
+        raise ValueError(f"{of_bias} must have shape ({vocab_size},); got {tuple(bias.shape)}")
     if lora is not None:
         lora_rank = lora.a.shape[0] if lora.a.ndim == 2 else -1
         if lora.a.ndim != 2 or lora.a.shape[1] != hidden_size or lora.b.shape != (vocab_size, lora_rank):
@@ -238,7 +240,7 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions) -> Chec
             )
     if doubles not in (0, count):
         kinds = ", ".join(f"{name} {x.dtype}" for name, x in named.items() if x is not None)
-        raise TypeError(f"fp64 is for checking: all of the head and hidden must be fp64 or none; got {kinds}")
+        raise TypeError(f"fp64 is for checking: all of the head and {of_hidden} must be fp64 or none; got {kinds}")
     check_accumulates(weight, options.accumulate_into)
     if options.check_labels and options.vocab_group is None:
         check_labels(labels, options, vocab_size)

@@ -85,10 +85,11 @@ void grad(const GradArgs& a) {
          [&](int64_t begin, int64_t end) { cpu_kernels().grad_rows(a, begin, end); });
 }
 
-int64_t routed_grad(const RoutedGradArgs& a) {
+namespace {
+
+// Multiplies each row of the tile with its weight, and compacts those of `dz_hidden`, whose number is returned.
+int64_t weighted(const RoutedGradArgs& a) {
   const Tile& tile = a.grad.tile;
-  pieces(tile.num_rows, tile.num_cols, a.grad.num_threads,
-         [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
   int64_t num_hidden = 0;
   if (a.dz_hidden) {
     const float* weight = a.row_weight + a.hidden_set * tile.num_rows;
@@ -107,6 +108,33 @@ int64_t routed_grad(const RoutedGradArgs& a) {
     for (int64_t i = 0; i < tile.num_cols; ++i) dz[i] = weight[row] == 0.0f ? 0.0f : dz[i] * weight[row];
   }
   return num_hidden;
+}
+
+}  // namespace
+
+int64_t routed_grad(const RoutedGradArgs& a) {
+  const Tile& tile = a.grad.tile;
+  pieces(tile.num_rows, tile.num_cols, a.grad.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
+  return weighted(a);
+}
+
+int64_t routed_divergence_grad(const RoutedDivergenceGradArgs& a) {
+  const Tile& tile = a.routed.grad.tile;
+  pieces(tile.num_rows, 2 * tile.num_cols, a.routed.grad.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().routed_divergence_grad_rows(a, begin, end); });
+  return weighted(a.routed);
+}
+
+void divergence_grad(const DivergenceGradArgs& a) {
+  const Tile& tile = a.grad.tile;
+  pieces(tile.num_rows, 2 * tile.num_cols, a.grad.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().divergence_grad_rows(a, begin, end); });
+}
+
+void divergence_fold(const DivergenceFoldArgs& a) {
+  pieces(a.tile.num_rows, 2 * a.tile.num_cols, a.num_threads,
+         [&](int64_t begin, int64_t end) { cpu_kernels().divergence_fold_rows(a, begin, end); });
 }
 
 void sum_blocks(const SumBlocksArgs& a) {

@@ -141,10 +141,22 @@ void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
   a.tile.transform.softcap != 0.0f ? grad_rows_as<true>(a, begin, end) : grad_rows_as<false>(a, begin, end);
 }
 
+// What dz of a pair of this share is multiplied by in either set, into row_weight; `own`: the block holds the label.
+inline void weigh_row(const RoutedGradArgs& a, int64_t row, int64_t token, bool own, float share) {
+  const int64_t block = a.grad.tile.col_start / kBlock;
+  float weight = 1.0f, second = 1.0f;
+  if (!own) {
+    weight = pair_weight(pair_odds(share, a.tau));
+    if (a.second_bits) second = weight * pair_weight(second_pair_odds(share, a.tau, a.second_tau));
+  }
+  if (a.second_bits && !(a.second_bits[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1)) second = 0.0f;
+  a.row_weight[row] = weight;
+  a.row_weight[a.grad.tile.num_rows + row] = second;
+}
+
 // Leaves the unweighted dz in the tile and each row's weight in either set in row_weight.
 void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.grad.tile;
-  const int64_t block = tile.col_start / kBlock;
   alignas(64) float dz[kBlock];
   for (int64_t row = begin; row < end; ++row) {
     const int64_t token = a.grad.tokens[row];
@@ -152,15 +164,7 @@ void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
                            ? grad_block<true>(a.grad, row, token, 0, tile.num_cols, dz)
                            : grad_block<false>(a.grad, row, token, 0, tile.num_cols, dz);
     const int64_t label = a.grad.labels[token] - tile.col_start;
-    float weight = 1.0f, second = 1.0f;
-    if (label < 0 || label >= tile.num_cols) {
-      const float share = mass / -std::expm1(a.grad.logps[token]);
-      weight = pair_weight(pair_odds(share, a.tau));
-      if (a.second_bits) second = weight * pair_weight(second_pair_odds(share, a.tau, a.second_tau));
-    }
-    if (a.second_bits && !(a.second_bits[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1)) second = 0.0f;
-    a.row_weight[row] = weight;
-    a.row_weight[tile.num_rows + row] = second;
+    weigh_row(a, row, token, label >= 0 && label < tile.num_cols, mass / -std::expm1(a.grad.logps[token]));
     std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
   }
 }
@@ -217,12 +221,27 @@ void route_row(const RouteArgs& a, int64_t row) {
 }
 
 }  // namespace
+}  // namespace FASTDPO_ISA
+}  // namespace fastdpo
+
+#include "cpu/divergence_folds.h"
+
+namespace fastdpo {
+namespace FASTDPO_ISA {
 
 extern const CpuKernels kernels;
 #define FASTDPO_STRING_OF(x) #x
 #define FASTDPO_STRING(x) FASTDPO_STRING_OF(x)
-const CpuKernels kernels = {FASTDPO_STRING(FASTDPO_ISA), fold_rows, grad_rows, routed_grad_rows,
-                            add_row,                     load_row,  route_row};
+const CpuKernels kernels = {FASTDPO_STRING(FASTDPO_ISA),
+                            fold_rows,
+                            grad_rows,
+                            routed_grad_rows,
+                            add_row,
+                            load_row,
+                            route_row,
+                            divergence_fold_rows,
+                            divergence_grad_rows,
+                            routed_divergence_grad_rows};
 
 }  // namespace FASTDPO_ISA
 }  // namespace fastdpo

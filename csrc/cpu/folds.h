@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "divergence_structs.h"
 #include "structs.h"
 
 namespace fastdpo {
@@ -17,6 +18,10 @@ struct CpuKernels {
   void (*add_row)(float* dst, const float* src, int64_t num_cols);
   void (*load_row)(float* dst, const void* src, DType type, int64_t num_cols);
   void (*route_row)(const RouteArgs&, int64_t row);
+  // Two heads' tiles together.
+  void (*divergence_fold_rows)(const DivergenceFoldArgs&, int64_t begin, int64_t end);
+  void (*divergence_grad_rows)(const DivergenceGradArgs&, int64_t begin, int64_t end);
+  void (*routed_divergence_grad_rows)(const RoutedDivergenceGradArgs&, int64_t begin, int64_t end);
 };
 
 const CpuKernels& cpu_kernels();
@@ -33,5 +38,10 @@ void count_pairs(const CountPairsArgs&);
 void fill_pairs(const FillPairsArgs&);
 void gather_rows(const GatherArgs&);
 void scatter_add_rows(const ScatterArgs&);
+void divergence_fold(const DivergenceFoldArgs&);
+void divergence_lse(const DivergenceFinishArgs&);
+void divergence_finish(const DivergenceFinishArgs&);
+void divergence_grad(const DivergenceGradArgs&);
+int64_t routed_divergence_grad(const RoutedDivergenceGradArgs&);
 
 }  // namespace fastdpo

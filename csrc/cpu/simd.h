@@ -70,5 +70,32 @@ inline Vec exp(Vec x) {
   return x < splat(-87.33f) ? Vec{} : p * power;
 }
 
+// log, about 1 ulp for normal x (Cephes): e ln2 + log(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). 0 is -inf, below NaN.
+inline Vec log(Vec x) {
+  IVec bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  IVec exponent = ((bits >> 23) & 0xff) - 126;
+  bits = (bits & 0x007fffff) | 0x3f000000;
+  Vec f;
+  std::memcpy(&f, &bits, sizeof f);  // in [0.5, 1)
+  const IVec low = f < splat(0.707106781f);
+  exponent += low;  // -1 where it is
+  f = low ? f + f - splat(1.0f) : f - splat(1.0f);
+  const Vec e = __builtin_convertvector(exponent, Vec), square = f * f;
+  Vec p = splat(7.0376836292e-2f);
+  p = p * f - splat(1.1514610310e-1f);
+  p = p * f + splat(1.1676998740e-1f);
+  p = p * f - splat(1.2420140846e-1f);
+  p = p * f + splat(1.4249322787e-1f);
+  p = p * f - splat(1.6668057665e-1f);
+  p = p * f + splat(2.0000714765e-1f);
+  p = p * f - splat(2.4999993993e-1f);
+  p = p * f + splat(3.3333331174e-1f);
+  Vec y = p * f * square - splat(2.12194440e-4f) * e - splat(0.5f) * square;
+  y = f + y + splat(0.693359375f) * e;
+  const Vec nan = splat(__builtin_nanf(""));
+  return x > Vec{} ? (x == splat(kInf) ? x : y) : (x == Vec{} ? splat(-kInf) : nan);
+}
+
 }  // namespace FASTDPO_ISA
 }  // namespace fastdpo

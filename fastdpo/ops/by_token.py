@@ -26,11 +26,11 @@ def by_row(engine: Engine) -> Engine:
 def _forward(
     of_tokens: Callable, head: Head, rows: Rows, *, stats: frozenset[str], routing: Routing | None, shards=None
 ) -> Forward:
-    head, tokens, invalid = _completion_tokens(head, rows)
+    head, tokens, invalid = completion_tokens(head, rows)
     if routing is not None:
         routing = routing._replace(seed=int(routing.seed) % 2**64)
     result = of_tokens(head, tokens, stats=stats, routing=routing, shards=shards)
-    return result if tokens.rows is None else _each(result, lambda values: _spread(values, tokens, invalid))
+    return result if tokens.rows is None else each(result, lambda values: spread(values, tokens, invalid))
 
 
 def _backward(
@@ -43,19 +43,19 @@ def _backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    head, tokens, invalid = _completion_tokens(head, rows)
+    head, tokens, invalid = completion_tokens(head, rows)
     if tokens.rows is not None:
-        saved, upstream = (_each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
+        saved, upstream = (each(x, lambda values: values.index_select(0, tokens.rows)) for x in (saved, upstream))
     if routing is None:
-        tokens, saved, upstream = _with_gradient(tokens, saved, upstream)
+        tokens, saved, upstream, _ = with_gradient(tokens, saved, upstream)
     grads = of_tokens(head, tokens, saved, upstream, routing, needs, sums)
     if invalid is not None and grads.hidden is not None:
         grads.hidden[invalid] = torch.nan
     return grads
 
 
-def _each(tensors, function: Callable[[Tensor], Tensor]):
-    """`function` of every tensor of a Forward or an Upstream."""
+def each(tensors, function: Callable[[Tensor], Tensor]):
+    """`function` of every tensor of such a dataclass as Forward or Upstream."""
     values = {field.name: getattr(tensors, field.name) for field in fields(tensors)}
     return replace(tensors, **{name: function(x) for name, x in values.items() if x is not None})
 
@@ -81,7 +81,7 @@ def as_rows(hidden: Tensor) -> tuple[Tensor, Tensor | None]:
     return hidden.as_strided((last + 1, size), (step, 1)), rows.reshape(-1)
 
 
-def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | None]:
+def completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | None]:
     """(head with rows apart, tokens to score, rows whose label is out of range or None)."""
     hidden, source_rows = as_rows(head.hidden)
     ignored = rows.labels == rows.ignore_index
@@ -98,24 +98,32 @@ def _completion_tokens(head: Head, rows: Rows) -> tuple[Head, Tokens, Tensor | N
     return replace(head, hidden=hidden), tokens, invalid
 
 
-def _with_gradient(tokens: Tokens, saved: Forward, upstream: Upstream) -> tuple[Tokens, Forward, Upstream]:
-    """Only the tokens with an upstream gradient: the exact backward of the others is zero."""
-    active = upstream.coef != 0
-    if upstream.coef_entropy is not None:
-        active |= upstream.coef_entropy != 0
+def with_gradient(tokens: Tokens, saved, upstream) -> tuple:
+    """(tokens, saved, upstream, which they are or None) of those alone that have an upstream gradient: the exact
+    backward of the others is zero."""
+    active = None
+    for field in fields(upstream):
+        coef = getattr(upstream, field.name)
+        if coef is not None:
+            active = coef != 0 if active is None else active | (coef != 0)
     if active.all():
-        return tokens, saved, upstream
+        return tokens, saved, upstream, None
     keep = active.nonzero()[:, 0]
+    saved, upstream = (each(x, lambda values: values.index_select(0, keep)) for x in (saved, upstream))
+    return picked(tokens, keep), saved, upstream, keep
+
+
+def picked(tokens: Tokens, keep: Tensor | None) -> Tokens:
+    if keep is None:
+        return tokens
 
     def pick_rows(rows: Tensor | None) -> Tensor:
         return keep if rows is None else rows[keep]
 
-    tokens = Tokens(tokens.labels[keep], pick_rows(tokens.rows), pick_rows(tokens.source_rows), tokens.num_rows)
-    saved, upstream = (_each(x, lambda values: values.index_select(0, keep)) for x in (saved, upstream))
-    return tokens, saved, upstream
+    return Tokens(tokens.labels[keep], pick_rows(tokens.rows), pick_rows(tokens.source_rows), tokens.num_rows)
 
 
-def _spread(values: Tensor, tokens: Tokens, invalid: Tensor | None) -> Tensor:
+def spread(values: Tensor, tokens: Tokens, invalid: Tensor | None) -> Tensor:
     """Per-token values -> per row: 0 where ignored, NaN (False, no bits) where the label is out of range."""
     out = values.new_zeros(tokens.num_rows, *values.shape[1:])
     out[tokens.rows] = values

@@ -13,6 +13,10 @@ from . import native, reference
 from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
+from .divergence import by_token as divergence_by_token
+from .divergence import cpu as divergence_cpu
+from .divergence import reference as divergence_reference
+from .divergence.problem import DivergenceEngine
 from .problem import Engine
 from .selective import cpu as cpu_logits
 from .selective import cuda as cuda_logits
@@ -30,6 +34,12 @@ _BY_TOKEN = {
     "reference": Engine("reference", reference.forward, reference.backward),
     "cpu": Engine("cpu", cpu_forward.forward, cpu_backward.backward),
 }
+
+_DIVERGENCE_BY_TOKEN = {
+    "reference": DivergenceEngine("reference", divergence_reference.forward, divergence_reference.backward),
+    "cpu": DivergenceEngine("cpu", divergence_cpu.forward, divergence_cpu.backward),
+}
+_DIVERGENCE_BY_TOKEN["triton"] = _DIVERGENCE_BY_TOKEN["reference"]
 
 
 def _unavailable(engine: str, device: torch.device, interpret: str | None) -> str | None:
@@ -119,6 +129,21 @@ def engine_for(device: torch.device, dtype: torch.dtype, forced: str | None, int
 
         return Engine("triton", forward.forward, backward.backward)
     return by_row(_BY_TOKEN[name])
+
+
+@cache
+def divergence_engine_for(
+    device: torch.device, dtype: torch.dtype, forced: str | None, interpret: str | None
+) -> DivergenceEngine:
+    """The same for the divergence of two heads."""
+    name, _ = _choose(device, dtype, forced, interpret)
+    return divergence_by_token.by_row(_DIVERGENCE_BY_TOKEN[name])
+
+
+def divergence_engine(device: torch.device, dtype: torch.dtype) -> DivergenceEngine:
+    """Which serves such tensors now."""
+    forced, interpret = os.environ.get("FASTDPO_ENGINE"), os.environ.get("TRITON_INTERPRET")
+    return divergence_engine_for(device, dtype, forced, interpret)
 
 
 def engine_of(hidden: torch.Tensor) -> Engine:

@@ -15,29 +15,29 @@ from .problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 LOGITS_BYTES = 32 << 20  # of one chunk's logits; a handful of such temporaries live at a time
 
 
-def _chunks(tokens: Tokens, columns: int):
+def chunks(tokens: Tokens, columns: int):
     size = max(1, LOGITS_BYTES // (columns * 4))
     for start in range(0, len(tokens), size):
         yield slice(start, min(start + size, len(tokens)))
 
 
-def _rows(rows: Tensor | None, chunk: slice):
+def rows_of(rows: Tensor | None, chunk: slice):
     return chunk if rows is None else rows[chunk]
 
 
-def _accumulate_dtype(head: Head) -> torch.dtype:
+def accumulate_dtype(head: Head) -> torch.dtype:
     return torch.float64 if head.compute_dtype == torch.float64 else torch.float32
 
 
-def _operand(x: Tensor, head: Head) -> Tensor:
-    return x.to(head.compute_dtype).to(_accumulate_dtype(head))
+def operand(x: Tensor, head: Head) -> Tensor:
+    return x.to(head.compute_dtype).to(accumulate_dtype(head))
 
 
-def _logits(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
+def logits_of(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
     """z and dz/d(product) of some rows."""
-    y = hidden @ _operand(head.weight, head).T
+    y = hidden @ operand(head.weight, head).T
     if head.lora is not None:
-        y += head.lora.scale * (hidden @ _operand(head.lora.a, head).T) @ _operand(head.lora.b, head).T
+        y += head.lora.scale * (hidden @ operand(head.lora.a, head).T) @ operand(head.lora.b, head).T
     if head.bias is not None:
         y += head.bias.to(y.dtype)
     scale, softcap, temperature = head.transform
@@ -49,7 +49,7 @@ def _logits(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor | float]:
     return y / temperature, slope
 
 
-def _without_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def without_label(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(z with the label's logit set to -inf, the label's logit or -inf when it is on another shard)."""
     here = (labels >= 0) & (labels < z.shape[1])
     index = labels.clamp(0, z.shape[1] - 1)[:, None]
@@ -66,17 +66,17 @@ def forward(
     routing: Routing | None = None,
     shards=None,
 ) -> Forward:
-    dtype, device = _accumulate_dtype(head), head.hidden.device
+    dtype, device = accumulate_dtype(head), head.hidden.device
     columns: dict[str, list[Tensor]] = {}
 
     def emit(name: str, value: Tensor) -> None:
         columns.setdefault(name, []).append(value)
 
     # ranks exchange a chunk at a time: as many on every one
-    for chunk in _chunks(tokens, head.weight.shape[0] if shards is None else shards.widest):
-        z, _ = _logits(head, _operand(head.hidden[_rows(tokens.source_rows, chunk)], head))
+    for chunk in chunks(tokens, head.weight.shape[0] if shards is None else shards.widest):
+        z, _ = logits_of(head, operand(head.hidden[rows_of(tokens.source_rows, chunk)], head))
         labels = tokens.labels[chunk]
-        rest, label_logit = _without_label(z, labels)
+        rest, label_logit = without_label(z, labels)
         rest_lse = rest.logsumexp(1)
         if shards is not None:
             label_logit, rest_lse = shards.label_logit(label_logit), shards.logsumexp(rest_lse)
@@ -130,11 +130,8 @@ def _block_share(rest: Tensor, rest_lse: Tensor) -> Tensor:
     return (blocks.logsumexp(2) - rest_lse[:, None]).exp().float()
 
 
-def _routed(dz: Tensor, z: Tensor, saved: Forward, chunk: slice, labels: Tensor, routing: Routing) -> list[Tensor]:
+def routed(dz: Tensor, share: Tensor, bits: Tensor, labels: Tensor, routing: Routing) -> list[Tensor]:
     """dz weighted for dhidden and for dweight: 1 / q where the pair was kept, 0 elsewhere."""
-    rest, _ = _without_label(z, labels)
-    rest_lse = saved.lse[chunk] + (-torch.expm1(saved.logps[chunk])).log()
-    share, bits = _block_share(rest, rest_lse), saved.bitmap[chunk]
     own, one_set = own_block(labels, share.shape[1]), set_bytes(share.shape[1])
 
     def weighted(second: bool) -> Tensor:
@@ -149,6 +146,51 @@ def _routed(dz: Tensor, z: Tensor, saved: Forward, chunk: slice, labels: Tensor,
     return [weighted(which == 1) if which >= 0 else dz for which in (routing.hidden_set, routing.weight_set)]
 
 
+class HeadSums:
+    """The gradients of a head, from its dz of some tokens after the other."""
+
+    def __init__(self, head: Head, tokens: Tokens, needs: Needs):
+        self.head, self.tokens = head, tokens
+        dtype, device = accumulate_dtype(head), head.hidden.device
+        hidden = head.hidden.new_empty(()).expand(tokens.num_rows, head.hidden.shape[1])
+        self.sums = Gradients()
+        for name, like in zip(Needs._fields, (hidden, *head.inputs[1:])):
+            if getattr(needs, name):
+                setattr(self.sums, name, torch.zeros(like.shape, dtype=dtype, device=device))
+        self.of_hidden = needs.of_hidden
+        self.weight = operand(head.weight, head)
+        if head.lora is not None:
+            self.lora_a, self.lora_b = operand(head.lora.a, head) * head.lora.scale, operand(head.lora.b, head)
+
+    def add(self, chunk: slice, hidden: Tensor, dz_hidden: Tensor, dz_weight: Tensor) -> None:
+        """`hidden` [n, H] of the chunk's tokens, with their dz [n, V] for either gradient."""
+        sums = self.sums
+        if self.of_hidden:
+            dproduct = dz_hidden @ self.weight
+            if self.head.lora is not None:
+                dlow_rank = dz_hidden @ self.lora_b
+                dproduct = dproduct + dlow_rank @ self.lora_a
+                if sums.lora_a is not None:
+                    sums.lora_a += self.head.lora.scale * dlow_rank.T @ hidden
+            if sums.hidden is not None:
+                sums.hidden[rows_of(self.tokens.rows, chunk)] = dproduct
+        if sums.weight is not None:
+            sums.weight += dz_weight.T @ hidden
+        if sums.bias is not None:
+            sums.bias += dz_weight.sum(0)
+        if sums.lora_b is not None:
+            sums.lora_b += dz_weight.T @ (hidden @ self.lora_a.T)
+
+    def gradients(self, places: Gradients | None) -> Gradients:
+        """Rounded once; `places` as engines take `sums`."""
+        found = Gradients()
+        for name, like in zip(Needs._fields, self.head.inputs):
+            gradient, place = getattr(self.sums, name), None if places is None else getattr(places, name)
+            if gradient is not None:
+                setattr(found, name, gradient.to((like if place is None else place).dtype))
+        return found.added_to(places)
+
+
 def backward(
     head: Head,
     tokens: Tokens,
@@ -158,24 +200,10 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    dtype, device = _accumulate_dtype(head), head.hidden.device
-
-    def zeros(like: Tensor | None, wanted: bool) -> Tensor | None:
-        return torch.zeros(like.shape, dtype=dtype, device=device) if wanted else None
-
-    dhidden = None
-    if needs.hidden:
-        dhidden = torch.zeros(tokens.num_rows, head.hidden.shape[1], dtype=dtype, device=device)
-    dweight = zeros(head.weight, needs.weight)
-    dbias = zeros(head.bias, needs.bias)
-    like_a, like_b, lora_scale = head.lora or (None, None, 0.0)
-    dlora_a, dlora_b = zeros(like_a, needs.lora_a), zeros(like_b, needs.lora_b)
-    weight = _operand(head.weight, head)
-    if head.lora is not None:
-        lora_a, lora_b = _operand(like_a, head) * lora_scale, _operand(like_b, head)
-    for chunk in _chunks(tokens, head.weight.shape[0]):
-        hidden = _operand(head.hidden[_rows(tokens.source_rows, chunk)], head)
-        z, slope = _logits(head, hidden)
+    dtype, out = accumulate_dtype(head), HeadSums(head, tokens, needs)
+    for chunk in chunks(tokens, head.weight.shape[0]):
+        hidden = operand(head.hidden[rows_of(tokens.source_rows, chunk)], head)
+        z, slope = logits_of(head, hidden)
         labels, logps, lse = tokens.labels[chunk], saved.logps[chunk], saved.lse[chunk]
         coef = upstream.coef[chunk].to(dtype)
         logp = z - lse[:, None]
@@ -192,28 +220,11 @@ def backward(
         dz = torch.where(coef[:, None] == 0, torch.zeros_like(dz), dz) if upstream.coef_entropy is None else dz
         dz_hidden = dz_weight = dz
         if routing is not None:
-            dz_hidden, dz_weight = _routed(dz, z, saved, chunk, labels, routing)
-        if needs.of_hidden:
-            dproduct = dz_hidden @ weight
-            if head.lora is not None:
-                dlow_rank = dz_hidden @ lora_b
-                dproduct = dproduct + dlow_rank @ lora_a
-                if dlora_a is not None:
-                    dlora_a += lora_scale * dlow_rank.T @ hidden
-            if dhidden is not None:
-                dhidden[_rows(tokens.rows, chunk)] = dproduct
-        if dweight is not None:
-            dweight += dz_weight.T @ hidden
-        if dbias is not None:
-            dbias += dz_weight.sum(0)
-        if dlora_b is not None:
-            dlora_b += dz_weight.T @ (hidden @ lora_a.T)
-
-    gradients = []
-    for name, gradient, like in zip(Needs._fields, (dhidden, dweight, dbias, dlora_a, dlora_b), head.inputs):
-        place = None if sums is None else getattr(sums, name)
-        gradients.append(None if gradient is None else gradient.to((like if place is None else place).dtype))
-    return Gradients(*gradients).added_to(sums)
+            rest, _ = without_label(z, labels)
+            share = _block_share(rest, lse + (-torch.expm1(logps)).log())
+            dz_hidden, dz_weight = routed(dz, share, saved.bitmap[chunk], labels, routing)
+        out.add(chunk, hidden, dz_hidden, dz_weight)
+    return out.gradients(sums)
 
 
 def logits_forward(
@@ -224,7 +235,7 @@ def logits_forward(
     logps, lse, entropy = (torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for _ in range(3))
     for rows in _row_chunks(logits):
         z = logits[rows].to(dtype) / temperature
-        rest, label_logit = _without_label(z, labels[rows])
+        rest, label_logit = without_label(z, labels[rows])
         rest_lse = rest.logsumexp(1)
         logps[rows] = -torch.nn.functional.softplus(rest_lse - label_logit, threshold=60)
         lse[rows] = torch.logaddexp(rest_lse, label_logit)

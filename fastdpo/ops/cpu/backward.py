@@ -8,10 +8,10 @@ dhidden is summed block by block in vocabulary order either way, so its bits do 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,7 +39,47 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    ops, device, fp32 = Operands(head, tokens), head.hidden.device, torch.float32
+    ops = Operands(head, tokens)
+    return gradients(ops, _LogpsDz(ops, saved, upstream), saved, routing, needs, sums)
+
+
+class MakesDz(Protocol):
+    """What turns tiles of the head's products into dz, in place; `fields` are csrc's of the rows it is given."""
+
+    coef: Tensor  # [N], 0 where a token has no upstream gradient
+    exact: Callable[..., None]
+    routed: Callable[..., int]
+
+    def fields(self, ops: Operands, columns: slice, rows: slice | Tensor, num_rows: int) -> dict:
+        """`rows`: the tokens from one to another, or int32 tokens; `num_rows` of the products, some for padding."""
+
+
+class _LogpsDz:
+    """Of the upstream gradients of logps and entropy."""
+
+    def __init__(self, ops: Operands, saved: Forward, upstream: Upstream):
+        self.ops, self.saved, self.upstream, self.coef = ops, saved, upstream, upstream.coef
+        self.exact, self.routed = EXTENSION.grad, EXTENSION.routed_grad
+
+    def fields(self, ops: Operands, columns: slice, rows: slice | Tensor, num_rows: int) -> dict:
+        saved, upstream = self.saved, self.upstream
+        every = rows if isinstance(rows, slice) else slice(None)
+        given = upstream.coef_entropy is not None
+        return {
+            "labels": ops.tokens.labels[every],
+            "lse": saved.lse[every],
+            "logps": saved.logps[every],
+            "coef": upstream.coef[every],
+            "entropy": saved.entropy[every] if given else None,
+            "coef_entropy": upstream.coef_entropy[every] if given else None,
+        }
+
+
+def gradients(
+    ops: Operands, makes_dz: MakesDz, saved, routing: Routing | None, needs: Needs, sums: Gradients | None
+) -> Gradients:
+    """`saved`: a forward's, of which `bitmap` and `most_pairs` are read."""
+    head, tokens, device, fp32 = ops.head, ops.tokens, ops.head.hidden.device, torch.float32
     like_a, like_b = (None, None) if head.lora is None else head.lora[:2]
     grads = Gradients() if sums is None else replace(sums)
     if needs.hidden and grads.hidden is None:
@@ -52,12 +92,12 @@ def backward(
         grads.lora_a = torch.zeros(like_a.shape, dtype=fp32, device=device)
     if needs.lora_b and grads.lora_b is None:
         grads.lora_b = torch.zeros(like_b.shape, dtype=fp32, device=device)
-    add_tiles = _Exact(ops, saved, upstream)
+    add_tiles = _Exact(ops, makes_dz)
     if routing is not None:
         # The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean.
-        most = saved.most_pairs.masked_fill(upstream.coef == 0, 0).sum().item()
+        most = saved.most_pairs.masked_fill(makes_dz.coef == 0, 0).sum().item()
         if most <= CROSSOVER * max(1, ops.count * ops.num_blocks):
-            add_tiles = _Routed(ops, saved, upstream, routing)
+            add_tiles = _Routed(ops, makes_dz, saved.bitmap, routing)
 
     of_hidden, of_weight = needs.hidden or needs.lora_a, needs.weight or needs.bias or needs.lora_b
     count = ops.count
@@ -156,8 +196,8 @@ class _WeightProducts(NamedTuple):
 class _Exact:
     """Every column of every token."""
 
-    def __init__(self, ops: Operands, saved: Forward, upstream: Upstream):
-        self.ops, self.saved, self.upstream = ops, saved, upstream
+    def __init__(self, ops: Operands, makes_dz: MakesDz):
+        self.ops, self.makes_dz = ops, makes_dz
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
         ops, size = self.ops, self.ops.chunk_rows()
@@ -180,19 +220,9 @@ class _Exact:
                 slab.add_to(grads)
 
     def _to_dz(self, products: Tensor, chunk: slice, first: int) -> None:
-        ops, saved, upstream = self.ops, self.saved, self.upstream
-        given = upstream.coef_entropy is not None
-        EXTENSION.grad(
-            **ops.tile(products, first),
-            tokens=None,
-            labels=ops.tokens.labels[chunk],
-            lse=saved.lse[chunk],
-            logps=saved.logps[chunk],
-            coef=upstream.coef[chunk],
-            entropy=saved.entropy[chunk] if given else None,
-            coef_entropy=upstream.coef_entropy[chunk] if given else None,
-            num_threads=ops.threads,
-        )
+        ops, (count, columns) = self.ops, products.shape
+        fields = self.makes_dz.fields(ops, slice(first, first + columns), chunk, count)
+        self.makes_dz.exact(**ops.tile(products, first), tokens=None, **fields, num_threads=ops.threads)
 
 
 class _Routed:
@@ -202,10 +232,10 @@ class _Routed:
     calling thread adds up what the others return, in order; so it does for a block of more tokens than one piece.
     """
 
-    def __init__(self, ops: Operands, saved: Forward, upstream: Upstream, routing: Routing):
-        self.ops, self.saved, self.upstream, self.routing = ops, saved, upstream, routing
+    def __init__(self, ops: Operands, makes_dz: MakesDz, bitmap: Tensor, routing: Routing):
+        self.ops, self.makes_dz, self.routing = ops, makes_dz, routing
         # [N, bytes] of the larger set, kept at the smaller tau, and of the smaller one inside it, if there is one
-        self.sets = saved.bitmap.split(-(-ops.num_blocks // 8), 1)
+        self.sets = bitmap.split(-(-ops.num_blocks // 8), 1)
         self.counts: dict[int, Tensor] = {}  # of each set that was listed: pairs per block
 
     def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
@@ -238,8 +268,7 @@ class _Routed:
         self, ops: Operands, hidden_set: int, weight_set: int, block: int, token_list: Tensor, sums, grads, whole_block
     ):
         """(products for `sums`, int32 tokens of their rows, products for `grads` or None when they are in there)."""
-        saved, routing = self.saved, self.routing
-        first = block * BLOCK
+        routing, first = self.routing, block * BLOCK
         weight = ops.weight(first, min(first + BLOCK, ops.vocab_size))
         two_sets = min(hidden_set, weight_set) >= 0 and hidden_set != weight_set
         count = token_list.shape[0]
@@ -251,15 +280,11 @@ class _Routed:
         if two_sets:
             dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
         second = self.sets[1] if max(hidden_set, weight_set) == 1 else None
-        kept = EXTENSION.routed_grad(
+        columns = slice(first, first + weight.shape[0])
+        kept = self.makes_dz.routed(
             **ops.tile(dz[:count], first),
             tokens=token_list,
-            labels=ops.tokens.labels,
-            lse=saved.lse,
-            logps=saved.logps,
-            coef=self.upstream.coef,
-            entropy=None,
-            coef_entropy=None,
+            **self.makes_dz.fields(ops, columns, token_list, padded),
             tau=routing.taus[0],
             second_tau=-1.0 if second is None else routing.taus[1],
             second_bits=second,
@@ -290,12 +315,12 @@ class _Routed:
         ops, num_blocks, num_tokens = self.ops, self.ops.num_blocks, self.ops.count
         kept = {
             "bitmap": self.sets[which],
-            "coef": self.upstream.coef,
+            "coef": self.makes_dz.coef,
             "num_tokens": num_tokens,
             "num_threads": ops.threads,
         }
         if which not in self.counts:
-            self.counts[which] = torch.empty(num_blocks, dtype=torch.int64, device=self.upstream.coef.device)
+            self.counts[which] = torch.empty(num_blocks, dtype=torch.int64, device=self.makes_dz.coef.device)
             EXTENSION.count_pairs(**kept, first_block=0, num_blocks=num_blocks, counts=self.counts[which])
         counted = self.counts[which]
         counts = counted.tolist()
