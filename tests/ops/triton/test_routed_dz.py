@@ -33,7 +33,7 @@ def test_sets(taus, made, listed, inside, ratios):
         by_token=["dhidden"] * ("hidden" in made),
         of_head="head" in made,
         call=SimpleNamespace(num_blocks=128),
-        terms=SimpleNamespace(coef=None),
+        coef=None,
     )
     sets = Sets.of(sweep, Forward(None, None, bitmap=bitmap), rule)
     assert sets.listed.bitmap.storage_offset() == listed and sets.listed.stride == bitmap.stride(0)

@@ -9,13 +9,12 @@ from ..launch import Tile, tile
 
 _COSTLIER = ("short", "half", "narrow", "fp32", "unaligned")
 _OF_BOTH = {"fold": "divergence_fold", "dz": "divergence_dz", "routed_dz": "divergence_routed_dz"}
-NO_LABEL = -1  # a column of no shard
 
 
 class TwoHeads(Call):
     def __init__(self, heads: Heads, rows: Rows):
-        if not heads.labelled:  # ids are 0 in rows that count
-            rows = rows.replace(vocab_start=-NO_LABEL)
+        if not heads.labelled:  # 0 or 1 in rows that count: labels of no column
+            rows = rows.replace(vocab_start=2, vocab_size=max(2, rows.vocab_size))
         super().__init__(heads.student, rows)
         self.heads, self.teacher = heads, Call(heads.teacher, rows)
         kinds = self.recomputing_kind, self.teacher.recomputing_kind

@@ -157,7 +157,7 @@ def dz_of_pair(t, ref_t, p, of_row, kind, ENTROPY: tl.constexpr):
 
 @triton.jit
 def bound_of(p, r, x, mean, kind):
-    """[T] what a block's sum of |dz| can be, of its columns' p and r, 0 where they do not count: ..divergence.problem."""
+    """[T] what a block's sum of |dz| can be, by ...divergence.problem; p and r are 0 in columns that do not count."""
     mass = tl.sum(p, 1)
     if kind.name == "forward_kl":
         squares = tl.fma(x, x, EPS2)
