@@ -144,8 +144,8 @@ def routed_dz_kernel(
         tile_dz = p * (of_row.p * w)[:, None]
         if not plain:
             tile_dz = tl.where(column[None, :] == label[:, None], (of_row.label * w)[:, None], tile_dz)
-        store_pairs(times_slope(tile_dz, x, transform), share, own, row, exists, block, slot, index - begin, second_bits,
-                    dz, ratio, column_sums, bitmap_stride, tau, second_tau, RATIO_WEIGHT)  # fmt: skip
+        store_pairs(times_slope(tile_dz, x, transform), share, own, row, exists, block, slot, index - begin,
+                    second_bits, dz, ratio, column_sums, bitmap_stride, tau, second_tau, RATIO_WEIGHT)  # fmt: skip
 
 
 def routed_dz(

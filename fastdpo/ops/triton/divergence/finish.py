@@ -22,8 +22,8 @@ from ..launch import launch
 from ..route import Draw, route_tokens
 from ..stats import add_exp, label_logp, log1p
 from .call import TwoHeads
-from .log_ratio import EPS2, Kind, at_least, direction, share_of
-from .sums import PairSums, jsd_terms
+from .log_ratio import EPS2, Kind, at_least, label_direction, share_of
+from .sums import PairSums
 
 
 class PairResults(NamedTuple):
@@ -90,15 +90,7 @@ def _block(sums, first, exists, start, lse, ref_lse, num_blocks, K: tl.constexpr
 def _values(sums, kind, results, row, first, exists, lse, ref_lse, logp, ref_logp, num_blocks, T: tl.constexpr,
             K: tl.constexpr):  # fmt: skip
     """Stores divergence, mean and entropy; the mean."""
-    p, r = tl.exp(logp), tl.exp(ref_logp)
-    value, mean, entropy = p * 0.0, p * 0.0, -tl.where(p == 0, p, p * logp)
-    if kind.name == "forward_kl":
-        value = _kl(r, ref_logp, logp, 0.0)
-    elif kind.name == "reverse_kl":
-        value = _kl(p, logp, ref_logp, 0.0)
-    else:
-        value = jsd_terms(p, r, logp - ref_logp, kind)
-        mean = tl.where(p == 0, p, p * direction(logp - ref_logp, kind))
+    value, mean, entropy = tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32), tl.zeros((T,), tl.float32)
     for start in range(0, num_blocks, K):
         at, inside, lp, lr = _block(sums, first, exists, start, lse, ref_lse, num_blocks, K)
         P = exp(lp)
@@ -112,6 +104,16 @@ def _values(sums, kind, results, row, first, exists, lse, ref_lse, logp, ref_log
         if results.entropy is not None:
             spread = tl.load(sums.entropy + at, mask=inside, other=0.0) - lp
             entropy += tl.sum(tl.where(P == 0, P, P * spread), 1)
+    p, r, x = tl.exp(logp), tl.exp(ref_logp), logp - ref_logp
+    entropy -= tl.where(p == 0, p, p * logp)
+    if kind.name == "forward_kl":
+        value += _kl(r, ref_logp, logp, 0.0)
+    elif kind.name == "reverse_kl":
+        value += _kl(p, logp, ref_logp, 0.0)
+    else:
+        off = label_direction(x, kind)
+        value += tl.where(p == 0, p, kind.own * p * off) + tl.where(r == 0, r, kind.beta * r * (off - x))
+        mean += tl.where(p == 0, p, p * off)
     value = tl.where(value < 0, 0.0, value)  # rounding; a NaN stays
     if kind.name == "reverse_kl":
         mean = value

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...divergence.problem import EPS as _EPS
 from ...divergence.problem import DivergenceForward, DivergenceUpstream, Heads
 from ..common import exp, expm1, squashed, unit
+from ..stats import log1p
 
 EPS2 = tl.constexpr(_EPS * _EPS)
 
@@ -96,6 +97,17 @@ def direction(x, kind):
 
 
 @triton.jit
+def label_direction(x, kind):
+    """The same of a label, of which both heads may be sure: to a relative precision of a small x too."""
+    if kind.name == "jsd":
+        rest = tl.where(x >= 0, kind.beta, kind.own)
+        y = rest * -expm1(-tl.abs(x))
+        return tl.minimum(x, 0.0) + log1p(y / (1.0 - y))
+    else:
+        return x
+
+
+@triton.jit
 def log_probs(product, transform, lse):
     """(log p, x of squashed) of products."""
     x = squashed(product, transform)
@@ -134,7 +146,7 @@ def pair_rows(row, exists, terms, kind, transform, dz_scale):
         if kind.name == "forward_kl":  # two small numbers where both are sure of the label
             label = tl.fma(g, -others - expm1(ref_logp), c * others)
         else:
-            x = direction(logp - ref_logp, kind)
+            x = label_direction(logp - ref_logp, kind)
             label = tl.fma(g, tl.where(p == 0, 0.0, p * (x - mean)), c * others)
         if terms.coef_entropy is not None:
             label -= e * tl.where(p == 0, 0.0, p * (logp + entropy))

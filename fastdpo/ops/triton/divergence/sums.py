@@ -116,20 +116,14 @@ def store_jsd_block(product, ref_product, transform, ref_transform, kind, block,
     p, r = tl.where(counts, exp(t), 0.0), tl.where(counts, exp(ref_t), 0.0)
     where = i * num_blocks + block
     exists = exists & (i * 0 + block < num_blocks)
-    tl.store(sums.ref_mean + where, tl.sum(jsd_terms(p, r, t - ref_t, kind), 1), mask=exists)
-    x = direction(t - ref_t, kind)
+    x = t - ref_t
+    off = direction(x, kind)
+    terms = tl.where(p == 0, 0.0, kind.own * p * off) + tl.where(r == 0, 0.0, kind.beta * r * (off - x))
+    tl.store(sums.ref_mean + where, tl.sum(terms, 1), mask=exists)
     mass = tl.sum(p, 1)
     one_over = 1.0 / tl.where(mass == 0, 1.0, mass)
-    mean = _mean(p, one_over, x)
+    mean = _mean(p, one_over, off)
     tl.store(sums.mean + where, mean, mask=exists)
     if sums.spread is not None:
-        d = x - mean[:, None]
+        d = off - mean[:, None]
         tl.store(sums.spread + where, _mean(p, one_over, d * d), mask=exists)
-
-
-@triton.jit
-def jsd_terms(p, r, x, kind):
-    """What ids add to the divergence, of x = log(p / r)."""
-    d = direction(x, kind)
-    of_p = tl.where(p == 0, 0.0, kind.own * p * d)
-    return of_p + tl.where(r == 0, 0.0, kind.beta * r * (d - x))
