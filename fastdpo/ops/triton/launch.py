@@ -231,9 +231,11 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "crowded": {80: Tile(64, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 2)},
         "unaligned": {80: Tile(64, 64, 16, 8, 2)},
     },
-    # Both heads' products of a tile side by side.
+    # Both heads' products of a tile side by side. "routed": more is left of a block; "jsd": its second sweep.
     "divergence_fold": {
-        "half": {80: Tile(64, 128, 64, 4, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
+        "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
+        "routed": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
+        "jsd": {80: Tile(64, 128, 64, 8, 3)},
         "fp32": {80: Tile(64, 128, 32, 8, 3)},
         "unaligned": {80: Tile(64, 128, 16, 8, 2)},
     },

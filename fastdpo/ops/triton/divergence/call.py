@@ -8,7 +8,7 @@ from ..call import Call
 from ..launch import Tile, tile
 
 _COSTLIER = ("short", "half", "narrow", "fp32", "unaligned")
-_OF_BOTH = {"fold": "divergence_fold", "dz": "divergence_dz", "routed_dz": "divergence_routed_dz"}
+_OF_BOTH = {"dz": "divergence_dz", "routed_dz": "divergence_routed_dz"}
 
 
 class TwoHeads(Call):
@@ -19,6 +19,13 @@ class TwoHeads(Call):
         self.heads, self.teacher = heads, Call(heads.teacher, rows)
         kinds = self.recomputing_kind, self.teacher.recomputing_kind
         self.kind_of_both = max(kinds, key=_COSTLIER.index)
+
+    def fold_tile(self, jsd: bool, routed: bool) -> Tile:
+        """`jsd`: of its second sweep."""
+        kind = self.kind_of_both
+        if kind not in ("fp32", "unaligned"):
+            kind = "jsd" if jsd else "routed" if routed else "half"
+        return tile("divergence_fold", self.target, kind)
 
     def tile(self, kernel: str, out_columns: int | None = None, kind: str | None = None) -> Tile:
         if kernel in _OF_BOTH:

@@ -78,7 +78,7 @@ def fold(
     ref_lse: Tensor | None = None,
 ) -> None:
     """Gathered hidden of these tokens -> `sums` of every block and label_logits; with `lse` what jsd has of them."""
-    teacher, tile = call.teacher, call.tile("fold")
+    teacher, tile = call.teacher, call.fold_tile(jsd=lse is not None, routed=sums.spread is not None)
     tiles = triton.cdiv(tokens.capacity, tile.m) * triton.cdiv(call.vocab_size, tile.n)
     form, a, b = call.form(tile, (hidden, tile.m, tile.k), (call.weight, tile.n, tile.k))
     ref_form, ref_a, ref_b = teacher.form(tile, (ref_hidden, tile.m, tile.k), (teacher.weight, tile.n, tile.k))
