@@ -83,8 +83,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def<GatherArgs>(m, "gather_rows", &gather_rows);
   def<ScatterArgs>(m, "scatter_add_rows", &scatter_add_rows);
   def<DivergenceFoldArgs>(m, "divergence_fold", &divergence_fold);
-  def<DivergenceFinishArgs>(m, "divergence_lse", &divergence_lse);
-  def<DivergenceFinishArgs>(m, "divergence_finish", &divergence_finish);
   def<DivergenceGradArgs>(m, "divergence_grad", &divergence_grad);
   def<RoutedDivergenceGradArgs>(m, "routed_divergence_grad", &routed_divergence_grad);
   def_of_types<PreferenceForwardArgs>(m, "host_preference_forward",

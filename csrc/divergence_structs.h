@@ -49,30 +49,6 @@ struct DivergenceFoldArgs {
   }
 };
 
-// Block sums -> a row's log-sum-exps and label log-probs; then, with `divergence`, its results.
-struct DivergenceFinishArgs {
-  double* blocks;  // [num_rows, num_blocks] BlockDivergence
-  int64_t blocks_stride, num_rows, num_blocks;
-  const float *label_logit, *ref_label_logit;  // [num_rows], -inf where there is none
-  double *lse, *ref_lse, *logps, *ref_logps;   // [num_rows], written without `divergence` and read with it
-  int kind;
-  double beta;
-  bool routes_logps;
-  float *divergence, *mean, *entropy, *total;  // [num_rows] or null
-  double* log_share;                           // [num_rows, num_blocks] or null, as `total`
-  int64_t log_share_stride;
-  int num_threads;
-
-  template <class In> void fields(In& in) {
-    in.numbers(NAMED(num_rows, num_blocks, kind, beta, routes_logps, num_threads));
-    in.rows(NAMED(blocks), blocks_stride, num_rows, kBlockDivergenceSize * num_blocks);
-    in.arrays(num_rows, NAMED(label_logit, ref_label_logit, lse, ref_lse, logps, ref_logps));
-    in.optional(num_rows, NAMED(divergence, mean, entropy, total));
-    in.optional_rows(NAMED(log_share), log_share_stride, num_rows, num_blocks);
-    in.require(!total == !log_share, "total and log_share go together");
-  }
-};
-
 // What dz reads of the teacher and of the divergence, beside GradArgs.
 struct DivergenceTerms {
   RefTile ref;

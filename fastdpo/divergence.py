@@ -9,10 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .autograd import eager
 from .head import HeadOptions, check_head
-from .ops.divergence.function import Settings, divergence
-from .ops.divergence.problem import DIVERGENCE_STATS, KINDS, DivergenceOutput
+from .ops.divergence.operators import Options, divergence
+from .ops.divergence.problem import DIVERGENCE_STATS, DIVERGENCE_TAU, KINDS, DivergenceOutput
 from .tensors import plain, refuse_transforms
 from .validation import check_integer, check_names, check_number
 
@@ -79,7 +78,8 @@ def linear_divergence(
             and the rest belongs to neither distribution. ``"common"``: as many as the smaller head has. None: the
             heads have the same number of rows, or the call is refused.
         backward, tau, seed, lora, ignore_index, check_labels, accumulate_into: as in `linear_logps`, of the student.
-            `tau` bounds a block's share of the sum of |dz|; where ``"logps"`` is asked for, of its tail too.
+            `tau`: a block's share of the sum of ``|dz|``, and of the tail where ``"logps"`` is asked for, below which
+            it is sampled; None: 2**-9, with ``"logps"`` that of `linear_logps`.
         vocab_group: must be None: heads split over ranks are not served yet.
 
     Returns:
@@ -105,14 +105,17 @@ def linear_divergence(
     refuse_transforms("fastdpo.linear_divergence", *arguments[:7], *factors)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    jsd_beta = check_number("jsd_beta", jsd_beta, 0)
-    if jsd_beta > 1:
-        raise ValueError(f"jsd_beta must lie in [0, 1]; got {jsd_beta}")
-    if kind != "jsd" and jsd_beta != 0.5:
-        raise ValueError(f"jsd_beta belongs to kind='jsd'; got {jsd_beta} with {kind!r}")
+    if type(jsd_beta) is not float or jsd_beta != 0.5:
+        jsd_beta = check_number("jsd_beta", jsd_beta, 0)
+        if jsd_beta > 1:
+            raise ValueError(f"jsd_beta must lie in [0, 1]; got {jsd_beta}")
+        if kind != "jsd":
+            raise ValueError(f"jsd_beta belongs to kind='jsd'; got {jsd_beta} with {kind!r}")
     if kind == "jsd" and jsd_beta in (0.0, 1.0):
         kind = KINDS[int(jsd_beta)]
     stats = check_names("stats", stats, DIVERGENCE_STATS)
+    if tau is None and backward == "routed" and "logps" not in stats:
+        tau = DIVERGENCE_TAU
     options = HeadOptions(
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
@@ -120,7 +123,7 @@ def linear_divergence(
         raise NotImplementedError("vocab_group: linear_divergence does not serve heads that are split over ranks")
     ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
     settings = (kind, jsd_beta, stats, options, ref_options.transform)
-    return eager(_divergence, arguments, vocab_size, settings)
+    return _divergence(arguments, vocab_size, settings)
 
 
 def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
@@ -141,8 +144,8 @@ def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
             f"{hidden.dtype} and {ref_hidden.dtype}"
         )
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
-    settings = Settings(kind, beta, labelled, stats, options, ref_transform, differentiable, call.lora_scale)
-    return divergence(call, teacher, settings)
+    options = Options(kind, beta, labelled, stats, options, ref_transform, differentiable, call.lora_scale)
+    return divergence(call, teacher, options)
 
 
 def _labels(labels_or_mask, options: HeadOptions, stats) -> tuple[Tensor, bool]:

@@ -249,6 +249,29 @@ def summary(step: dict, sweep: dict, fits: dict, accuracy: dict) -> list[str]:
     )
 
 
+DIVERGENCE_PATHS = {
+    "eager": "eager logits",
+    "bf16 logits": "logits rounded to bf16",
+    "trl": "TRL's `ChunkedDivergenceFunction`",
+    "liger": "Liger `LigerFusedLinearJSDLoss`, not compiled",
+    "fastdpo exact": 'fastdpo, `backward="exact"`',
+    "fastdpo routed": "fastdpo, routed",
+}
+
+
+def divergence(record: dict) -> list[str]:
+    header = ["student", "kind", "path", "s", "in GEMMs of both heads", "memory, MiB", "error of the divergence"]
+    header += ["of `dhidden`", "of sure tokens", "of the worst token", "of `dweight`"]
+    used, rows = record["notes"]["memory, MiB"], []
+    for row in record["rows"]:
+        path, held = row["path"], used.get(row["path"])
+        cells = [row["pair"], row["divergence of"], DIVERGENCE_PATHS[path], f"{row['median s']:.2f}"]
+        cells += [f"{row['this / one GEMM of each head']:.1f}", "not measured" if held is None else f"{held:.0f}"]
+        errors = ("divergence", "dhidden", "dhidden, sure", "dhidden, worst token", "dweight")
+        rows.append(bold([*cells, *(error(row[name]) for name in errors)], path == "fastdpo routed"))
+    return [*table(header, rows), *not_measured(record["notes"]["left out"])]
+
+
 @dataclass(frozen=True)
 class Source:
     """A table: `render` takes the records of `files`, each made by its command."""
@@ -267,6 +290,7 @@ COMMANDS = {  # result file -> what made it
     "2026-11-cpu-rules.json": "benchmarks.cpu.rules --head head.safetensors",
     "2026-11-cpu-memory.json": "benchmarks.cpu.memory --frozen",
     "2026-11-cpu-accuracy.json": "benchmarks.cpu.accuracy --head head.safetensors",
+    "2026-11-cpu-divergence.json": "benchmarks.cpu.divergence --head head.safetensors",
     "2026-11-training.json": "benchmarks.models.training",
     "2026-11-triton-counts.json": "tools.count_step --head head.safetensors",
 }
@@ -294,6 +318,7 @@ SOURCES = {
     "bias": Source(bias, ("2026-11-cpu-bias.json",)),
     "memory": Source(memory, ("2026-11-cpu-memory.json",)),
     "accuracy": Source(accuracy, ("2026-11-cpu-accuracy.json",)),
+    "divergence": Source(divergence, ("2026-11-cpu-divergence.json",)),
     "training": Source(training, ("2026-11-training.json",)),
     "counts": Source(counts, ("2026-11-triton-counts.json",)),
 }

@@ -166,7 +166,7 @@ inline BlockGrad divergence_grad_block(const GradArgs& a, const DivergenceTerms&
     if (coef_entropy != 0.0f) out -= splat(coef_entropy) * p * (max(log_p, splat(kLeastLogP)) + splat(entropy));
     store(dz + i, capped ? out * load(slope + i) : out * splat(constant_slope));
   }
-  const BlockGrad found = {divergence_bound<float>(kKind, sum(mass), sum(ref_mass), sum(square), 0.0f), sum(mass)};
+  const BlockGrad found = {divergence_bound(kKind, sum(mass), sum(ref_mass), sum(square)), sum(mass)};
   if (has_label) {
     const float logp = a.logps[token], p = std::exp(logp), ref_logp = t.ref_logps[token];
     float d;

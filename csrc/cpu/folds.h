@@ -39,8 +39,6 @@ void fill_pairs(const FillPairsArgs&);
 void gather_rows(const GatherArgs&);
 void scatter_add_rows(const ScatterArgs&);
 void divergence_fold(const DivergenceFoldArgs&);
-void divergence_lse(const DivergenceFinishArgs&);
-void divergence_finish(const DivergenceFinishArgs&);
 void divergence_grad(const DivergenceGradArgs&);
 int64_t routed_divergence_grad(const RoutedDivergenceGradArgs&);
 

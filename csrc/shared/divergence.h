@@ -22,15 +22,12 @@ struct BlockDivergence {
 };
 constexpr int64_t kBlockDivergenceSize = sizeof(BlockDivergence) / sizeof(double);
 
-// At most what sum of |dz| a block has: its probabilities, and its second moments of what dz has beside p.
-template <class T>
-static inline T divergence_bound(DivergenceKind kind, T p, T r, T square_p, T square_r) {
-  const T eps = static_cast<T>(kLeastDifference) * static_cast<T>(kLeastDifference);
-  if (kind != DivergenceKind::kForwardKL) return std::sqrt(p * (square_p + eps * p));
-  const T mass = p + r, bound = std::sqrt(mass * (square_p + square_r + eps * mass)) * static_cast<T>(0.5);
+// At most what sum of |dz| a block has: its probabilities, and the second moments of what dz has beside p or r.
+static inline float divergence_bound(DivergenceKind kind, float p, float r, float square) {
+  const float eps = kLeastDifference * kLeastDifference;
+  if (kind != DivergenceKind::kForwardKL) return std::sqrt(p * (square + eps * p));
+  const float mass = p + r, bound = std::sqrt(mass * (square + eps * mass)) * 0.5f;
   return mass < bound ? mass : bound;
 }
-
-static inline double weighted_term(double p, double x) { return p == 0.0 ? 0.0 : p * x; }
 
 }  // namespace fastdpo

@@ -79,11 +79,11 @@ def forward(
         )
         if routing is not None:
             out = bitmap[chunk], most_pairs[chunk]
-            _route(block_lse, rest_lse, labels, routing, start, *out, shards, threads)
+            route(block_lse, rest_lse, labels, routing, start, *out, shards, threads)
     return Forward(**columns, bitmap=bitmap, most_pairs=most_pairs)
 
 
-def _route(
+def route(
     block_lse: Tensor,
     rest_lse: Tensor,
     labels: Tensor,

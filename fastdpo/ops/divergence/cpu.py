@@ -1,7 +1,7 @@
 """The CPU engine of the divergence: a tile of either head's logits at a time, folded together; ../cpu/ for two heads.
 
-A KL divergence takes one sweep through both heads. JSD takes two: what it sums over is no function of a block's sums,
-but needs both log-sum-exps first.
+A KL divergence takes one sweep through both heads. What JSD sums over is no function of a block's sums, but needs both
+log-sum-exps first: it takes so few tokens at a time that all their logits stay, and are folded twice.
 """
 
 from __future__ import annotations
@@ -10,14 +10,18 @@ import torch
 from torch import Tensor
 
 from ...head import Routing
-from ...routing import BLOCK
+from ...routing import BLOCK, num_blocks
 from ..cpu.backward import gradients
+from ..cpu.forward import route
 from ..cpu.operands import TILE_BYTES, Operands
 from ..native import EXTENSION
 from ..problem import Gradients, Needs, Tokens
+from .blocks import BlockSums, log_sums, results, shares
 from .problem import KINDS, DivergenceForward, DivergenceUpstream, Heads
 
 BLOCK_SUMS_BYTES = 3 * TILE_BYTES  # of a chunk of tokens; the vocabulary is read once per chunk
+KEPT_BYTES = 6 * TILE_BYTES  # JSD's logits of both heads
+FEWEST_KEPT = 32  # tokens of a chunk: with fewer a product takes longer than two of more
 
 
 def forward(
@@ -49,82 +53,70 @@ def forward(
         bitmap=empty(routed, torch.uint8, bits),
         most_pairs=empty(routed, torch.int32),
     )
-    bytes_per_token = 8 * blocks * EXTENSION.BLOCK_DIVERGENCE_SIZE
+    bytes_per_token = 8 * (blocks if shards is None else num_blocks(shards.widest)) * EXTENSION.BLOCK_DIVERGENCE_SIZE
     size = max(1, min(ops.chunk_rows(), ref_ops.chunk_rows(), BLOCK_SUMS_BYTES // bytes_per_token))
+    if heads.kind == "jsd":
+        kept = KEPT_BYTES // (8 * (ops.vocab_size if shards is None else shards.widest))
+        size = min(size, kept) if kept >= FEWEST_KEPT else size
     for start in range(0, count, size):
-        _forward_chunk(heads, ops, ref_ops, slice(start, min(start + size, count)), found, routing)
+        chunk = slice(start, min(start + size, count))
+        of_chunk = {name: None if x is None else x[chunk] for name, x in vars(found).items()}
+        _forward_chunk(heads, ops, ref_ops, chunk, of_chunk, routing, shards)
     return found
 
 
 def _forward_chunk(
-    heads: Heads, ops: Operands, ref_ops: Operands, chunk: slice, found: DivergenceForward, routing: Routing | None
+    heads: Heads, ops: Operands, ref_ops: Operands, chunk: slice, found: dict, routing: Routing | None, shards
 ) -> None:
-    n, blocks, device, threads = chunk.stop - chunk.start, ops.num_blocks, ops.head.hidden.device, ops.threads
-    sums = torch.empty(n, blocks * EXTENSION.BLOCK_DIVERGENCE_SIZE, dtype=torch.float64, device=device)
+    n, blocks, device = chunk.stop - chunk.start, ops.num_blocks, ops.head.hidden.device
+    sums = torch.empty(n, blocks, EXTENSION.BLOCK_DIVERGENCE_SIZE, dtype=torch.float64, device=device)
     labels = ops.tokens.labels[chunk]
     label_logits = torch.full((2, n), -torch.inf, dtype=torch.float32, device=device)
-    lse, ref_lse, logps, ref_logps = of_row = torch.empty(4, n, dtype=torch.float64, device=device)
     hidden, low_rank = ops.hidden(chunk.start, chunk.stop)
     ref_hidden, _ = ref_ops.hidden(chunk.start, chunk.stop)
 
-    def sweep(known: tuple[Tensor | None, Tensor | None]) -> None:
+    keeps = heads.kind == "jsd" and 8 * n * ops.vocab_size <= KEPT_BYTES
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def products(first: int, last: int) -> tuple[Tensor, Tensor]:
+        tile = ops.products(hidden, low_rank, ops.weight(first, last), first)
+        return tile, ref_ops.products(ref_hidden, None, ref_ops.weight(first, last), first)
+
+    def sweep(lse: Tensor | None = None, ref_lse: Tensor | None = None) -> BlockSums:
         cols = min(ops.slab_cols(n), ref_ops.slab_cols(n))
         for first in range(0, ops.vocab_size, cols):
-            last = min(first + cols, ops.vocab_size)
-            tile = ops.products(hidden, low_rank, ops.weight(first, last), first)
-            ref_tile = ref_ops.products(ref_hidden, None, ref_ops.weight(first, last), first)
+            tile, ref_tile = kept.get(first) or products(first, min(first + cols, ops.vocab_size))
+            if keeps:
+                kept[first] = tile, ref_tile
             EXTENSION.divergence_fold(
                 **ops.tile(tile, first),
                 **_ref_tile(ref_ops, ref_tile, first),
                 labels=labels,
-                blocks=sums[:, first // BLOCK * EXTENSION.BLOCK_DIVERGENCE_SIZE :],
+                blocks=sums.flatten(1)[:, first // BLOCK * EXTENSION.BLOCK_DIVERGENCE_SIZE :],
                 label_logit=label_logits[0],
                 ref_label_logit=label_logits[1],
-                lse=known[0],
-                ref_lse=known[1],
+                lse=lse,
+                ref_lse=ref_lse,
                 beta=heads.beta,
-                num_threads=threads,
+                num_threads=ops.threads,
             )
+        moments = sums.view(torch.float32)[..., 4:]
+        return BlockSums(sums[..., 0], sums[..., 1], *moments.unbind(2)[:5])
 
-    given = {
-        "blocks": sums,
-        "num_rows": n,
-        "num_blocks": blocks,
-        "label_logit": label_logits[0],
-        "ref_label_logit": label_logits[1],
-        **{"lse": lse, "ref_lse": ref_lse, "logps": logps, "ref_logps": ref_logps},
-        "kind": KINDS.index(heads.kind),
-        "beta": heads.beta,
-        "routes_logps": heads.routes_logps,
-        "num_threads": threads,
-    }
-    nothing = dict.fromkeys(("divergence", "mean", "entropy", "total", "log_share"))
-    sweep((None, None))
-    EXTENSION.divergence_lse(**given, **nothing)
+    block_sums = sweep()
+    of = log_sums(block_sums, label_logits, shards)
     if heads.kind == "jsd":
-        sweep((lse, ref_lse))
-    log_share = None if routing is None else torch.empty(n, blocks, dtype=torch.float64, device=device)
-    of_chunk = {name: None if x is None else x[chunk] for name, x in vars(found).items()}
-    outputs = {name: of_chunk[name] for name in ("divergence", "mean", "entropy", "total")}
-    EXTENSION.divergence_finish(**given, **outputs, log_share=log_share)
-    for name, value in zip(("lse", "ref_lse", "logps", "ref_logps"), of_row):
-        if of_chunk[name] is not None:
-            of_chunk[name].copy_(value)
+        block_sums = sweep(of.lse.contiguous(), of.ref_lse.contiguous())
+    divergence, mean, entropy = results(heads, block_sums, of, found["entropy"] is not None, shards)
+    total = None
     if routing is not None:
-        EXTENSION.route(
-            block_lse=log_share,
-            rest_lse=log_share.new_zeros(n),
-            labels=labels,
-            first_row=chunk.start,
-            tau=routing.taus[0],
-            second_tau=routing.taus[1] if len(routing.taus) == 2 else -1.0,
-            seed=routing.seed,
-            before=None,
-            sums=None,
-            bitmap=of_chunk["bitmap"],
-            most_pairs=of_chunk["most_pairs"],
-            num_threads=threads,
-        )
+        total, log_share = shares(heads, block_sums, of, mean, shards)
+        rest_lse, place = log_share.new_zeros(n), (found["bitmap"], found["most_pairs"])
+        route(log_share, rest_lse, labels, routing, chunk.start, *place, shards, ops.threads)
+    values = {"divergence": divergence, "mean": mean, "entropy": entropy, "total": total, **of._asdict()}
+    for name, value in values.items():
+        if found[name] is not None:
+            found[name].copy_(value)
 
 
 def _ref_tile(ref_ops: Operands, data: Tensor, start: int) -> dict:
