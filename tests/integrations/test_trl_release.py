@@ -21,7 +21,7 @@ def test_arguments_by_their_names_here():
     assert signature.call((1, 2, 3), {}) == {"hidden": 1, "weight": 2, None: 3}
     assert signature.call((1,), {"chunk_size": 3, "weight": 2, "clip": 0.2})["weight"] == 2
     assert "clip" in signature and "hidden" not in signature
-    with pytest.raises(RuntimeError, match="passes clip=0.5 to its loss function"):
+    with pytest.raises(RuntimeError, match=r"passes clip=0\.5 to its loss function"):
         signature.call((1, 2, 3, 0.5), {})
     with pytest.raises(TypeError, match="weight"):
         signature.call((1,), {})
