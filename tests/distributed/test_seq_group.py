@@ -204,7 +204,7 @@ def _meshed(rank, size):
     rows = slice(0, 128) if tp.rank() == 0 else slice(128, None)
     tensors |= {"weight": tensors["weight"][rows], "bias": tensors["bias"][rows]}
     found = {}
-    for case in ("LD", "average"):
+    for case in ("LD", "average", "TDPO"):
         given = arguments(tensors, lengths, parts[cp.get_local_rank()], case, True, torch.float32)
         if case == "LD":
             given["seq_positions"] = "zigzag"
@@ -218,7 +218,7 @@ def test_beside_shards_of_the_vocabulary(ranks, monkeypatch):
     found = ranks(4)(_meshed)
     monkeypatch.setenv("FASTDPO_ENGINE", "reference")
     tensors, lengths, parts = whole_batch("zigzag", 2, True)
-    for case in ("LD", "average"):
+    for case in ("LD", "average", "TDPO"):
         joined = []
         for first, second in (found[:2], found[2:]):  # ranks of one part: shards 0 and 1
             (out, grads), (other, others) = first[case], second[case]
