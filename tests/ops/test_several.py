@@ -38,6 +38,8 @@ def upstream(labels):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_values_and_gradients(engine, dtype, transform, how):
+    if engine == "triton" and (dtype == torch.bfloat16) != (how == "exact") and transform == "plain":
+        pytest.skip("20 seconds in the interpreter, of nothing that the others leave out")
     head, labels = small_head(N=23, V=700, bias=True, lora=True), several_labels()
     head.hidden[4] = torch.nan  # not read
     leaves, exact = head.leaves(dtype), head.rounded(dtype)
@@ -72,15 +74,15 @@ def test_gradcheck(transform):
 
 def test_sure_tokens_keep_their_digits(engine):
     """1 - p down to 1e-7, with the sure id anywhere among the labels."""
-    head, labels = small_head(N=8, V=300, H=16), torch.randint(0, 300, (8, 5))
+    head, labels = small_head(N=8, V=300, H=64), torch.randint(0, 300, (8, 5))
     for row in range(8):
         w = head.weight[labels[row, row % 5]]
-        head.hidden[row] = w * (2 * row + 6) / (w @ w)
+        head.hidden[row] = w * (3 * row + 8) / (w @ w)
     leaves, exact = head.leaves(torch.float32), head.rounded(torch.float32)
     ours = fastdpo.linear_logps(leaves.hidden, leaves.weight, labels, backward="exact")
     logps, _ = defined(exact, labels)
     torch.testing.assert_close(ours.double(), logps, rtol=1e-5, atol=1e-30)
-    assert logps.amax() > -1e-5
+    assert -1e-5 < logps.amax() < 0
     sure = torch.arange(8), torch.arange(8) % 5
     ours[sure].sum().backward()
     logps[sure].sum().backward()
