@@ -145,7 +145,8 @@ def linear_dpo_loss(
         ld_alpha: LD-DPO, in [0, 1]: weight of the tokens past the shorter length of chosen and rejected.
         use_weighting: WPO: rows are weighted by ``exp(mean(logp - log sum p^2))`` of chosen times rejected,
             detached.
-        average_log_prob: sequence log-probs are means over the completion tokens instead of sums.
+        average_log_prob: sequence log-probs are means over the completion tokens instead of sums. This and `ld_alpha`
+            hold for the KL of ``tdpo1`` and ``tdpo2`` too.
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels,
             accumulate_into: of `linear_logps`, for policy and reference alike.
         beta, loss_type, loss_weights, label_smoothing, ...: of `preference_loss`; lengths are counted from
@@ -180,7 +181,7 @@ def linear_dpo_loss(
         on a GPU, where it waits, for what the group has not agreed on before, and later differences give NaN. A call
         breaks torch.compile's graph.
 
-    Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
+    Source: DPO, arXiv 2305.18290; TDPO, arXiv 2404.11999; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
     """
     tensors = (
         hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora, seq_positions,
