@@ -11,6 +11,7 @@ from .ops.preference.templates import PreferenceLossFunction
 from .ops.problem import TokenStats
 from .preference import PreferenceOutput, preference_loss
 from .selective import selective_log_softmax
+from .topk import topk_divergence
 
 __all__ = [
     "DPOOutput",
@@ -31,6 +32,7 @@ __all__ = [
     "patch_trl",
     "preference_loss",
     "selective_log_softmax",
+    "topk_divergence",
     "unpatch_model",
     "unpatch_trl",
 ]

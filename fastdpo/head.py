@@ -227,8 +227,8 @@ def check_head(hidden, weight, labels, bias, lora, options: HeadOptions, prefix:
     rows, several = hidden.shape[:-1], labels.ndim == hidden.ndim
     if labels.shape[: len(rows)] != rows or not (labels.ndim == len(rows) or (several and labels.shape[-1] > 0)):
         raise ValueError(
-            f"labels must be shaped like {of_hidden} without its last dimension, {tuple(rows)}, or with K > 0 labels in "
-            f"its place, {(*rows, 'K')}; got {tuple(labels.shape)}"
+            f"labels must be shaped like {of_hidden} without its last dimension, {tuple(rows)}, or with K > 0 labels "
+            f"in its place, {(*rows, 'K')}; got {tuple(labels.shape)}"
         )
     if bias is not None and bias.shape != (vocab_size,):
         raise ValueError(f"{of_bias} must have shape ({vocab_size},); got {tuple(bias.shape)}")

@@ -26,7 +26,7 @@ from .validation import check_names
 def linear_logps(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
-    labels: Tensor,  # [...]
+    labels: Tensor,  # [...] or [..., K]
     bias: Tensor | None = None,  # [V]
     *,
     ignore_index: int = -100,
@@ -53,7 +53,9 @@ def linear_logps(
     Args:
         hidden: ``[..., H]`` fp32, bf16 or fp16 last hidden states, already aligned with `labels` (shift before).
         weight: ``[V, H]`` the lm_head; may be of another floating type than `hidden`.
-        labels: ``[...]`` int64 (or int32) token ids; rows equal to `ignore_index` are never read.
+        labels: ``[...]`` int64 (or int32) token ids; rows equal to `ignore_index` are never read. Or ``[..., K]``,
+            several ids of each row's distribution, which the same one read of the head serves: `ignore_index` may stand
+            in single places, an id more than once in a row, and a row is not read where all of it is ignored.
         bias: ``[V]`` or None.
         ignore_index: the label that marks prompt and padding.
         logit_scale: multiplies the logits (Cohere, Granite's 1 / logits_scaling, ...).
@@ -98,7 +100,11 @@ def linear_logps(
         once. Tensors may have any strides; one that does not keep its values in strided memory (quantized, sparse,
         nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
         for one seed. Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add
-        nothing to the other gradients. Gradients are computed only for tensors that require them. Without
+        nothing to the other gradients; of K labels, NaN in their own place of the result. With K > 1 a weight in a half
+        type has its gradient's rows of the labels rounded twice (the others, and all other gradients, once), a call
+        takes some 40 bytes more for each label, a head that is sharded over ranks with tokens of their own is always
+        gathered, and what is sampled is the tail of a row's likeliest label. Gradients are computed only for tensors
+        that require them. Without
         `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a GPU on the way
         to its engine.
 
@@ -113,7 +119,7 @@ def linear_logps(
 def linear_token_stats(
     hidden: Tensor,  # [..., H]
     weight: Tensor,  # [V, H]
-    labels: Tensor,  # [...]
+    labels: Tensor,  # [...] or [..., K]
     bias: Tensor | None = None,  # [V]
     *,
     stats: tuple[str, ...] = STATS,
@@ -138,21 +144,25 @@ def linear_token_stats(
         mean_logit = z.mean(-1)
         is_top1 = z.argmax(-1) == labels
         log_sum_sq_probs = (2 * logp).logsumexp(-1)
+        lse = z.logsumexp(-1)
 
     Args:
         stats: which fields of TokenStats to compute beside `logps`, by name; all by default.
         Everything else: as in `linear_logps`.
 
     Returns:
-        TokenStats, each tensor shaped like `labels`, 0 or False where ignored; None for what `stats` leaves out.
+        TokenStats, each tensor shaped like `labels`, 0 or False where ignored; None for what `stats` leaves out. With
+        labels ``[..., K]``, `logps` and `is_top1` are of each label (labels that tie within rounding: one of them), and
+        the others, of a row's distribution, ``[...]``: 0 where all its labels are ignored, NaN where the rest is out of
+        range.
 
     Raises:
         ValueError, TypeError: naming the argument and its value.
 
     Guarantees:
-        As `linear_logps`. `logps` and `entropy` are differentiable (an upstream gradient of `entropy` takes the exact
-        backward); the others are not. An `entropy` that leaves a compiled function counts as having an upstream
-        gradient: detach one that is only logged.
+        As `linear_logps`. `logps`, `entropy` and `lse` are differentiable (an upstream gradient of `entropy` takes the
+        exact backward; one of `lse`, as of a z-loss, is routed too); the others are not. An `entropy` that leaves a
+        compiled function counts as having an upstream gradient: detach one that is only logged.
 
     Source: mean of log sum p^2 is WPO's weight, Zhou et al., arXiv 2406.11827, eq. 2.
     """

@@ -35,7 +35,7 @@ def patch_model(model, **options):
 
     Such a call runs the model's own forward up to the lm_head and returns `ModelTokenStats` of shape
     ``[B, T - 1]`` for `labels` shifted as in the model's own loss, or ``[B, T]`` for `shift_labels`, taken as
-    they are. Equivalent to::
+    they are; with several ids of each position, ``[B, T, K]``, as in `linear_token_stats`. Equivalent to::
 
         logps = (model(input_ids, ...).logits[:, :-1].float() / temperature).log_softmax(-1)
         logps = logps.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
@@ -118,7 +118,7 @@ def unpatch_model(model):
 class ModelTokenStats(NamedTuple):
     """`TokenStats` of a model's call, and what the model returned besides logits, None where it did not."""
 
-    logps: Tensor  # [B, T - 1]; these five as in TokenStats
+    logps: Tensor  # [B, T - 1], or [B, T - 1, K] of labels [B, T, K]; these five as in TokenStats
     entropy: Tensor | None
     mean_logit: Tensor | None
     is_top1: Tensor | None
@@ -127,6 +127,7 @@ class ModelTokenStats(NamedTuple):
     hidden_states: tuple[Tensor, ...] | None = None  # of output_hidden_states=True, at all T positions, as the others
     attentions: tuple[Tensor, ...] | None = None
     router_logits: tuple[Tensor, ...] | None = None
+    lse: Tensor | None = None  # [B, T - 1], as in TokenStats
 
 
 class _Settings(NamedTuple):
@@ -196,13 +197,14 @@ class _PatchedForward:
         options, stats = self.settings
 
         def score(head: AppliedHead, transform: LogitTransform) -> TokenStats:
-            if targets.shape != head.hidden.shape[:-1]:
-                shape = tuple(head.hidden.shape[:-1])
-                raise ValueError(f"{name} must have shape {shape}; got {tuple(targets.shape)}")
+            rows = head.hidden.shape[:-1]
+            if targets.shape[: len(rows)] != rows or targets.ndim > len(rows) + 1:
+                shapes = f"{tuple(rows)}, or that with K labels in the place of one"
+                raise ValueError(f"{name} must have shape {shapes}; got {tuple(targets.shape)}")
             of = targets
             if shift_labels is None:
                 # The labels move and not hidden, [B, T, H], which a slice would copy
-                last = labels.new_full((labels.shape[0], 1), options.ignore_index)
+                last = labels.new_full((labels.shape[0], 1, *labels.shape[2:]), options.ignore_index)
                 of = torch.cat((labels[:, 1:], last), dim=1)
             return head.token_stats(of, transform._replace(temperature=options.temperature), options, stats)
 
@@ -216,7 +218,7 @@ class _PatchedForward:
         if shift_labels is None:
             # copies, of few numbers: FSDP warns of views, whose in-place change its hooks would miss
             found = [None if x is None else x[:, :-1].clone() for x in found]
-        return ModelTokenStats(*found, **_besides_logits(output))
+        return ModelTokenStats(**dict(zip(TokenStats._fields, found)), **_besides_logits(output))
 
     def arguments(self, args: tuple, kwargs: dict) -> dict:
         """By name, since the backbone takes them in another order; None is every backbone's default."""

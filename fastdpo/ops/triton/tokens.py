@@ -73,7 +73,7 @@ def compact_kernel(
     coef,  # [M] fp32 or None, as the next
     coef_entropy,
     tokens,
-    results,  # Results: rows that are no token are filled,
+    results,  # Results or those of a divergence: rows that are no token are filled,
     pairs,  # and so are Pairs
     hidden,
     out,  # [capacity, pitch]: hidden of the first tokens; or None
@@ -119,7 +119,7 @@ def compact_kernel(
         tl.store(tokens.offsets + i, offsets, mask=scored)
         tl.store(tokens.token_of_row + r, tl.where(scored, i, tl.where(bad, -2, -1)), mask=r < last)
         skipped = (r < last) & ~scored
-        if results.logps is not None:
+        if results[0] is not None:
             store_nothing(results, r, bad, skipped)
         if pairs.bitmap is not None:
             tl.store(pairs.most_pairs + r, 0, mask=skipped)
