@@ -100,6 +100,16 @@ def test_parity(case, distil):
     assert any(entry.get("grad_norm", 0) > 0 for entry in ours)
 
 
+@pytest.mark.skipif("gold" not in cases(), reason="no GOLD in this release")
+def test_gold_between_tokenizers_stays_trl_s(distil, tmp_path):
+    """Its loss reads sorted or matched probabilities."""
+    bytes_tokenizer().save_pretrained(tmp_path / "of_teacher")
+    config = {"use_uld_loss": True, "teacher_tokenizer_name_or_path": str(tmp_path / "of_teacher")}
+    theirs = distil("gold", 2, **config)
+    patch_trl(backward="exact")
+    assert distil("gold", 2, **config) == theirs
+
+
 def test_routed_and_without_logits(distil, monkeypatch):
     theirs = distil("gkd", 3)
     linear, rows = torch.nn.functional.linear, []
