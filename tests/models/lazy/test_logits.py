@@ -215,7 +215,7 @@ def test_labels_that_torch_refuses_are_refused():
 
 
 COUNTED = torch.arange(B * T).view(B, T) % 3 != 1
-READS = {
+DIVERGENCE_READS = {
     "all rows": lambda z, w: (z, w, COUNTED),
     "other rows of the teacher": lambda z, w: (z[:, 1:], w[:, :-1], COUNTED[:, 1:]),
     "one row of the teacher for many": lambda z, w: (z, w[0, [1] * T].unsqueeze(0)[[0] * B], COUNTED),
@@ -231,7 +231,7 @@ def teacher_and_student():
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("read", READS)
+@pytest.mark.parametrize("read", DIVERGENCE_READS)
 @pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3)])
 def test_divergence(read, kind, beta):
     found = []
@@ -243,7 +243,7 @@ def test_divergence(read, kind, beta):
                 w = of_teacher(ref_hidden)
         else:
             z, w = model(hidden), of_teacher(ref_hidden).detach()
-        z, w, counted = READS[read](z, w)
+        z, w, counted = DIVERGENCE_READS[read](z, w)
         if lazy:
             values = z.divergence(w, counted, kind, beta, None)
         else:
