@@ -75,9 +75,9 @@ NUM_SUMS = tl.constexpr(len(Sums._fields))
 
 
 @triton.jit
-def store_nothing(results, row, is_bad, skipped):
-    """Rows without a token: 0, or NaN (False) where the label is out of range."""
-    for j in tl.static_range(len(results)):
+def store_nothing(results, COUNT: tl.constexpr, row, is_bad, skipped):
+    """Rows without a token: 0, or NaN (False) where the label is out of range. `COUNT`: of the fields of `results`."""
+    for j in tl.static_range(COUNT):
         if results[j] is not None:
             if results[j].dtype.element_ty == tl.int1:
                 tl.store(results[j] + row, row < 0, mask=skipped)
