@@ -60,6 +60,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("BLOCK_DIVERGENCE_SIZE") = kBlockDivergenceSize;
   m.attr("MAX_TERMS") = kMaxTerms;
   m.attr("PAIR_SUMS_BYTES") = sizeof(PairSums);
+  m.attr("PAIR_PARTIALS") = kPartials;
   m.attr("PREFERENCE_LOSSES") = names(kPreferenceLosses);
   m.attr("DIVERGENCES") = names(kDivergences);
   py::list options;

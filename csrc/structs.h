@@ -342,6 +342,7 @@ template <class T>
 struct PreferenceBatch {
   const T* logps[2];
   const T* ref[2];               // or null: zeros, the loss is reference-free
+  const T* kl[2];                // KL(reference || policy), like `logps`; or null
   const T* log_sum_sq_probs[2];  // per token, for WPO's weights; or null
   const int64_t* labels[2];      // or null: every token counts
   const int64_t* lengths[2];     // [num_pairs], where there are no labels; or null: 1
@@ -350,7 +351,7 @@ struct PreferenceBatch {
   int64_t label_stride;          // between padded rows of labels; the other arrays are contiguous
   int64_t ignore_index;
   int64_t num_pairs, num_tokens;
-  bool offsets_are_int32, ref_per_token, average, reward_per_token;
+  bool offsets_are_int32, ref_per_token, average, reward_per_token, reward_with_kl;
   double ld_alpha;    // of tokens past the shorter length; negative: none
   double sft_weight;  // of -sum(chosen) / sum(tokens) over the batch, which has no expression per pair
   LossTerm terms[kMaxTerms];
@@ -368,22 +369,24 @@ struct PreferenceBatch {
   }
   template <class In> void fields(In& in) {
     layout_fields(in);
-    in.pairs(side_size(), NAMED(logps, log_sum_sq_probs));
+    in.pairs(side_size(), NAMED(logps, kl, log_sum_sq_probs));
     in.pairs(ref_size(), NAMED(ref));
     in.pairs(num_pairs, NAMED(lengths));
     in.optional(1, NAMED(kto_kl));
-    in.numbers(NAMED(reward_per_token));
+    in.numbers(NAMED(reward_per_token, reward_with_kl));
     in.terms(NAMED(terms), num_terms);
     in.options(NAMED(options));
   }
 };
 
 struct PairSums {
-  double policy[2], ref[2];  // as the loss reads them
-  double plain_chosen;       // without weights, for sft
-  double weight;             // WPO's
+  double policy[2], ref[2], kl[2];  // as the loss reads them
+  double plain_chosen;              // without weights, for sft
+  double weight;                    // WPO's
   int64_t tokens[2];
 };
+
+constexpr int kPartials = kPreferenceInputs + 1;
 
 template <class T>
 struct PreferenceResults {
@@ -393,7 +396,7 @@ struct PreferenceResults {
   T* losses;          // [num_pairs], as the six below
   T* rewards[2];
   T* logps[2];
-  double* partials;  // [5, num_pairs]: d losses[i] / d (chosen, rejected, ref_chosen, ref_rejected, plain sums)
+  double* partials;  // [kPartials, num_pairs]: d losses[i] / d (both of policy, ref and kl; the plain sums)
 };
 
 // From log-probs to the loss.
@@ -405,7 +408,7 @@ struct PreferenceForwardArgs {
   template <class In> void fields(In& in) {
     batch.fields(in);
     in.arrays(batch.num_pairs, "sums, losses", out.sums, out.losses);
-    in.arrays(5 * batch.num_pairs, "partials", out.partials);
+    in.arrays(kPartials * batch.num_pairs, "partials", out.partials);
     in.arrays(1, "loss, finished", out.loss, out.finished);
     in.pairs(batch.num_pairs, "rewards, out_logps", out.rewards, out.logps);
   }
@@ -420,6 +423,7 @@ struct PreferenceUpstream {
   const T* dlogps[2];  // [num_pairs], of PreferenceResults::logps
   T* dtokens[2];       // like `logps`, or null as dref
   T* dref[2];          // like `ref`
+  T* dkl[2];           // like `logps`
 };
 
 // And back.
@@ -431,11 +435,11 @@ struct PreferenceBackwardArgs {
   template <class In> void fields(In& in) {
     batch.layout_fields(in);
     in.arrays(batch.num_pairs, "sums", up.sums);
-    in.arrays(5 * batch.num_pairs, "partials", up.partials);
+    in.arrays(kPartials * batch.num_pairs, "partials", up.partials);
     in.optional(1, "dloss", up.dloss);
     in.optional(batch.num_pairs, "dlosses", up.dlosses);
     in.pairs(batch.num_pairs, "dlogps", up.dlogps);
-    in.pairs(batch.side_size(), "dtokens", up.dtokens);
+    in.pairs(batch.side_size(), "dtokens, dkl", up.dtokens, up.dkl);
     in.pairs(batch.ref_size(), "dref", up.dref);
   }
 };

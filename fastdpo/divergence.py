@@ -6,12 +6,18 @@ The formulas, and which (token, block) pairs a routed backward keeps: fastdpo/op
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from .head import HeadOptions, check_head
-from .ops.divergence.operators import Options, divergence
+from .autograd import eager
+from .distributed.handshake import announcing
+from .head import CheckedHead, HeadOptions, check_head
+from .ops.agreement import Teacher, agree
+from .ops.divergence.operators import LinearDivergenceFunction, Options, divergence
 from .ops.divergence.problem import DIVERGENCE_STATS, DIVERGENCE_TAU, KINDS, DivergenceOutput
+from .ops.engines import divergence_engine
 from .tensors import plain, refuse_transforms
 from .validation import check_integer, check_names, check_number
 
@@ -80,7 +86,8 @@ def linear_divergence(
         backward, tau, seed, lora, ignore_index, check_labels, accumulate_into: as in `linear_logps`, of the student.
             `tau`: a block's share of the sum of ``|dz|``, and of the tail where ``"logps"`` is asked for, below which
             it is sampled; None: 2**-9, with ``"logps"`` that of `linear_logps`.
-        vocab_group: must be None: heads split over ranks are not served yet.
+        vocab_group: as in `linear_logps`: both heads are split alike, by rows, and hidden states and labels are the
+            same on every rank; not with the Triton engine yet.
 
     Returns:
         DivergenceOutput(divergence, entropy, logps, ref_logps), fp32 (fp64 for fp64 inputs), nats, shaped like
@@ -89,7 +96,7 @@ def linear_divergence(
 
     Raises:
         ValueError, TypeError: naming the argument and its value.
-        NotImplementedError: for `vocab_group`.
+        NotImplementedError: for `vocab_group` with the Triton engine.
 
     Guarantees:
         As `linear_logps`. The forward reads each head once for the KL divergences and twice for ``"jsd"``. A token
@@ -97,24 +104,18 @@ def linear_divergence(
         ``"forward_kl"``. The routed gradient is unbiased, and its error relative to a token's own gradient, also where
         student and teacher nearly agree: fastdpo/ops/divergence/problem.py.
 
-    Source: generalised JSD, Agarwal et al., arXiv 2306.13649, eq. 1 (there beta is 1 - jsd_beta's place in the mixture
-        as TRL has it); routed: fastdpo/routing.py.
+    Source: generalised JSD, Agarwal et al., arXiv 2306.13649, eq. 1, with the ends and the mixture of
+        TRL's `beta`; routed: fastdpo/routing.py.
     """
     arguments = (hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora)
-    factors = lora if isinstance(lora, (tuple, list)) else ()
-    refuse_transforms("fastdpo.linear_divergence", *arguments[:7], *factors)
     kind, jsd_beta = check_kind(kind, jsd_beta)
     stats = check_names("stats", stats, DIVERGENCE_STATS)
-    if tau is None and backward == "routed" and "logps" not in stats:
-        tau = DIVERGENCE_TAU
     options = HeadOptions(
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels, accumulate_into
     )
-    if options.vocab_group is not None:
-        raise NotImplementedError("vocab_group: linear_divergence does not serve heads that are split over ranks")
     ref_options = HeadOptions(logit_scale=ref_logit_scale, softcap=ref_softcap, temperature=temperature)
     settings = (kind, jsd_beta, stats, options, ref_options.transform)
-    return _divergence(arguments, vocab_size, settings)
+    return token_divergence(arguments, vocab_size, settings)
 
 
 def check_kind(kind, jsd_beta) -> tuple[str, float]:
@@ -130,7 +131,65 @@ def check_kind(kind, jsd_beta) -> tuple[str, float]:
     return (KINDS[int(jsd_beta)] if kind == "jsd" and jsd_beta in (0.0, 1.0) else kind), jsd_beta
 
 
-def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
+def token_divergence(arguments, vocab_size, settings, function=LinearDivergenceFunction) -> DivergenceOutput:
+    """The one door: the tensors of `linear_divergence` are checked here, what else it takes is.
+
+    `function`: where a trainer's head needs care in the backward.
+    """
+    lora = arguments[7]
+    factors = lora if isinstance(lora, (tuple, list)) else ()
+    refuse_transforms(function.of, *arguments[:7], *factors)
+    kind, beta, stats, options, ref_transform = settings
+    if options.tau is None and options.backward == "routed" and "logps" not in stats:
+        options = replace(options, tau=DIVERGENCE_TAU)
+    if options.vocab_group is not None:
+        return eager(_of_ranks, arguments, vocab_size, settings, options, function)
+    call, teacher, options = _checked(arguments, vocab_size, (kind, beta, stats, options, ref_transform))
+    return divergence(call, teacher, options, function)
+
+
+def reference_divergence(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lora,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    *,
+    options: HeadOptions,
+    stats: tuple[str, ...],
+) -> DivergenceOutput:
+    """KL(reference || policy) of two heads with the same options, which are checked."""
+    arguments = (hidden, weight, ref_hidden, ref_weight, labels, bias, ref_bias, lora)
+    return token_divergence(arguments, None, ("forward_kl", 0.5, stats, options, options.transform))
+
+
+def _of_ranks(arguments, vocab_size, settings, head: HeadOptions, function) -> DivergenceOutput:
+    """A call whose heads are both split over the ranks of a group."""
+    kind, beta, stats, _, ref_transform = settings
+    with announcing(head.vocab_group, arguments[0]):
+        if vocab_size is not None:
+            raise ValueError(f"vocab_size is of whole heads: cut them before they are split; got {vocab_size!r}")
+        call, teacher, options = _checked(arguments, None, (kind, beta, stats, head, ref_transform))
+        device, dtype = call.tensors[0].device, call.tensors[0].dtype
+        if divergence_engine(device, dtype).name == "triton":
+            raise NotImplementedError(
+                "vocab_group: the Triton engine's divergence does not serve heads split over ranks"
+            )
+    fields = {
+        "kind": options.kind,
+        "jsd_beta": beta,
+        "labels_or_mask": "labels" if options.labelled else "a mask",
+        "ref_logit_scale": ref_transform.scale,
+        "ref_softcap": ref_transform.softcap,
+    }
+    agreed = agree(call, head, stats, options.differentiable, Teacher(teacher, fields))
+    return divergence(call, teacher, options, function, agreed)
+
+
+def _checked(arguments, vocab_size, settings) -> tuple[CheckedHead, CheckedHead, Options]:
     hidden, weight, ref_hidden, ref_weight, labels_or_mask, bias, ref_bias, lora = arguments
     kind, beta, stats, options, ref_transform = settings
     labels, labelled = _labels(labels_or_mask, hidden, options, stats)
@@ -149,7 +208,7 @@ def _divergence(arguments, vocab_size, settings) -> DivergenceOutput:
         )
     differentiable = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in call.tensors)
     options = Options(kind, beta, labelled, stats, options, ref_transform, differentiable, call.lora_scale)
-    return divergence(call, teacher, options)
+    return call, teacher, options
 
 
 def _labels(labels_or_mask, hidden, options: HeadOptions, stats) -> tuple[Tensor, bool]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .autograd import eager
-from .distributed.dtensor import local_rows, plain_or_dtensor
+from .distributed.dtensor import local_rows
 from .distributed.groups import process_group
 from .distributed.handshake import announcing
 from .distributed.sequences import (
@@ -26,14 +26,16 @@ from .distributed.sequences import (
     described_options,
     described_tensors,
 )
+from .divergence import reference_divergence
 from .head import HEAD_OPTIONS, HeadOptions
 from .logps import token_stats
 from .losses import LOSSES, PREFERENCE_OPTIONS, PreferenceOptions
 from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
+from .reference_model import Reference, check_reference
 from .sequences import check_layout
 from .tensors import plain, refuse_transforms
-from .validation import FLOATS, check_flag, check_number
+from .validation import check_flag, check_number
 
 
 class DPOOutput(NamedTuple):
@@ -133,6 +135,8 @@ def linear_dpo_loss(
         ref_weight, ref_bias: the reference's head. Both default to the policy's, `lora` left out: the
             reference of an adapter on the head is the head without it. With `bias` and `ref_weight`,
             `ref_bias` is needed: a tensor, or False for a reference head without one.
+            ``tdpo1`` and ``tdpo2`` need it, since they read its whole distribution: both models' log-probs and their
+            KL come from one sweep over the two heads (`linear_divergence`), and the KL's gradient is routed too.
         ref_logps: instead of `ref_hidden`, the reference's log-probs: ``[2B]``, per sequence, taken as they
             are whatever `ld_alpha` and `average_log_prob` say; or per token, shaped like `labels`. (``[N]``
             with N = 2B is read as per sequence.) Without any reference the loss is reference-free.
@@ -141,7 +145,8 @@ def linear_dpo_loss(
         ld_alpha: LD-DPO, in [0, 1]: weight of the tokens past the shorter length of chosen and rejected.
         use_weighting: WPO: rows are weighted by ``exp(mean(logp - log sum p^2))`` of chosen times rejected,
             detached.
-        average_log_prob: sequence log-probs are means over the completion tokens instead of sums.
+        average_log_prob: sequence log-probs are means over the completion tokens instead of sums. This and `ld_alpha`
+            hold for the KL of ``tdpo1`` and ``tdpo2`` too.
         ignore_index, logit_scale, softcap, temperature, backward, tau, seed, vocab_group, check_labels,
             accumulate_into: of `linear_logps`, for policy and reference alike.
         beta, loss_type, loss_weights, label_smoothing, ...: of `preference_loss`; lengths are counted from
@@ -176,7 +181,7 @@ def linear_dpo_loss(
         on a GPU, where it waits, for what the group has not agreed on before, and later differences give NaN. A call
         breaks torch.compile's graph.
 
-    Source: DPO, arXiv 2305.18290; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
+    Source: DPO, arXiv 2305.18290; TDPO, arXiv 2404.11999; LD-DPO, arXiv 2409.06411; WPO, arXiv 2406.11827 eq. 2.
     """
     tensors = (
         hidden, weight, labels, bias, ref_hidden, ref_weight, ref_bias, ref_logps, cu_seqlens, lora, seq_positions,
@@ -253,22 +258,17 @@ def _scored(
             seq_positions = check_positions(
                 seq_positions, labels, options.head.ignore_index, cu_seqlens, options.head.check_labels
             )
-        reference = _Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
-        reference = _check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
-    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
-    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
-    ref_logps = reference.logps
-    if reference.hidden is not None:
-        with torch.no_grad():
-            ref_logps = token_stats(
-                ref_hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
-            ).logps
+        reference = Reference(ref_hidden, ref_weight, None if ref_bias is False else ref_bias, ref_logps)
+        reference = check_reference(reference, ref_bias is False, options.preference, weight, bias, labels, cu_seqlens)
+    scores = _compared if options.preference.needs_kl() else _logps
+    logps, ref_logps, kl, log_sum_sq_probs = scores(options, hidden, weight, labels, bias, lora, reference)
     return BatchInputs(
-        stats.logps,
+        logps,
         ref=ref_logps,
+        kl=kl,
         labels=labels,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(labels.device),
-        log_sum_sq_probs=stats.log_sum_sq_probs,
+        log_sum_sq_probs=log_sum_sq_probs,
         ignore_index=options.head.ignore_index,
         average=options.average_log_prob,
         ld_alpha=options.ld_alpha,
@@ -276,85 +276,30 @@ def _scored(
     )
 
 
-class _Reference(NamedTuple):
-    """What the reference's log-probs come from: a head, or they themselves."""
+def _logps(options: _DPOOptions, hidden, weight, labels, bias, lora, reference: Reference):
+    statistics = ("log_sum_sq_probs",) if options.use_weighting else ()
+    stats = token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options.head, stats=statistics)
+    ref_logps = reference.logps
+    if reference.hidden is not None:
+        with torch.no_grad():
+            ref_logps = token_stats(
+                reference.hidden, reference.weight, labels, bias=reference.bias, options=options.ref_head
+            ).logps
+    return stats.logps, ref_logps, None, stats.log_sum_sq_probs
 
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    logps: Tensor | None
 
-
-def _check_reference(
-    given: _Reference, without_bias: bool, options: PreferenceOptions, weight, bias, labels: Tensor, cu_seqlens
-) -> _Reference:
-    """Plain tensors, with the policy's head where the reference has no other; ValueError or TypeError unless they fit
-    the policy's. Log-probs per sequence of packed tokens are a column, also where there are as many tokens."""
-    checked = []
-    for field, x in zip(_Reference._fields, given):
-        name = f"ref_{field}"
-        if x is not None:
-            if field == "hidden":
-                x, _ = local_rows(x, labels, name)
-            x = plain_or_dtensor(name, x) if field in ("weight", "bias") else plain(name, x)
-            options.check_reference(name)
-            if x.dtype not in FLOATS:
-                raise TypeError(f"{name} must be fp32, bf16, fp16 or fp64; got {x.dtype}")
-            if x.device != labels.device:
-                raise ValueError(f"{name} is on {x.device} but labels is on {labels.device}")
-            if field in ("weight", "bias") and given.hidden is None:
-                raise ValueError(f"{name} of shape {tuple(x.shape)} was given without ref_hidden")
-        checked.append(x)
-    hidden, ref_weight, ref_bias, logps = checked
-    if without_bias and hidden is None:
-        options.check_reference("ref_bias")
-        raise ValueError("ref_bias=False was given without ref_hidden")
-    if logps is not None:
-        if hidden is not None:
-            raise ValueError("ref_hidden and ref_logps were both given: the reference has one source")
-        per_sequence = (labels.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1,)
-        if logps.shape not in (per_sequence, labels.shape):
-            raise ValueError(
-                f"ref_logps must be per sequence, {per_sequence}, or per token, {tuple(labels.shape)}; "
-                f"got shape {tuple(logps.shape)}"
+def _compared(options: _DPOOptions, hidden, weight, labels, bias, lora, reference: Reference):
+    """Policy and reference in one sweep over both heads; WPO's weights are of another one."""
+    student, teacher = (hidden, weight, labels, bias, lora), (reference.hidden, reference.weight, reference.bias)
+    found = reference_divergence(*student, *teacher, options=options.head, stats=("logps", "ref_logps"))
+    weighting = None
+    if options.use_weighting:
+        with torch.no_grad():
+            stats = token_stats(
+                hidden, weight, labels, bias=bias, lora=lora, options=options.ref_head, stats=("log_sum_sq_probs",)
             )
-        if cu_seqlens is not None and logps.shape == per_sequence:
-            logps = logps[:, None]
-    if hidden is None:
-        return _Reference(None, None, None, logps)
-    if hidden.shape[:-1] != labels.shape:
-        raise ValueError(
-            f"ref_hidden must be laid out like hidden, [{', '.join(map(str, labels.shape))}, H]; "
-            f"got shape {tuple(hidden.shape)}"
-        )
-    if ref_weight is None:
-        weight = ref_weight = plain_or_dtensor("weight", weight)
-        if hidden.shape[-1:] != weight.shape[-1:]:
-            raise ValueError(
-                f"ref_hidden has H = {hidden.shape[-1]} but weight has H = {weight.shape[-1]}: give ref_weight"
-            )
-    elif ref_weight.ndim != 2 or ref_weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(
-            f"ref_weight must be [V, H] with H = {hidden.shape[-1]} of ref_hidden; got shape {tuple(ref_weight.shape)}"
-        )
-    elif bias is not None and ref_bias is None and not without_bias:
-        raise ValueError(
-            "ref_weight was given without ref_bias, but the policy's head has a bias: give the reference's, or "
-            "ref_bias=False where it has none"
-        )
-    if torch.float64 in (hidden.dtype, ref_weight.dtype) and hidden.dtype != ref_weight.dtype:
-        raise TypeError(
-            "fp64 is for checking: all of the reference's head and ref_hidden must be fp64 or none; got ref_hidden "
-            f"{hidden.dtype}, its weight {ref_weight.dtype}"
-        )
-    if ref_bias is None and not without_bias:
-        ref_bias = bias
-    elif ref_bias is not None and ref_bias.shape != ref_weight.shape[:1]:
-        raise ValueError(
-            f"ref_bias must have shape ({ref_weight.shape[0]},), the rows of the reference's head; "
-            f"got {tuple(ref_bias.shape)}"
-        )
-    return _Reference(hidden, ref_weight, ref_bias, None)
+        weighting = stats.log_sum_sq_probs
+    return found.logps, found.ref_logps, found.divergence, weighting
 
 
 class LinearDPOLoss(torch.nn.Module):

@@ -24,7 +24,8 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class Loss(NamedTuple):
-    """What one loss reads. `d` is s_w - s_l, `S` the sigmoid, `e` the label smoothing, `n` a length."""
+    """What one loss reads. `d` is s_w - s_l, `S` the sigmoid, `e` the label smoothing, `n` a length, `k` a sequence's
+    KL(reference || policy)."""
 
     formula: str
     source: str
@@ -33,12 +34,14 @@ class Loss(NamedTuple):
     reference_free: bool = False  # never looks at the reference
     ranked: bool = False  # re-matches the batch's rows by rank, so that a weight per row has no meaning
     per_token_reward: bool = False  # its implicit reward is per token, and so are the rewards its trainer reports
+    kl: bool = False  # reads KL(reference || policy), and its implicit reward has it
     lengths: tuple[str, ...] = ()
     options: tuple[str, ...] = ()  # beyond beta, label_smoothing and the f-divergence
 
 
 FLIP = "[0, 0.5]"  # above one half, smoothing would prefer the rejected completion
 BOTH_LENGTHS = ("chosen_lengths", "rejected_lengths")
+BOTH_KLS = ("chosen_kl", "rejected_kl")
 
 LOSSES: dict[str, Loss] = {
     "sigmoid": Loss(
@@ -134,6 +137,13 @@ LOSSES: dict[str, Loss] = {
         reference_free=True,
         options=("slic_delta",),
     ),
+    "tdpo1": Loss("-log S(beta (a - b - (k_l - k_w)))", "TDPO, arXiv 2404.11999 eqs. 15 and 16", kl=True),
+    "tdpo2": Loss(
+        "-log S(beta (a - b - tdpo_alpha (k_l - k_w))), k_w without gradient",
+        "TDPO, arXiv 2404.11999 eq. 17",
+        kl=True,
+        options=("tdpo_alpha",),
+    ),
 }
 
 
@@ -180,6 +190,7 @@ class PreferenceOptions:
     kto_kl: float | Tensor = field(default=0.0, metadata=_CHECK_KL)
     desirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
     undesirable_weight: float = field(default=1.0, metadata=_NOT_NEGATIVE)
+    tdpo_alpha: float = field(default=0.5, metadata=_NOT_NEGATIVE)
 
     def __post_init__(self):
         names, weights = _check_losses(self.loss_type, self.loss_weights)
@@ -217,6 +228,17 @@ class PreferenceOptions:
                     return False
         return found
 
+    def needs_kl(self) -> bool:
+        return any(LOSSES[name].kl for name in self.loss_type)
+
+    def check_kl(self, given: str) -> None:
+        """Raises where no loss reads it."""
+        if not self.needs_kl():
+            users = ", ".join(name for name, loss in LOSSES.items() if loss.kl)
+            raise ValueError(
+                f"{given} was given, but loss_type {list(self.loss_type)} never looks at it; it is used by {users}"
+            )
+
     def check_reference(self, given: str) -> None:
         """Raises where no loss looks at it; the rewards of ``sft`` alone do."""
         if self.all_are("reference_free"):
@@ -248,6 +270,7 @@ def states_options(function):
             divergences=[f"``{name}``" for name in F_DIVERGENCES],
             f_divergence=[f"``{name}``" for name, loss in LOSSES.items() if loss.f_divergence],
             lengths=[f"``{name}``" for name, loss in LOSSES.items() if loss.lengths],
+            kl=[f"``{name}``" for name, loss in LOSSES.items() if loss.kl],
             label_smoothing=[f"{interval} for {name}" for name, interval in intervals.items()],
         )
     return function
@@ -306,13 +329,15 @@ class CheckedSequences(NamedTuple):
     ref_rejected: Tensor | None
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
+    chosen_kl: Tensor | None
+    rejected_kl: Tensor | None
 
 
-_NAMES = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", *BOTH_LENGTHS)
+_NAMES = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", *BOTH_LENGTHS, *BOTH_KLS)
 
 
 def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
-    """ValueError or TypeError, naming the argument and its value, unless the six tensors fit."""
+    """ValueError or TypeError, naming the argument and its value, unless the eight tensors fit."""
     ref_chosen, ref_rejected = tensors[2:4]
     if ref_chosen is not None or ref_rejected is not None:
         options.check_reference("ref_chosen_logps")
@@ -323,10 +348,12 @@ def check_sequences(options: PreferenceOptions, *tensors) -> CheckedSequences:
     for name, x in zip(_NAMES, tensors):
         if x is None and name not in ("chosen_logps", "rejected_logps"):
             for loss in options.loss_type:
-                if name in LOSSES[loss].lengths:
+                if name in LOSSES[loss].lengths or (name in BOTH_KLS and LOSSES[loss].kl):
                     raise ValueError(f"{name} is None, but loss_type {loss!r} needs it")
             checked.append(None)
             continue
+        if name in BOTH_KLS:
+            options.check_kl(name)
         x = plain(name, x)
         is_length = name in BOTH_LENGTHS
         if is_length and x.dtype not in INTEGERS:

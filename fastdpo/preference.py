@@ -45,6 +45,8 @@ def preference_loss(
     *,
     chosen_lengths: Tensor | None = None,  # [B]
     rejected_lengths: Tensor | None = None,  # [B]
+    chosen_kl: Tensor | None = None,  # [B]
+    rejected_kl: Tensor | None = None,  # [B]
     seq_group=None,
     seq_grads: str = "sum",
     **options,
@@ -83,10 +85,13 @@ def preference_loss(
         kto_kl: ``kto``'s estimate of KL(policy || reference), nats, >= 0; a tensor of one element is clamped
             to that, and gets no gradient, as in KTO.
         desirable_weight, undesirable_weight: ``kto``'s weights of chosen and rejected; >= 0.
+        tdpo_alpha: ``tdpo2``'s weight of the difference between the two sequences' divergences; >= 0.
         chosen_lengths, rejected_lengths: ``[B]`` integers, completion tokens; below 1 counts as 1 where a
             loss divides by it. Needed by {lengths}.
+        chosen_kl, rejected_kl: ``[B]`` in the log-probs' types, nats: KL(reference || policy) of the next token,
+            summed over each completion's tokens. Needed by {kl}, and for them alone.
         seq_group: a torch.distributed process group, or a one-dimensional DeviceMesh, whose ranks hold parts of the
-            tokens of the same B pairs. Then **all** of the six tensors are each rank's part: sums over its own
+            tokens of the same B pairs. Then **all** of the eight tensors are each rank's part: sums over its own
             tokens, how many they are, and the reference's sums over them too; a whole reference log-prob stands on
             one rank, zeros on the others. `kto_kl` is the same on every rank.
         seq_grads: ``"sum"``: each rank's backward gives its own part of every gradient, and the sum over the group
@@ -95,8 +100,9 @@ def preference_loss(
 
     Returns:
         PreferenceOutput(loss, losses, chosen_rewards, rejected_rewards). Rewards are ``beta * (logp -
-        ref_logp)``; ``beta * logp / length`` when every loss is ``simpo`` or ``orpo`` (beside ``sft``), as
-        their trainers report. Rows of ``aot`` stay with the row whose policy margin has their rank (chosen
+        ref_logp)``; ``beta * logp / length`` when every loss is ``simpo`` or ``orpo`` (beside ``sft``), and
+        ``beta * (logp - ref_logp + kl)`` when every loss is {kl} (beside ``sft``), as their trainers
+        report. Rows of ``aot`` stay with the row whose policy margin has their rank (chosen
         log-ratio for ``aot_unpaired``).
 
     Raises:
@@ -108,8 +114,9 @@ def preference_loss(
         clamps alpha's, so no margin gives NaN; beyond that they are constants, without gradient. A mean log-prob
         of 0 (above -2^-126), where ``orpo``'s log-odds have a pole, counts there as -2^-24, in value and slope:
         the largest probability below 1 that fp32 holds. Gradients flow from `loss`, `losses` or both, to any of the
-        four log-probs. NaN in a row stays in that row of `losses` (``sft``, a mean over the batch, spreads
-        it). B = 0 gives a loss of 0 with a working backward. No wait for the device.
+        four log-probs and both divergences, but not from ``tdpo2`` to `chosen_kl`, as in its paper. NaN in a row stays
+        in that row of `losses` (``sft``, a mean over the batch, spreads it). B = 0 gives a loss of 0 with a working
+        backward. No wait for the device.
 
         With `seq_group` every rank gets the whole result, bit for bit the same, by one exchange in the forward and
         none in the backward. Ranks whose options, shapes, types or kinds of tensors differ raise one ValueError on
@@ -121,8 +128,9 @@ def preference_loss(
     """
     tensors = (
         chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, rejected_lengths,
+        chosen_kl, rejected_kl,
     )  # fmt: skip
-    refuse_transforms("fastdpo.preference_loss", *tensors[:4])
+    refuse_transforms("fastdpo.preference_loss", *tensors[:4], *tensors[6:])
     if seq_group is not None:
         return eager(_over_ranks, process_group("seq_group", seq_group), seq_grads, options, tensors)
     check_gradients(seq_group, seq_grads)

@@ -278,6 +278,10 @@ def loss_options(rng: random.Random, pairs: int) -> tuple[dict, dict[str, Tensor
     return options, tensors, not free
 
 
+def reads_kl(options: dict) -> bool:
+    return isinstance(options["loss_type"], str) and LOSSES[options["loss_type"]].kl
+
+
 def preference_problem(rng: random.Random, engine: str) -> Problem:
     pairs = rng.choice((0, 1, 2, 5))
     options, tensors, with_reference = loss_options(rng, pairs)
@@ -288,6 +292,10 @@ def preference_problem(rng: random.Random, engine: str) -> Problem:
     half = torch.bfloat16 if rng.random() < 0.1 else wide
     for name in floats:
         tensors[name] = -normal(rng, pairs).abs().to(half if name.startswith("ref") else wide) - 0.1
+    if reads_kl(options):
+        for name in ("chosen_kl", "rejected_kl"):
+            floats.append(name)
+            tensors[name] = normal(rng, pairs).abs().to(wide)
     for name in ("chosen_lengths", "rejected_lengths"):
         tensors[name] = torch.randint(1, 9, (pairs,)).to(rng.choice((torch.int64, torch.int32, torch.int16)))
     upstream = {"loss": normal(rng, 1)[0].to(wide), "losses": normal(rng, pairs, dtype=wide)}
@@ -315,6 +323,8 @@ def dpo_problem(rng: random.Random, engine: str) -> Problem:
     options, more, with_reference = loss_options(rng, pairs)
     tensors |= more
     kind = rng.choice(("hidden", "head", "sequences", "tokens", "none")) if with_reference else "none"
+    if reads_kl(options):
+        kind = rng.choice(("hidden", "head"))
     if kind == "hidden":
         tensors["ref_hidden"] = normal(rng, *tensors["hidden"].shape, dtype=dtype)
     elif kind == "head":

@@ -45,7 +45,10 @@ CASES |= {
     "slic-delta": {"loss_type": "slic", "slic_delta": 0.2},
     "kto-kl": {"loss_type": "kto", "kto_kl": 1.7, "desirable_weight": 1.3, "undesirable_weight": 0.6},
     "kto-tensor": {"loss_type": "kto", "kto_kl": torch.tensor([0.4])},
+    "tdpo2-alpha": {"loss_type": "tdpo2", "tdpo_alpha": 1.7},
+    "tdpo1+others": {"loss_type": ["ipo", "tdpo1", "sft", "tdpo2"], "loss_weights": [0.5, 2.0, 0.1, -0.7]},
 }
+NAMES = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps", "chosen_kl", "rejected_kl")
 
 
 def names_of(case):
@@ -53,21 +56,35 @@ def names_of(case):
     return [names] if isinstance(names, str) else names
 
 
+def count_of(case):
+    """How many of NAMES a case's losses look at: references are not for all of them, divergences for few."""
+    names = names_of(case)
+    if any(LOSSES[name].kl for name in names):
+        return 6
+    return 2 if all(LOSSES[name].reference_free or name == "sft" for name in names) else 4
+
+
+def named(tensors):
+    """Of preference_loss."""
+    return dict(zip(NAMES, tensors))
+
+
 def inputs_of(case, dtype=torch.float64, scale=3.0, seed=0, requires_grad=True):
-    """Log-probs and lengths for one case; references only where the losses look at them."""
+    """What a case's losses look at, in the order of NAMES, and lengths."""
     generator = torch.Generator().manual_seed(seed)
     logps = -scale * torch.rand(4, B, dtype=torch.float64, generator=generator) - 0.1
-    count = 2 if all(LOSSES[name].reference_free or name == "sft" for name in names_of(case)) else 4
     lengths = torch.randint(0, 9, (2, B), generator=generator)
-    tensors = [x.to(dtype).clone().requires_grad_(requires_grad) for x in logps[:count]]
+    if count_of(case) == 6:
+        logps = torch.cat([logps, scale * torch.rand(2, B, dtype=torch.float64, generator=generator)])
+    tensors = [x.to(dtype).clone().requires_grad_(requires_grad) for x in logps[: count_of(case)]]
     return tensors, {"chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
 
 
 def oracle(tensors, lengths, **case):
     """fp64 losses by autograd on the reference."""
     options = PreferenceOptions(**case)
-    x = [t.double() for t in tensors] + [None] * (4 - len(tensors))
-    return batch_losses_ref(options, BatchInputs(*x, *lengths.values()))[1]
+    x = [t.double() for t in tensors] + [None] * (6 - len(tensors))
+    return batch_losses_ref(options, BatchInputs(*x[:4], *lengths.values(), *x[4:]))[1]
 
 
 def grads_of(losses, tensors, upstream):

@@ -70,6 +70,16 @@ def test_trl_lora(run, tmp_path):
     assert any(value.any() for name, value in adapter.items() if "lora_B" in name)  # B starts at zero
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_distill(kind, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["distill.py", "--kind", kind, "--steps", "24", "--batch-size", "8"])
+    runpy.run_path(str(EXAMPLES / "distill.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    divergences = [float(line.split("divergence ")[1].split(",")[0]) for line in lines]
+    assert len(divergences) == 24
+    assert max(divergences[-4:]) < 0.85 * min(divergences[:4]) and min(divergences) > 0
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "section", "expected"),
     [

@@ -79,7 +79,7 @@ def test_labels_of_any_layout(engine, layout, dtype):
 
 def test_economies_of_layout_remain(monkeypatch):
     """Slices along the tokens, and heads with rows apart, are read where they lie."""
-    from fastdpo.ops.by_token import _completion_tokens
+    from fastdpo.ops.by_token import completion_tokens
     from fastdpo.ops.problem import Head, Rows
     from fastdpo.tensors import in_rows
 
@@ -89,7 +89,7 @@ def test_economies_of_layout_remain(monkeypatch):
         head = Head(in_rows(hidden), in_rows(weight, apart=True))
         rows = Rows(torch.zeros(hidden.shape[:-1].numel(), dtype=torch.int64), -100, 0, 130)
         assert head.hidden is hidden and head.weight is weight
-        tokens, _, _ = _completion_tokens(head, rows)
+        tokens, _, _ = completion_tokens(head, rows)
         assert tokens.hidden.data_ptr() == hidden.data_ptr()
 
 

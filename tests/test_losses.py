@@ -107,6 +107,17 @@ REFUSED = [
         ValueError,
         "simpo.*reference",
     ),
+    ({"chosen_kl": ONES}, ValueError, "chosen_kl was given.*sigmoid.*used by tdpo1, tdpo2"),
+    ({"loss_type": ["sft", "kto"], "chosen_lengths": ONES.long(), "rejected_kl": ONES}, ValueError, "rejected_kl"),
+    ({"loss_type": "tdpo1"}, ValueError, "chosen_kl is None, but loss_type 'tdpo1' needs it"),
+    ({"loss_type": ["hinge", "tdpo2"], "chosen_kl": ONES}, ValueError, "rejected_kl is None.*tdpo2"),
+    ({"loss_type": "tdpo1", "chosen_kl": torch.ones(3, 2), "rejected_kl": ONES}, ValueError, r"chosen_kl.*\(3, 2\)"),
+    ({"loss_type": "tdpo1", "chosen_kl": ONES, "rejected_kl": ONES.int()}, TypeError, "rejected_kl.*fp32.*int32"),
+    ({"loss_type": "tdpo2", "chosen_kl": 0.3, "rejected_kl": ONES}, TypeError, "chosen_kl.*float"),
+    ({"loss_type": "tdpo1", "tdpo_alpha": 0.7}, ValueError, "tdpo_alpha=0.7.*tdpo1.*tdpo2"),
+    ({"loss_type": "tdpo2", "tdpo_alpha": -0.7}, ValueError, "tdpo_alpha.*-0.7"),
+    ({"loss_type": "tdpo1", "label_smoothing": 0.1}, ValueError, "label_smoothing=0.1.*tdpo1"),
+    ({"loss_type": "tdpo1", "f_divergence_type": "forward_kl"}, ValueError, "forward_kl.*tdpo1"),
     ({"loss_type": ["sft", "cpo"], "ref_chosen_logps": ONES, "ref_rejected_logps": ONES}, ValueError, "cpo"),
 ]
 
@@ -133,6 +144,8 @@ NAMES = (
     "ref_rejected_logps",
     "chosen_lengths",
     "rejected_lengths",
+    "chosen_kl",
+    "rejected_kl",
 )
 
 
@@ -145,7 +158,7 @@ def test_the_function_refuses_the_same(arguments, error, message):
     given = {"chosen_logps": ONES, "rejected_logps": ONES} | arguments
     options = PreferenceOptions(loss_type=given.pop("loss_type", "sigmoid"))
     with pytest.raises(error, match=message):
-        PreferenceLossFunction.apply(*[given.get(name) for name in NAMES], options)
+        PreferenceLossFunction.apply(*[given.get(x) for x in NAMES[:6]], options, *[given.get(x) for x in NAMES[6:]])
 
 
 @pytest.mark.parametrize("options", [None, "sigmoid", {"beta": 0.1}, 0.1])

@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from preference_cases import CASES, UPSTREAM, B, grads_of, inputs_of, names_of, oracle, token_logps
+from preference_cases import (
+    CASES,
+    NAMES,
+    UPSTREAM,
+    B,
+    count_of,
+    grads_of,
+    inputs_of,
+    named,
+    names_of,
+    oracle,
+    token_logps,
+)
 
 from fastdpo.losses import LOSSES, PreferenceOptions
 from fastdpo.ops.preference.templates import PreferenceLossFunction
@@ -94,6 +106,59 @@ def test_equals_kto_trainer(kl, loss_engine):
     torch.testing.assert_close(out.loss, expected.to(out.loss))
 
 
+def tdpo_source(chosen_margin, rejected_margin, chosen_kl, rejected_kl, beta, alpha, is_tdpo2):
+    """tdpo_loss of Vance0124/Token-level-Direct-Preference-Optimization, trainers.py: (losses, both rewards)."""
+    kl = alpha * (rejected_kl - chosen_kl.detach()) if is_tdpo2 else rejected_kl - chosen_kl
+    losses = -torch.nn.functional.logsigmoid(beta * (chosen_margin - rejected_margin - kl))
+    return losses, (beta * (chosen_margin + chosen_kl)).detach(), (beta * (rejected_margin + rejected_kl)).detach()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reference", [True, False])
+@pytest.mark.parametrize("name,alpha", [("tdpo1", 1.0), ("tdpo2", 0.5), ("tdpo2", 0.0), ("tdpo2", 1.9)])
+def test_equals_tdpo_trainer(name, alpha, reference, dtype, loss_engine):
+    """Without a reference the log-probs are the source's margins."""
+    tensors = inputs_of({"loss_type": name}, dtype, scale=8.0, seed=3)[0]
+    c, r, rc, rr, kc, kr = tensors
+    margins = (c - rc, r - rr) if reference else (c, r)
+    losses, *rewards = tdpo_source(
+        *(x.double() for x in margins), kc.double(), kr.double(), 0.3, alpha, name == "tdpo2"
+    )
+    options = {"tdpo_alpha": alpha} if name == "tdpo2" else {}
+    refs = tensors[2:4] if reference else []
+    out = preference_loss(c, r, *refs, loss_type=name, beta=0.3, chosen_kl=kc, rejected_kl=kr, **options)
+    rtol = 1e-6 if dtype == torch.float32 else 1e-12
+    for mine, wanted in zip(out[1:], (losses, *rewards)):
+        torch.testing.assert_close(mine, wanted.to(dtype), rtol=rtol, atol=rtol)
+    for grad, wanted in zip(grads_of(out.losses, tensors, UPSTREAM.to(dtype)), grads_of(losses, tensors, UPSTREAM)):
+        torch.testing.assert_close(grad, wanted, rtol=rtol, atol=rtol * 0.1)
+
+
+@pytest.mark.parametrize("names", ["tdpo1", "tdpo2", ["tdpo2", "sft"], ["tdpo1", "tdpo2"], ["tdpo2", "sigmoid"]])
+def test_where_the_divergence_has_a_gradient(names, loss_engine):
+    """arXiv 2404.11999 eq. 17 detaches the chosen one's; TDPO1's both have one."""
+    tensors, lengths = inputs_of({"loss_type": names})
+    out = preference_loss(**named(tensors), loss_type=names, **lengths)
+    grads = dict(zip(NAMES, grads_of(out.losses, tensors, torch.ones(B, dtype=torch.float64))))
+    assert (grads["rejected_kl"] > 0).all()
+    if "tdpo1" in names:
+        assert (grads["chosen_kl"] < 0).all()
+    else:
+        assert (grads["chosen_kl"] == 0).all()
+    if names in ("tdpo1", ["tdpo1"]):
+        torch.testing.assert_close(grads["chosen_kl"], grads["chosen_logps"], rtol=1e-14, atol=0)
+
+
+def test_impossible_tokens_of_tdpo(loss_engine):
+    """A policy without an id that the reference has: an infinite KL, and a loss that says so; never 0 * inf."""
+    zeros = torch.zeros(2, dtype=torch.float64)
+    kls = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in ([math.inf, 0.0], [0.0, math.inf])]
+    out = preference_loss(zeros, zeros, loss_type="tdpo1", chosen_kl=kls[0], rejected_kl=kls[1])
+    assert out.losses.tolist() == [0.0, math.inf]
+    for grad, wanted in zip(torch.autograd.grad(out.losses.sum(), kls), ([0.0, -0.1], [0.0, 0.1])):
+        assert grad.tolist() == pytest.approx(wanted)
+
+
 def test_losses_without_a_trl_counterpart(loss_engine):
     def log_sigmoid(x):
         return -math.log1p(math.exp(-x))
@@ -122,7 +187,7 @@ def test_rounded_once(name, dtype, loss_engine):
     """Losses are fp32 whatever comes in, and within one rounding of fp64 on the same numbers."""
     case = CASES[name]
     tensors, lengths = inputs_of(case, dtype, scale=20.0, seed=5)
-    out = preference_loss(*tensors, **case, **lengths)
+    out = preference_loss(**named(tensors), **case, **lengths)
     assert {x.dtype for x in out} == {torch.float32}
     expected = oracle([t.detach() for t in tensors], lengths, **case)
     torch.testing.assert_close(out.losses.double(), expected, rtol=6e-8, atol=1e-12)
@@ -140,9 +205,11 @@ def test_rounded_once(name, dtype, loss_engine):
 def test_gradcheck(name):
     case = CASES[name]
     tensors, lengths = inputs_of(case, scale=2.0, seed=11)
+    if "tdpo2" in names_of(case):
+        tensors[4].requires_grad_(False)  # its gradient is not the slope
 
     def losses_and_loss(*tensors):
-        out = preference_loss(*tensors, **case, **lengths)
+        out = preference_loss(**named(tensors), **case, **lengths)
         return out.losses, out.loss
 
     assert torch.autograd.gradcheck(losses_and_loss, tensors, eps=1e-6, atol=1e-6)
@@ -155,10 +222,10 @@ def test_extreme_margins_stay_finite(name, dtype, loss_engine):
     grid = torch.tensor([-1e4, -300.0, -80.0, -1.0, 0.0, 1.0, 80.0, 300.0, 1e4], dtype=dtype)
     chosen, rejected = (x.reshape(-1).clone() for x in torch.meshgrid(grid, grid, indexing="ij"))
     refs = [torch.zeros_like(chosen), torch.full_like(chosen, 0.5)]
-    tensors = [chosen, rejected] + refs[: len(inputs_of(case)[0]) - 2]
-    tensors = [x.requires_grad_() for x in tensors]
+    kls = [chosen.flip(0).abs(), rejected.flip(0).abs()]
+    tensors = [x.requires_grad_() for x in [chosen, rejected, *refs, *kls][: count_of(case)]]
     lengths = {side: torch.ones(len(chosen), dtype=torch.int64) for side in ("chosen_lengths", "rejected_lengths")}
-    out = preference_loss(*tensors, **case, **lengths)
+    out = preference_loss(**named(tensors), **case, **lengths)
     assert out.losses.isfinite().all() and out.loss.isfinite()
     for grad in grads_of(out.losses, tensors, torch.ones_like(out.losses)):
         assert grad.isfinite().all()
@@ -232,7 +299,7 @@ def test_nan_stays_in_its_row(name, side, loss_engine):
     tensors, lengths = inputs_of(case, requires_grad=False)
     tensors[side][2] = math.nan
     tensors = [x.requires_grad_() for x in tensors]
-    out = preference_loss(*tensors, **case, **lengths)
+    out = preference_loss(**named(tensors), **case, **lengths)
     rows = out.losses.isnan().nonzero()[:, 0].tolist()
     if "aot_unpaired" in names_of(case) and side == 1:
         # the row that is matched with the NaN's rank also has it
@@ -265,10 +332,9 @@ def test_empty_completion_divides_by_one(name, loss_engine):
 @pytest.mark.parametrize("name", CASES)
 def test_empty_batch(name, loss_engine):
     case = CASES[name]
-    count = len(inputs_of(case)[0])
-    tensors = [torch.zeros(0, requires_grad=True) for _ in range(count)]
+    tensors = [torch.zeros(0, requires_grad=True) for _ in range(count_of(case))]
     lengths = {k: torch.zeros(0, dtype=torch.int64) for k in ("chosen_lengths", "rejected_lengths")}
-    out = preference_loss(*tensors, **case, **lengths)
+    out = preference_loss(**named(tensors), **case, **lengths)
     assert out.loss == 0 and out.losses.shape == (0,) and out.chosen_rewards.shape == (0,)
     out.loss.backward()
     assert tensors[0].grad.shape == (0,)
@@ -290,9 +356,9 @@ def test_aot_losses_stay_with_their_row(loss_engine):
 def test_loss_and_losses_together(name, loss_engine):
     case = CASES[name]
     tensors, lengths = inputs_of(case)
-    out = preference_loss(*tensors, **case, **lengths)
+    out = preference_loss(**named(tensors), **case, **lengths)
     together = grads_of(2.0 * out.loss + (out.losses * UPSTREAM).sum(), tensors, None)
-    out = preference_loss(*tensors, **case, **lengths)
+    out = preference_loss(**named(tensors), **case, **lengths)
     separate = grads_of(out.losses, tensors, UPSTREAM + 2.0 / B)
     for a, b in zip(together, separate):
         torch.testing.assert_close(a, b)
@@ -374,5 +440,12 @@ def test_rewards():
     for names in ("simpo", "orpo", ["sft", "simpo"]):
         out = preference_loss(chosen, rejected, beta=0.3, loss_type=names, **lengths)
         torch.testing.assert_close(out.chosen_rewards, 0.3 * chosen / n_w)
+    kl = {"chosen_kl": -chosen, "rejected_kl": -2 * rejected}
+    for names in ("tdpo1", "tdpo2", ["sft", "tdpo2"], ["tdpo1", "tdpo2"]):
+        out = preference_loss(*tensors, beta=0.3, loss_type=names, **kl, **lengths)
+        torch.testing.assert_close(out.chosen_rewards, 0.3 * (chosen - ref_chosen - chosen))
+        torch.testing.assert_close(out.rejected_rewards, 0.3 * (rejected - ref_rejected - 2 * rejected))
+    out = preference_loss(*tensors, beta=0.3, loss_type=["tdpo1", "sigmoid"], **kl)
+    torch.testing.assert_close(out.chosen_rewards, 0.3 * (chosen - ref_chosen))
     out = preference_loss(*tensors, beta=0.3, loss_type="sigmoid_norm", **lengths)
     torch.testing.assert_close(out.chosen_rewards, 0.3 * (chosen - ref_chosen))

@@ -45,12 +45,21 @@ LOSS = {
     "kto_kl": (2, {"loss_type": "kto"}),
     "desirable_weight": (2, {"loss_type": "kto"}),
     "undesirable_weight": (2, {"loss_type": "kto"}),
+    "tdpo_alpha": (2, {"loss_type": "tdpo2"}),
 }
 DPO = HEAD | LOSS | {"ld_alpha": (1, {})}
 
 
 def first(result):
     return (result.loss if hasattr(result, "loss") else result.logps if hasattr(result, "logps") else result).double()
+
+
+def kls(options):
+    return dict(zip(("chosen_kl", "rejected_kl"), -LOGPS[2:])) if options.get("loss_type") == "tdpo2" else {}
+
+
+def reference(options):
+    return {"ref_hidden": HIDDEN.flip(0)} if options.get("loss_type") == "tdpo2" else {}
 
 
 FUNCTIONS = {
@@ -60,9 +69,9 @@ FUNCTIONS = {
         lambda scale: fastdpo.linear_logps(HIDDEN, WEIGHT, LABELS, lora=(WEIGHT[:2], WEIGHT[:, :2], scale)),
         {"scale": (2, {})},
     ),
-    "linear_dpo_loss": (lambda **o: fastdpo.linear_dpo_loss(HIDDEN, WEIGHT, LABELS, **o), DPO),
-    "LinearDPOLoss": (lambda **o: fastdpo.LinearDPOLoss(**o)(HIDDEN, WEIGHT, LABELS), DPO),
-    "preference_loss": (lambda **o: fastdpo.preference_loss(*LOGPS[:2], **LENGTHS, **o), LOSS),
+    "linear_dpo_loss": (lambda **o: fastdpo.linear_dpo_loss(HIDDEN, WEIGHT, LABELS, **reference(o), **o), DPO),
+    "LinearDPOLoss": (lambda **o: fastdpo.LinearDPOLoss(**o)(HIDDEN, WEIGHT, LABELS, **reference(o)), DPO),
+    "preference_loss": (lambda **o: fastdpo.preference_loss(*LOGPS[:2], **LENGTHS, **kls(o), **o), LOSS),
     "loss_weights": (
         lambda weight: fastdpo.preference_loss(*LOGPS[:2], loss_type=["sigmoid", "hinge"], loss_weights=[weight, 1]),
         {"weight": (2, {})},

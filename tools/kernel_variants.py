@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 
 import torch
 import triton
@@ -53,8 +54,11 @@ class Problem:
     shard: bool = False  # of the vocabulary
     forward_only: bool = False
     adds: bool = False  # the head's gradient to one that is there
+    divergence: str = ""  # from a teacher's head, of this kind
+    masked: bool = False  # without labels
 
 
+TEACHER = 1024  # columns of hidden that a teacher has more
 _OPTIONS = {"bias": True, "softcap": 30.0}
 ONE_TAU, TWO_TAUS = (2.0**-10, 2.0**-10), (2.0**-9, 2.0**-11)  # one set of pairs, and two
 PROBLEMS = [
@@ -77,6 +81,15 @@ PROBLEMS = [
     Problem("short rows", hidden_size=896, tau=TWO_TAUS),
     Problem("rows not aligned", hidden_size=4097, tau=TWO_TAUS),
     Problem("rows not aligned, options", hidden_size=4097, stats=STATS, entropy=True, rank=16, **_OPTIONS),
+    Problem("divergence, exact", divergence="forward_kl", stats=("logps",)),
+    Problem("divergence, routed", divergence="forward_kl", stats=("logps",), tau=TWO_TAUS),
+    Problem("divergence, mask", divergence="forward_kl", masked=True, tau=ONE_TAU, frozen=True),
+    Problem("reverse divergence, routed", tokens=2048, divergence="reverse_kl", tau=ONE_TAU),
+    Problem("jsd, routed", divergence="jsd", masked=True, tau=ONE_TAU),
+    Problem("jsd, routed, options", tokens=2048, divergence="jsd", tau=TWO_TAUS, rank=16, **_OPTIONS),
+    Problem("jsd, entropy, options", divergence="jsd", stats=("entropy",), entropy=True, rank=16, **_OPTIONS),
+    Problem("divergence, entropy", divergence="forward_kl", stats=("entropy",), entropy=True, forward_only=True),
+    Problem("divergence, rows not aligned", hidden_size=4097, divergence="reverse_kl", tau=TWO_TAUS, **_OPTIONS),
     Problem("shard of the vocabulary", vocab_size=32064, stats=STATS, tau=TWO_TAUS, shard=True),
 ]
 
@@ -182,6 +195,15 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         compute_dtype=compute,
     )
     rows = Rows(meta(n, dtype=torch.int64), -100, 251 * 128 if problem.shard else 0, 128256)
+    engine, backward, heads = triton_engine.forward, triton_backward.backward, head
+    if problem.divergence:
+        from fastdpo.ops.divergence.problem import DivergenceUpstream, Heads
+        from fastdpo.ops.triton.divergence.backward import backward
+        from fastdpo.ops.triton.divergence.forward import forward as engine
+
+        teacher = head.replace(hidden=meta(n, TEACHER + h, dtype=hidden_type), weight=meta(v, TEACHER + h), lora=None)
+        logps = "logps" in problem.stats
+        heads = Heads(head, teacher, problem.divergence, 0.5, not problem.masked, logps)
     routing = None if problem.tau is None else Routing.of(*problem.tau, meta(dtype=torch.int64))
     shards = _OneShard() if problem.shard else None
     trained = not problem.frozen
@@ -190,10 +212,12 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         Recorder(Target(capability, MULTIPROCESSORS[capability].count)) as launches,
         deterministic(problem.deterministic),
     ):
-        saved = triton_engine.forward(head, rows, stats=frozenset(problem.stats), routing=routing, shards=shards)
+        saved = engine(heads, rows, stats=frozenset(problem.stats), routing=routing, shards=shards)
         if not problem.forward_only:
             column = meta(n, dtype=torch.float32)
             upstream = Upstream(column, column if problem.entropy else None)
+            if problem.divergence:
+                upstream = DivergenceUpstream(column, upstream.coef, upstream.coef_entropy)
             routing = None if problem.entropy else routing
             sums = Gradients()
             if problem.adds:
@@ -201,7 +225,7 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
             if problem.shard:  # what ranks add up
                 sums.hidden = meta(n, h, dtype=torch.float32)
             added = {"sums": sums} if problem.adds or problem.shard else {}  # earlier commits do not know it
-            triton_backward.backward(head, rows, saved, upstream, routing, needs, **added)
+            backward(heads, rows, saved, upstream, routing, needs, **added)
     return launches
 
 
@@ -227,10 +251,11 @@ ESSENTIAL = {
     "bf16": {
         *("exact", "exact, options", "routed", "routed, options", "routed, options, one tau"),
         *("forward", "statistics", "entropy", "short rows"),
+        *("divergence, exact", "divergence, routed", "jsd, routed, options", "jsd, entropy, options"),
     },
-    "fp16": {"exact", "routed, options", "forward"},
-    "fp32": {"exact, options", "routed", "statistics"},
-    "mixed": {"exact, options", "routed"},
+    "fp16": {"exact", "routed, options", "forward", "jsd, routed, options"},
+    "fp32": {"exact, options", "routed", "statistics", "divergence, routed", "jsd, entropy, options"},
+    "mixed": {"exact, options", "routed", "jsd, routed, options"},
 }
 
 
@@ -247,6 +272,8 @@ def variants(
     for name in types:
         for problem in PROBLEMS:
             if name in essential and problem.name not in ESSENTIAL[name]:
+                continue
+            if problem.divergence and find_spec("fastdpo.ops.triton.divergence") is None:  # an earlier commit
                 continue
             launched = set()
             launches = []

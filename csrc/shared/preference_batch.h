@@ -77,14 +77,14 @@ FASTDPO_HD inline double token_scale(const PreferenceBatch<T>& a, int64_t tokens
 }
 
 struct LaneSums {
-  double policy, ref, plain, agreement;
+  double policy, ref, kl, plain, agreement;
 };
 
 // A lane's part of the sums of a side; `before` completion tokens of the sequence lie left of its stretch.
 template <class T>
 FASTDPO_HD inline LaneSums sum_tokens(const PreferenceBatch<T>& a, int side, int64_t pair, Span mine, int64_t before,
                                       int64_t shared) {
-  LaneSums sums = {0.0, 0.0, 0.0, 0.0};
+  LaneSums sums = {};
   for (int64_t at = mine.begin; at < mine.end; ++at) {
     if (!counts(a, side, pair, at)) continue;
     const double logp = a.logps[side][at];
@@ -95,6 +95,7 @@ FASTDPO_HD inline LaneSums sum_tokens(const PreferenceBatch<T>& a, int side, int
     if (weight == 0.0) continue;  // a tail that is left out must not bring its NaN along
     sums.policy += weight * logp;
     if (a.ref_per_token && a.ref[side] != nullptr) sums.ref += weight * a.ref[side][at];
+    if (a.kl[side] != nullptr) sums.kl += weight * a.kl[side][at];
   }
   return sums;
 }
@@ -145,6 +146,7 @@ FASTDPO_HD inline void walk_pair(const PreferenceBatch<T>& a, int64_t pair, Mach
     if (a.ref[side] != nullptr) {
       sums.ref[side] = a.ref_per_token ? scale * machine.sum(part, &LaneSums::ref) : static_cast<double>(a.ref[side][pair]);
     }
+    if (a.kl[side] != nullptr) sums.kl[side] = scale * machine.sum(part, &LaneSums::kl);
     if (side == 0 && a.sft_weight != 0.0) sums.plain_chosen = machine.sum(part, &LaneSums::plain);
     if (a.log_sum_sq_probs[side] != nullptr) {
       const double tokens = n.tokens[side] > 1 ? static_cast<double>(n.tokens[side]) : 1.0;
@@ -159,25 +161,26 @@ FASTDPO_HD inline void walk_pair(const PreferenceBatch<T>& a, int64_t pair, Mach
 template <class T>
 FASTDPO_HD inline void finish_pair(const PreferenceBatch<T>& a, int64_t i, const PreferenceOptions& options, double sft,
                                    double per_plain, const PreferenceResults<T>& out) {
-  using D = Dual<double, 4>;
+  using D = PreferenceDual<double>;
   const PairSums& sums = out.sums[i];
   double lengths[2];
   FASTDPO_UNROLL
   for (int side = 0; side < 2; ++side) lengths[side] = sums.tokens[side] > 1 ? static_cast<double>(sums.tokens[side]) : 1.0;
-  const PreferenceInputs<double> in = {D::input(sums.policy[0], 0), D::input(sums.policy[1], 1), D::input(sums.ref[0], 2),
-                                       D::input(sums.ref[1], 3),    lengths[0],                  lengths[1]};
+  const PreferenceInputs<double> in = {
+      D::input(sums.policy[0], 0), D::input(sums.policy[1], 1), D::input(sums.ref[0], 2), D::input(sums.ref[1], 3),
+      D::input(sums.kl[0], 4),     D::input(sums.kl[1], 5),     lengths[0],               lengths[1]};
   D loss(sft);
   for (int term = 0; term < a.num_terms; ++term) {
     loss = loss + a.terms[term].weight * preference_loss(a.terms[term].loss, in, options);
   }
   const double weight = a.log_sum_sq_probs[0] != nullptr ? sums.weight : 1.0;
   out.losses[i] = saturated<T>(weight * loss.value);
-  for (int k = 0; k < 4; ++k) out.partials[k * a.num_pairs + i] = weight * loss.tangent[k];
-  out.partials[4 * a.num_pairs + i] = weight * per_plain;
+  for (int k = 0; k < kPreferenceInputs; ++k) out.partials[k * a.num_pairs + i] = weight * loss.tangent[k];
+  out.partials[kPreferenceInputs * a.num_pairs + i] = weight * per_plain;
   FASTDPO_UNROLL
   for (int side = 0; side < 2; ++side) {
-    const double logp = sums.policy[side];
-    out.rewards[side][i] = static_cast<T>(options.beta * (a.reward_per_token ? logp / lengths[side] : logp - sums.ref[side]));
+    const double logp = sums.policy[side], ratio = logp - sums.ref[side] + (a.reward_with_kl ? sums.kl[side] : 0.0);
+    out.rewards[side][i] = static_cast<T>(options.beta * (a.reward_per_token ? logp / lengths[side] : ratio));
     out.logps[side][i] = saturated<T>(logp);
   }
 }
@@ -242,7 +245,7 @@ FASTDPO_HD inline void spread_pair(const PreferenceBatch<T>& a, const Preference
     machine.each([&](int lane) {
       part[lane] = 0.0;
       for (int64_t i = lane; i < a.num_pairs; i += kLanes) {
-        part[lane] += times(loss_gradient(a, up, i), up.partials[4 * a.num_pairs + i]);
+        part[lane] += times(loss_gradient(a, up, i), up.partials[kPreferenceInputs * a.num_pairs + i]);
       }
     });
     plain = machine.sum(part);
@@ -252,9 +255,10 @@ FASTDPO_HD inline void spread_pair(const PreferenceBatch<T>& a, const Preference
   for (int side = 0; side < 2; ++side) {
     double policy = times(dloss, up.partials[side * a.num_pairs + pair]);
     const double ref = times(dloss, up.partials[(2 + side) * a.num_pairs + pair]);
+    const double kl = times(dloss, up.partials[(4 + side) * a.num_pairs + pair]);
     if (up.dlogps[side] != nullptr) policy += up.dlogps[side][pair];
     const double scale = token_scale(a, n.tokens[side]), sft = side == 0 ? plain : 0.0;
-    T *dtokens = up.dtokens[side], *dref = up.dref[side];
+    T *dtokens = up.dtokens[side], *dref = up.dref[side], *dkl = up.dkl[side];
     machine.each([&](int lane) {
       const Span mine = stretch(whole[side], lane);
       int64_t place = a.ld_alpha >= 0.0 ? n.before[side][lane] : 0;
@@ -264,6 +268,7 @@ FASTDPO_HD inline void spread_pair(const PreferenceBatch<T>& a, const Preference
         const double weight = a.ld_alpha < 0.0 || place <= n.shared ? scale : scale * a.ld_alpha;
         if (dtokens != nullptr) dtokens[at] = saturated<T>(counted ? times(weight, policy) + sft : 0.0);
         if (dref != nullptr && a.ref_per_token) dref[at] = saturated<T>(counted ? times(weight, ref) : 0.0);
+        if (dkl != nullptr) dkl[at] = saturated<T>(counted ? times(weight, kl) : 0.0);
       }
       if (dref != nullptr && !a.ref_per_token && lane == 0) dref[pair] = saturated<T>(ref);
       // Rows of a packed array that no sequence has, before the first and after the last, have no gradient.
@@ -274,6 +279,7 @@ FASTDPO_HD inline void spread_pair(const PreferenceBatch<T>& a, const Preference
         for (int64_t at = gap.begin + lane; at < gap.end; at += kLanes) {
           if (dtokens != nullptr) dtokens[at] = T(0);
           if (dref != nullptr && a.ref_per_token) dref[at] = T(0);
+          if (dkl != nullptr) dkl[at] = T(0);
         }
       }
     });

@@ -1,6 +1,7 @@
 // Every preference loss, once: an expression on dual numbers, so value and gradient come from the same line.
 //   a, b = chosen, rejected log-ratio to the reference        s = f-divergence score of a log-ratio
 //   d = s_w - s_l        x = beta d        S = sigmoid        n = completion tokens        e = label smoothing
+//   k_w, k_l = KL(reference || policy) of chosen, rejected, summed over the completion
 // The losses that need the whole batch are not here: `sft` is finished in preference_batch.h, and those that match rows
 // by rank are torch's.
 #pragma once
@@ -43,7 +44,8 @@ constexpr NamedLoss kPreferenceLosses[] = {
 // What else the expressions read, and the order in which Python hands it over.
 #define FASTDPO_PREFERENCE_OPTIONS(OPTION)                                                                   \
   OPTION(beta) OPTION(label_smoothing) OPTION(f_alpha_divergence_coef) OPTION(discopop_tau) OPTION(simpo_gamma) \
-  OPTION(dpop_lambda) OPTION(slic_delta) OPTION(kto_kl) OPTION(desirable_weight) OPTION(undesirable_weight)
+  OPTION(dpop_lambda) OPTION(slic_delta) OPTION(kto_kl) OPTION(desirable_weight) OPTION(undesirable_weight) \
+  OPTION(tdpo_alpha)
 
 struct PreferenceOptions {
   Divergence divergence;
@@ -70,19 +72,25 @@ constexpr double kMaxExponent = 80.0;
 constexpr double kCertainLogp = -5.9604644775390625e-08;
 constexpr double kMaxMeanLogp = -1.1754943508222875e-38;
 
+constexpr int kPreferenceInputs = 6;  // that have a gradient
+template <class T>
+using PreferenceDual = Dual<T, kPreferenceInputs>;
+
 template <class T>
 struct PreferenceInputs {
-  Dual<T, 4> chosen;
-  Dual<T, 4> rejected;
-  Dual<T, 4> ref_chosen;
-  Dual<T, 4> ref_rejected;
+  PreferenceDual<T> chosen;
+  PreferenceDual<T> rejected;
+  PreferenceDual<T> ref_chosen;
+  PreferenceDual<T> ref_rejected;
+  PreferenceDual<T> chosen_kl;
+  PreferenceDual<T> rejected_kl;
   T chosen_length;  // at least 1
   T rejected_length;
 };
 
 // f'(t) at log t, f-DPO (arXiv 2309.16240).
 template <class T>
-FASTDPO_HD Dual<T, 4> divergence_score(const Dual<T, 4>& logratio, const PreferenceOptions& options) {
+FASTDPO_HD PreferenceDual<T> divergence_score(const PreferenceDual<T>& logratio, const PreferenceOptions& options) {
   switch (options.divergence) {
     case Divergence::kForwardKl:  // 1 - 1 / t
       return -expm1(clamp_max(-logratio, T(kMaxExponent)));
@@ -101,23 +109,23 @@ FASTDPO_HD Dual<T, 4> divergence_score(const Dual<T, 4>& logratio, const Prefere
 
 // -(1 - e) log S(x) - e log S(-x): the labels are right with probability 1 - e.
 template <class T>
-FASTDPO_HD Dual<T, 4> smoothed_log_loss(const Dual<T, 4>& x, T smoothing) {
+FASTDPO_HD PreferenceDual<T> smoothed_log_loss(const PreferenceDual<T>& x, T smoothing) {
   // 0 * log S(-inf) would be NaN.
   if (smoothing == T(0)) return -log_sigmoid(x);
   return (smoothing - T(1)) * log_sigmoid(x) - smoothing * log_sigmoid(-x);
 }
 
 template <class T>
-FASTDPO_HD Dual<T, 4> log_odds(const Dual<T, 4>& mean_logp) {
+FASTDPO_HD PreferenceDual<T> log_odds(const PreferenceDual<T>& mean_logp) {
   const bool certain = mean_logp.value > T(kMaxMeanLogp);
-  const Dual<T, 4> x = chain(mean_logp, certain ? T(kCertainLogp) : mean_logp.value, T(1));
+  const PreferenceDual<T> x = chain(mean_logp, certain ? T(kCertainLogp) : mean_logp.value, T(1));
   return x - log1mexp(x);
 }
 
 template <class T>
-FASTDPO_HD Dual<T, 4> preference_loss(PreferenceLoss loss, const PreferenceInputs<T>& in,
+FASTDPO_HD PreferenceDual<T> preference_loss(PreferenceLoss loss, const PreferenceInputs<T>& in,
                                       const PreferenceOptions& options) {
-  using D = Dual<T, 4>;
+  using D = PreferenceDual<T>;
   const T beta = T(options.beta);
   const T e = T(options.label_smoothing);
   const T n_w = in.chosen_length;
@@ -127,6 +135,8 @@ FASTDPO_HD Dual<T, 4> preference_loss(PreferenceLoss loss, const PreferenceInput
   const D s_w = divergence_score(a, options);
   const D s_l = divergence_score(b, options);
   const D x = beta * (s_w - s_l);
+  const D k_w = in.chosen_kl;
+  const D k_l = in.rejected_kl;
   switch (loss) {
 #define LOSS(name, ...)      \
   case PreferenceLoss::name: \

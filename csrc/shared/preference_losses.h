@@ -59,3 +59,9 @@ LOSS(dpop, -log_sigmoid(beta * (a - b - T(options.dpop_lambda) * relu(-a))))
 
 // relu(delta - beta (chosen - rejected)). SLiC-HF's rank loss, arXiv 2305.10425, where beta is 1
 LOSS(slic, relu(T(options.slic_delta) - beta * (in.chosen - in.rejected)))
+
+// -log S(beta (a - b - (k_l - k_w))). TDPO1, arXiv 2404.11999 eqs. 15 and 16
+LOSS(tdpo1, -log_sigmoid(beta * (a - b - (k_l - k_w))))
+
+// -log S(beta (a - b - alpha (k_l - k_w))), k_w without gradient. TDPO2, arXiv 2404.11999 eq. 17
+LOSS(tdpo2, -log_sigmoid(beta * (a - b - T(options.tdpo_alpha) * (k_l - k_w.value))))

@@ -26,9 +26,11 @@ from . import sketch
 from .shards import VocabShards
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "lse")
-DIFFERENTIABLE = ("logps", "entropy", "lse")
+STATS = ("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "lse", "logps", "ref_logps")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+DIFFERENTIABLE = ("logps", "entropy", "lse", "divergence")
 INPUTS = ("hidden", "weight", "bias", "lora A", "lora B")
+TEACHER = ("ref_hidden", "ref_weight", "ref_bias")
 MOST_KNOWN = 4096  # calls of a group that the host remembers
 
 
@@ -90,11 +92,19 @@ _FIELDS = {
     "the inputs that want a gradient": _names(INPUTS),
     "autocast's or the products' dtype": _DTYPE,
     "the engine": _one_of("reference", "cpu", "triton"),
+    # of a teacher beside the head
+    "kind": _one_of(None, *DIVERGENCES),
+    "jsd_beta": _REAL,
+    "labels_or_mask": _one_of(None, "a mask", "labels"),
+    "the last dimension of ref_hidden": _INT,
+    **{f"{name}'s dtype": _DTYPE for name in TEACHER},
+    "ref_logit_scale": _REAL,
+    "ref_softcap": _REAL,
 }
 # what the data is: exactly, and up to rounding (of the backward: its upstream gradients),
 _EXACT = ("the number of completion tokens", "labels")
 _ROUNDED = {
-    "the forward": ("hidden", "lora A"),
+    "the forward": ("hidden", "lora A", "ref_hidden"),
     "the backward": tuple(f"the upstream gradient of {name}" for name in DIFFERENTIABLE),
 }
 _TOLERANCES = {"the forward": sketch.ROUNDING, "the backward": sketch.SAME_CODE}
@@ -139,10 +149,18 @@ def _waits(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tensor | None) -> Agreed:
+def agree(
+    group,
+    call: Call,
+    hidden: Tensor,
+    labels: Tensor | None,
+    lora_a: Tensor | None,
+    ref_hidden: Tensor | None = None,
+) -> Agreed:
     """Exchanges the tickets of a forward; ValueError on every rank, naming what differs and each rank's value.
 
-    `labels` [N] or [N, K] and, of the rows they count, `hidden` [..., H]: compared where given.
+    `labels` [N] or [N, K] and, of the rows they count, `hidden` [..., H] and `ref_hidden`:
+    compared where given.
     """
     import torch.distributed as dist
 
@@ -158,6 +176,8 @@ def agree(group, call: Call, hidden: Tensor, labels: Tensor | None, lora_a: Tens
         words[_DATA] = torch.stack((counts.sum(), sketch.checksum(labels.view(-1))))
         counts = counts if counts.ndim == 1 else counts.any(1)
         words[_sketch(0)] = sketch.of_rows(hidden, counts).view(torch.int64)
+        if ref_hidden is not None:
+            words[_sketch(2)] = sketch.of_rows(ref_hidden, counts).view(torch.int64)
     if lora_a is not None:
         every = torch.ones(lora_a.shape[0], dtype=torch.bool, device=device)
         words[_sketch(1)] = sketch.of_rows(lora_a, every).view(torch.int64)

@@ -292,7 +292,7 @@ class SequenceShards(Sequences):
 
 
 def sum_of_parts(over: SequenceGroup, logps: list[Tensor | None], lengths: list[Tensor | None]):
-    """Of log-probs and lengths per sequence, each rank's part: both lists whole, fp64 and int64."""
+    """Of log-probs (or divergences) and lengths per sequence, each rank's part: both lists whole, fp64 and int64."""
     given = [x for x in (*logps, *lengths) if x is not None]
     wide = wide_dtype(given[0].device)
     sums = iter(over.sum(torch.stack([cast(x, wide) if x.is_floating_point() else x.to(wide) for x in given])))

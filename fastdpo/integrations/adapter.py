@@ -46,6 +46,11 @@ class Replacements:
             for name in [name for name, value in vars(module).items() if value is theirs]:
                 self.replace(module, name, make)
 
+    def replace_all(self, places: Iterable[tuple]) -> None:
+        """`places`: what `replace` takes, each."""
+        for place in places:
+            self.replace(*place)
+
     def restore(self, modules: Iterable[ModuleType] = ()) -> None:
         """Puts back what is in its place now; in `modules` also what they have imported of it since."""
         places = [(owner, name) for (_, name), owner in self.places.items()]
@@ -56,9 +61,9 @@ class Replacements:
                     setattr(owner, name, theirs)
 
 
-def lazily(method, replacements: Replacements):
+def lazily(method, replacements: Replacements, held: tuple[str, ...] = MODELS):
     """`method` of a trainer, or a function, with lazy logits from its model arguments and from what its trainer
-    holds under one of the names `MODELS`."""
+    holds under one of the names `held`."""
     signature = inspect.signature(method)
 
     @functools.wraps(method)
@@ -67,7 +72,7 @@ def lazily(method, replacements: Replacements):
         owner = given.get("self")
         if given.get("return_outputs") and not owner.model.training:
             return method(*args, **kwargs)  # evaluation hands the logits to the user's metrics
-        models = [getattr(owner, name, None) for name in MODELS] + [x for x in given.values() if x is not owner]
+        models = [getattr(owner, name, None) for name in held] + [x for x in given.values() if x is not owner]
         models = dict.fromkeys(model for model in models if isinstance(model, nn.Module))
         with lazy_logits(*models, **replacements.options):
             return method(*args, **kwargs)
@@ -138,8 +143,7 @@ class Adapter(Replacements):
                     raise RuntimeError(f"{'.'.join(filter(None, (module, kind)))} has no {name!r} of its own")
                 found.append((owner, name, make))
         self.options = options
-        for place in found:
-            self.replace(*place)
+        self.replace_all(found)
 
     def unpatch(self) -> None:
         """Put the package's own methods back; does nothing where `patch` has not been called."""

@@ -9,12 +9,7 @@ metrics stay TRL's; only the per-token log-probs change hands.
 
 from __future__ import annotations
 
-import ast
-import inspect
-import re
-import sys
 import warnings
-from types import ModuleType
 
 from ..head import HeadOptions
 from ..logps import token_stats
@@ -22,10 +17,11 @@ from ..models.options import TRAINER_OPTIONS, head_options
 from ..ops.operators import LinearLogpsFunction
 from ..ops.problem import TokenStats
 from .adapter import load
-from .trl_head import in_forward_of, is_of_fsdp, refuse_unreduced, split_head, telling_its_head
+from .trl_distillers import of_logits
+from .trl_divergence import of_hidden
+from .trl_head import in_forward_of, is_of_fsdp, refuse_unreduced, regathering, split_head, telling_its_head
 from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
-
-SUPPORTED = "0.24 to 1.16"
+from .trl_release import Signature, of_unsloth, only_selects_rows, release, select_rows, unknown, version
 
 # TRL's parameter -> its name here; None: has no meaning here (the width of TRL's tiles)
 PARAMETERS = {
@@ -50,9 +46,6 @@ OUTPUTS = {
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }
-
-# Attributes of what Unsloth puts in place of the same symbol
-UNSLOTH_MARKS = ("_unsloth_fused_linear", "_unsloth_device_patched", "_unsloth_cpu_dispatch")
 
 _MISSING = object()
 
@@ -94,25 +87,30 @@ def patch_trl(**options) -> bool:
         _placed.wrap_methods(theirs.trainers, options)
         return True
     if theirs is _MISSING:
-        if not (0, 24) <= _release() < (1, 1):
-            raise _unknown("has no trl.trainer.utils._ChunkedLogProbFunction")
+        if not (0, 24) <= release() < (1, 1):
+            raise unknown("has no trl.trainer.utils._ChunkedLogProbFunction")
+        distillers = of_hidden() + of_logits()
         _placed.wrap_methods(METHODS, options)
+        _placed.replace_all(distillers)
         return True
-    if any(getattr(theirs, mark, False) for mark in UNSLOTH_MARKS):
+    if of_unsloth(theirs):
         warnings.warn("Unsloth has replaced TRL's log-prob function; patch_trl leaves it alone", stacklevel=2)
         return False
 
-    signature = _understood(theirs)
-    trainers = STILL_LOGITS if "outputs" in signature.parameters else tuple(METHODS)
+    forward = _forward_1_15 if theirs is None else getattr(theirs, "forward", None)
+    signature = Signature("log-prob", forward, PARAMETERS, REQUIRED)
+    trainers = STILL_LOGITS if "outputs" in signature else tuple(METHODS)
+    distillers = of_hidden() + of_logits()
     _placed.wrap_methods(trainers, options)
+    _placed.replace_all(distillers)
     if theirs is None:
         _placed.replace(utils, "_ChunkedLogProbFunction", lambda *_: _Replacement(None, signature, trainers))
     else:
         _placed.replace_everywhere(trl_modules(), theirs, lambda *_: _Replacement(theirs, signature, trainers))
     if "add_fused_lm_head" in vars(utils):
         _placed.replace_everywhere(trl_modules(), utils.add_fused_lm_head, telling_its_head)
-    if "_use_triton" in vars(utils) and _only_selects_rows(utils):
-        _placed.replace(utils, "_use_triton", _select_rows)
+    if "_use_triton" in vars(utils) and only_selects_rows(utils, "add_fused_lm_head"):
+        _placed.replace(utils, "_use_triton", select_rows)
     return True
 
 
@@ -125,39 +123,34 @@ def unpatch_trl() -> None:
 
 
 _placed = Trainers()
+_RegatheringLogps = regathering(LinearLogpsFunction)
 
 
 class _Replacement:
     """Stands in TRL's place for its autograd Function: `apply` takes and returns what that one did."""
 
-    def __init__(self, original, signature: inspect.Signature, trainers: tuple[str, ...]):
+    def __init__(self, original, signature: Signature, trainers: tuple[str, ...]):
         self.original = original
         self.trainers = trainers  # those that do not call it, or not always: their methods are wrapped
-        self.signature = signature  # of the original's forward, without ctx
+        self.signature = signature  # of the original's forward
 
     @property
     def forward(self):
         return self.original.forward  # for those who inspect the signature of what they find here
 
     def apply(self, *args, **kwargs):
-        given = self.signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        for name, value in given.arguments.items():
-            default = self.signature.parameters[name].default
-            if name not in PARAMETERS and value is not default and value != default:
-                raise _unknown(f"passes {name}={value!r} to its log-prob function")
-        call = {PARAMETERS[name]: value for name, value in given.arguments.items() if name in PARAMETERS}
+        call = self.signature.call(args, kwargs)
         outputs = call.get("outputs", ("log_probs", "entropy"))
         for name in outputs:
             if name not in OUTPUTS:
-                raise _unknown(f"asks for the output {name!r}")
+                raise unknown(f"asks for the output {name!r}")
         stats = self._token_stats(call, tuple(OUTPUTS[name] for name in outputs if name != "log_probs"))
         every = tuple(getattr(stats, name) for name in OUTPUTS.values())
         return every if "outputs" in call else every[:2]
 
     def _token_stats(self, call: dict, stats: tuple[str, ...]) -> TokenStats:
         if call["weight"].shape[0] == 0:
-            raise RuntimeError(f"TRL {_trl_version()} passes an lm_head without rows: ZeRO-3's, not gathered")
+            raise RuntimeError(f"TRL {version()} passes an lm_head without rows: ZeRO-3's, not gathered")
         options = {name: call[name] for name in ("logit_scale", "softcap", "temperature") if name in call}
         options = HeadOptions(**options, **_placed.options)
 
@@ -172,70 +165,7 @@ class _Replacement:
         return score(call["hidden"], call["weight"], call.get("bias"))
 
 
-class _RegatheringLogps(LinearLogpsFunction):
-    """Under ZeRO-3, TRL gathers the head for the forward only; when the backward comes it is split again."""
-
-    @staticmethod
-    def backward(ctx, *grads):
-        # ZeRO-3 splits a parameter in place: what was saved is the parameter, with its ds_* attributes
-        split = [x for x in ctx.saved_tensors if hasattr(x, "ds_status")]
-        if not split:
-            return LinearLogpsFunction.backward(ctx, *grads)
-        with sys.modules["trl.trainer.utils"].maybe_gather_lm_head_ctx(*split):
-            return LinearLogpsFunction.backward(ctx, *grads)
-
-
-def _select_rows(theirs, _):
-    """In the place of `_use_triton` of trl.trainer.utils, by which TRL drops the rows without a label or not.
-
-    CPU tensors gain by it as CUDA tensors do. Elsewhere (Neuron recompiles per shape) TRL's answer stands.
-    """
-    return lambda device: device.type == "cpu" or theirs(device)
-
-
-def _trl_version() -> str:
-    return getattr(sys.modules.get("trl"), "__version__", "(unknown version)")
-
-
-def _release() -> tuple[int, int]:
-    numbers = re.match(r"(\d+)\.(\d+)", _trl_version())
-    return (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-
-
-def _unknown(what: str) -> RuntimeError:
-    return RuntimeError(f"TRL {_trl_version()} {what}, which fastdpo does not know; it supports TRL {SUPPORTED}")
-
-
 # TRL 1.15 without Triton has None in the symbol's place, and one caller, which passes these
 def _forward_1_15(
     ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
 ): ...
-
-
-def _understood(function) -> inspect.Signature:
-    """The signature of the Function's forward, without ctx, when every call it allows can be served."""
-    forward = _forward_1_15 if function is None else getattr(function, "forward", None)
-    if forward is None:
-        raise _unknown(f"has {function!r} for its log-prob function, not an autograd Function (another library's?)")
-    signature = inspect.signature(forward)
-    parameters = list(signature.parameters.values())[1:]
-    served = [PARAMETERS.get(parameter.name) for parameter in parameters]
-    problems = [f"lacks {name!r} under a known name" for name in REQUIRED if name not in served]
-    for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            problems.append(f"takes {parameter}")
-        elif parameter.name not in PARAMETERS and parameter.default is parameter.empty:
-            problems.append(f"needs {parameter.name!r}")
-    if problems:
-        raise _unknown(f"has a log-prob function{signature} that {' and '.join(problems)}")
-    return signature.replace(parameters=parameters)
-
-
-def _only_selects_rows(utils: ModuleType) -> bool:
-    """Whether `add_fused_lm_head` alone asks `_use_triton` in trl.trainer.utils: nothing else may change."""
-    try:
-        definitions = ast.parse(inspect.getsource(utils)).body
-    except OSError:  # installed without its source
-        return False
-    users = [x for x in definitions if any(getattr(y, "id", None) == "_use_triton" for y in ast.walk(x))]
-    return [getattr(x, "name", None) for x in users] == ["add_fused_lm_head"]

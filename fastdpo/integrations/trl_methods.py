@@ -60,30 +60,38 @@ def trl_modules() -> list[ModuleType]:
     ]
 
 
-def methods_of(trainer: str) -> list[tuple[type, str]]:
-    """(class, method) where TRL defines them: releases moved some trainers to trl.experimental."""
+def module_of(name: str) -> ModuleType | None:
+    """None: not in this release, or a package it needs is missing or broken, so that nobody can train with it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is experimental is for who imports it to hear
+        try:
+            return importlib.import_module(name)
+        except Exception:
+            return None
+
+
+def methods_of(trainer: str, names: tuple[str, ...] = ()) -> list[tuple[type, str]]:
+    """(class, method) where TRL defines them: releases moved some trainers to trl.experimental.
+
+    `names`: of methods; those of METHODS where there are none.
+    """
+    names = names or METHODS[trainer]
     kind = trainer.removesuffix("Trainer").lower()
     found, seen = [], []
     for place in ("trl.trainer", f"trl.experimental.{kind}"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is experimental is for who imports it to hear
-            try:
-                module = importlib.import_module(f"{place}.{kind}_trainer")
-            except Exception:
-                continue  # not in this release, or a package it needs is missing or broken: nobody can train with it
-        owner = vars(module).get(trainer)
+        module = module_of(f"{place}.{kind}_trainer")
+        owner = None if module is None else vars(module).get(trainer)
         if owner is not None and owner.__module__ == module.__name__:
             seen.append(module.__name__)
-            found += [(owner, name) for name in METHODS[trainer] if name in vars(owner)]
+            found += [(owner, name) for name in names if name in vars(owner)]
     if seen and not found:
         raise RuntimeError(
-            f"{trainer} of {', '.join(seen)} has none of the methods that patch_trl knows, "
-            f"{', '.join(METHODS[trainer])}"
+            f"{trainer} of {', '.join(seen)} has none of the methods that patch_trl knows, {', '.join(names)}"
         )
     return found
 
 
-def _divided(logits: LazyLogits, arguments: dict) -> LazyLogits:
+def divided(logits: LazyLogits, arguments: dict) -> LazyLogits:
     temperature = arguments.get("temperature", 1.0)
     return logits if temperature == 1.0 else logits / temperature
 
@@ -92,13 +100,13 @@ def _selective_log_softmax(logits: LazyLogits, arguments: dict):
     index = arguments["index"]
     if index.ndim == logits.ndim:
         return logits.log_softmax(-1).gather(-1, index)
-    return _divided(logits, arguments).logps(index, arguments.get("row_mask"))
+    return divided(logits, arguments).logps(index, arguments.get("row_mask"))
 
 
 def _selective_log_softmax_and_entropy(logits: LazyLogits, arguments: dict):
     mask = arguments.get("row_mask")
     labels = arguments["index"] if mask is None else arguments["index"].masked_fill(mask == 0, IGNORED)
-    stats = _divided(logits, arguments).token_stats(labels, ("entropy",))
+    stats = divided(logits, arguments).token_stats(labels, ("entropy",))
     return stats.logps, stats.entropy if arguments["entropy_requires_grad"] else stats.entropy.detach()
 
 

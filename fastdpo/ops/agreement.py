@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from ..distributed import handshake
 from ..distributed.handshake import Agreed
 from ..head import CheckedHead, HeadOptions, check_labels, compute_dtype
@@ -10,14 +12,42 @@ from .engines import engine_of
 INPUTS = ("hidden", "weight", "bias", "lora A", "lora B")
 
 
-def agree(call: CheckedHead, options: HeadOptions, stats, differentiable: bool) -> Agreed | None:
+@dataclass(frozen=True)
+class Teacher:
+    """A second head beside a call's, and how the two are compared."""
+
+    call: CheckedHead
+    fields: dict[str, object]
+
+
+NO_TEACHER = {
+    "kind": None,
+    "jsd_beta": None,
+    "labels_or_mask": None,
+    "the last dimension of ref_hidden": 0,
+    **{f"{name}'s dtype": None for name in handshake.TEACHER},
+    "ref_logit_scale": None,
+    "ref_softcap": None,
+}
+
+
+def agree(
+    call: CheckedHead, options: HeadOptions, stats, differentiable: bool, teacher: Teacher | None = None
+) -> Agreed | None:
     """What the ranks of `vocab_group` agree on before the call's first exchange of a size that data decides; ValueError
     on every one of them unless they do."""
     if options.vocab_group is None:
         return None
     hidden, _, _, lora_a, _, labels = call.tensors
     told = described(call, options, stats, differentiable, options.key(hidden.device))
-    agreed = handshake.agree(options.vocab_group, told, hidden, labels, lora_a)
+    if teacher is not None:
+        told.fields.update(teacher.fields)
+        inputs = teacher.call.tensors
+        told.fields["the last dimension of ref_hidden"] = inputs[0].shape[-1]
+        dtypes = [None if x is None else x.dtype for x in inputs[:3]]
+        told.fields.update({f"{name}'s dtype": dtype for name, dtype in zip(handshake.TEACHER, dtypes)})
+    ref_hidden = None if teacher is None else teacher.call.tensors[0]
+    agreed = handshake.agree(options.vocab_group, told, hidden, labels, lora_a, ref_hidden)
     if options.check_labels:
         check_labels(labels.view(call.shape), options, agreed.shards.vocab_size)
     return agreed
@@ -48,5 +78,6 @@ def described(call: CheckedHead, options: HeadOptions, stats, differentiable: bo
         ],
         "autocast's or the products' dtype": compute_dtype(hidden, weight),
         "the engine": engine_of(hidden).name,
+        **NO_TEACHER,
     }
     return handshake.Call(fields, options.seed, draw, weight.shape[0], rows or 0)

@@ -137,6 +137,10 @@ def divergence_engine_for(
 ) -> DivergenceEngine:
     """The same for the divergence of two heads."""
     name, _ = _choose(device, dtype, forced, interpret)
+    if name == "triton":
+        from .triton.divergence import backward, forward
+
+        return DivergenceEngine("triton", forward.forward, backward.backward)
     return divergence_by_token.by_row(_DIVERGENCE_BY_TOKEN[name])
 
 

@@ -131,10 +131,15 @@ class LinearLogpsFunction(Function):
 def sharded_forward(tensors, key: Tensor | None, scalars: Scalars, stats, agreed: Agreed) -> Forward:
     with handshake.telling(agreed.shards.group):
         result = _forward(tensors, key, scalars, stats, agreed.shards)
-    if agreed.poison is None:
+    return poisoned(result, agreed.poison)
+
+
+def poisoned(result, poison: Tensor | None):
+    """A forward's results, NaN where ranks were found to differ without a wait."""
+    if poison is None:
         return result
-    values = {field.name: getattr(result, field.name) for field in fields(Forward)}
-    wrong = {name: x + agreed.poison for name, x in values.items() if x is not None and x.is_floating_point()}
+    values = {field.name: getattr(result, field.name) for field in fields(result)}
+    wrong = {name: x + poison for name, x in values.items() if x is not None and x.is_floating_point()}
     return replace(result, **wrong)
 
 

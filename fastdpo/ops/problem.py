@@ -154,7 +154,8 @@ class Gradients:
     def added_to(self, sums: Gradients | None) -> Gradients:
         for name in () if sums is None else Needs._fields[1:]:
             mine, others = getattr(self, name), getattr(sums, name)
-            setattr(self, name, mine if others is None or others is mine else others.add_(mine))
+            if others is not None and others is not mine:
+                setattr(self, name, others if mine is None else others.add_(mine))
         return self
 
 

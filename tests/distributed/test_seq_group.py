@@ -26,6 +26,8 @@ CASES = {
         {"ld_alpha": 0.0, "use_weighting": True, "average_log_prob": True, "loss_type": ["sigmoid", "sft"]},
         "per token",
     ),
+    "TDPO": ({"loss_type": ["tdpo1", "tdpo2", "sft"], "tdpo_alpha": 0.7, "beta": 0.5}, "ref_hidden"),
+    "TDPO, LD, WPO": ({"loss_type": "tdpo1", "ld_alpha": 0.3, "use_weighting": True}, "ref_hidden"),
     "LD, zero": ({"ld_alpha": 0.0}, "per sequence"),
 }
 LAYOUTS = ("contiguous", "zigzag", "striped", "anyhow")
@@ -202,7 +204,7 @@ def _meshed(rank, size):
     rows = slice(0, 128) if tp.rank() == 0 else slice(128, None)
     tensors |= {"weight": tensors["weight"][rows], "bias": tensors["bias"][rows]}
     found = {}
-    for case in ("LD", "average"):
+    for case in ("LD", "average", "TDPO"):
         given = arguments(tensors, lengths, parts[cp.get_local_rank()], case, True, torch.float32)
         if case == "LD":
             given["seq_positions"] = "zigzag"
@@ -216,7 +218,7 @@ def test_beside_shards_of_the_vocabulary(ranks, monkeypatch):
     found = ranks(4)(_meshed)
     monkeypatch.setenv("FASTDPO_ENGINE", "reference")
     tensors, lengths, parts = whole_batch("zigzag", 2, True)
-    for case in ("LD", "average"):
+    for case in ("LD", "average", "TDPO"):
         joined = []
         for first, second in (found[:2], found[2:]):  # ranks of one part: shards 0 and 1
             (out, grads), (other, others) = first[case], second[case]
@@ -227,33 +229,40 @@ def test_beside_shards_of_the_vocabulary(ranks, monkeypatch):
         check_case(case, joined, tensors, lengths, parts, True)
 
 
+COUNTS = {"simpo": 2, "tdpo2": 6}  # of the tensors that a loss reads
+
+
 def _preference(rank, size, parts, lengths, options):
-    """`parts`: [size, 4, B] of each rank."""
-    leaves = [x.clone().requires_grad_() for x in parts[rank][: 2 if options["loss_type"] == "simpo" else 4]]
+    """`parts`: [size, 6, B] of each rank."""
+    leaves = [x.clone().requires_grad_() for x in parts[rank][: COUNTS.get(options["loss_type"], 4)]]
     lengths = None if options["loss_type"] == "sigmoid" else [x.int() for x in lengths[rank]]
     given = dict(zip(("chosen_lengths", "rejected_lengths"), lengths or ()))
-    out = fastdpo.preference_loss(*leaves, **given, **options, seq_group=dist.group.WORLD)
+    given |= dict(zip(("chosen_kl", "rejected_kl"), leaves[4:]))
+    out = fastdpo.preference_loss(*leaves[:4], **given, **options, seq_group=dist.group.WORLD)
     (out.loss + out.losses @ UPSTREAM).backward()
     return [x.detach() for x in out], [x.grad for x in leaves]
 
 
 @pytest.mark.parametrize("seq_grads", ["sum", "mean"])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "ipo", "aot"])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "simpo", "ipo", "aot", "tdpo2"])
 def test_preference_loss_of_parts_of_sums(loss_type, seq_grads, ranks):
-    """Of all six tensors; a whole reference stands on one rank."""
-    parts, lengths = -torch.rand(3, 4, B), torch.randint(0, 9, (3, 2, B))
-    parts[1:, 2:], lengths[1] = 0.0, 0
+    """Of all eight tensors; a whole reference stands on one rank."""
+    parts, lengths = -torch.rand(3, 6, B), torch.randint(0, 9, (3, 2, B))
+    parts[1:, 2:4], lengths[1] = 0.0, 0
     options = {"loss_type": loss_type, "beta": 0.7}
     found = ranks(3)(_preference, parts, lengths, {**options, "seq_grads": seq_grads})
-    count = 2 if loss_type == "simpo" else 4
-    leaves = [x.requires_grad_() for x in parts.double().sum(0)[:count].unbind()]
+    leaves = [x.requires_grad_() for x in parts.double().sum(0)[: COUNTS.get(loss_type, 4)].unbind()]
     needed = {} if loss_type == "sigmoid" else dict(zip(("chosen_lengths", "rejected_lengths"), lengths.sum(0)))
-    expected = fastdpo.preference_loss(*leaves, **needed, **options)
+    needed |= dict(zip(("chosen_kl", "rejected_kl"), leaves[4:]))
+    expected = fastdpo.preference_loss(*leaves[:4], **needed, **options)
     (expected.loss + expected.losses @ UPSTREAM.double()).backward()
     for out, grads in found:
         assert all(torch.equal(a, b) for a, b in zip(out, found[0][0]))
         assert all(relative_error(a, b) < 2e-6 for a, b in zip(out, expected))
         for grad, leaf in zip(grads, leaves):
+            if loss_type == "tdpo2" and leaf is leaves[4]:
+                assert not leaf.grad.any() and not grad.any()
+                continue
             assert relative_error(grad, leaf.grad * (3 if seq_grads == "mean" else 1)) < 2e-6
 
 

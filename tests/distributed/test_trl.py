@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from torch.distributed.tensor import DTensor
 pytest.importorskip("trl", minversion="1.16")
 
 from transformers import AutoModelForCausalLM
+from trl.models.utils import _ForwardRedirection
 from trl.trainer import utils as trl_utils
+from trl.trainer.distillation_trainer import DistillationTrainer
 from trl_ranks import assert_same_training, save_model, train
+from trl_runs import teacher
 
 from fastdpo.integrations import patch_trl, unpatch_trl
 
@@ -172,3 +176,46 @@ def test_tensor_parallel(model_path, ranks):
     for mine, my_grad in ranks(2)(in_tensor_parallel, model_path(), True):
         torch.testing.assert_close(mine, logps, rtol=2e-6, atol=2e-6)
         assert (my_grad - grad).norm() <= 2e-6 * grad.norm()
+
+
+def distilled(rank, size, path, layout, patch):
+    """(loss, gradients) of TRL's own `_compute_loss` of this rank's rows."""
+    trainer = object.__new__(DistillationTrainer)
+    trainer.accelerator = SimpleNamespace(unwrap_model=lambda model: model, is_main_process=False)
+    trainer._forward_redirection, trainer.model_kwarg_keys = _ForwardRedirection(), set()
+    trainer.beta, trainer.temperature, trainer._is_vlm = 0.3, 0.8, False
+    model, trainer.teacher_model = AutoModelForCausalLM.from_pretrained(path), teacher()
+    if patch is not None:
+        patch_trl(**patch)
+    try:
+        if layout is not None:
+            for each in (model, trainer.teacher_model):
+                if PREPARED[layout] is not None:
+                    PREPARED[layout](each)
+                fully_shard(each)
+        rows = 4 // size
+        ids = torch.arange(5, 69).view(4, 16)[rank * rows : (rank + 1) * rows] * 7 % 500
+        mask = torch.ones_like(ids[:, 6:])
+        mask[0, 4:] = 0
+        inputs = {"prompt_ids": ids[:, :6], "completion_ids": ids[:, 6:]}
+        inputs |= {"prompt_mask": torch.ones_like(ids[:, :6]), "completion_mask": mask}
+        redirect = trainer._forward_redirection
+        loss, _, _ = redirect(model, model, trainer._compute_loss, model, inputs, 40 / size)
+        loss.backward()
+    finally:
+        unpatch_trl()
+    grads = {name: x.grad.full_tensor() if layout else x.grad for name, x in model.named_parameters()}
+    return loss.detach(), grads
+
+
+@pytest.mark.parametrize(
+    "layout", ["FSDP2", "FSDP2, head alone", "FSDP2, head alone, kept", "FSDP2, head with norm, resharded"]
+)
+def test_ranks_distil_as_one_process(layout, model_path, ranks):
+    wholes = [distilled(rank, 2, model_path(), None, None) for rank in range(2)]  # by TRL alone
+    found = ranks(2)(distilled, model_path(), layout, EXACT)
+    for (loss, grads), (right, _) in zip(found, wholes):
+        torch.testing.assert_close(loss, right, rtol=2e-5, atol=1e-6)
+        for name, grad in grads.items():
+            right = (wholes[0][1][name] + wholes[1][1][name]) / 2
+            assert (grad - right).norm() <= 2e-5 * right.norm(), name

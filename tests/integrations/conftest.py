@@ -42,7 +42,8 @@ def make_trainer(tokenizer, tiny_llama, tmp_path):
         model = AutoModelForCausalLM.from_pretrained(path)
         if kind in ("DPO", "KTO") and "peft_config" not in options and "precompute_ref_log_probs" not in config:
             options["ref_model"] = AutoModelForCausalLM.from_pretrained(path)
-        return trainer_class(model=model, args=args, train_dataset=dataset, processing_class=tokenizer, **options)
+        options = {"processing_class": tokenizer} | options
+        return trainer_class(model=model, args=args, train_dataset=dataset, **options)
 
     return make
 

@@ -25,7 +25,7 @@ class Environment:
 
 
 def _trl(release: str, *older: str, **variables: str) -> Environment:
-    tests = (f"{HERE}/test_trl_releases.py", "tests/models/lazy/test_logits.py")
+    tests = (f"{HERE}/test_trl_releases.py", f"{HERE}/test_trl_distillers.py", "tests/models/lazy/test_logits.py")
     return Environment((f"trl=={release}", *older), tests, variables=variables)
 
 

@@ -17,6 +17,7 @@ from trl_runs import preferences
 
 from fastdpo.integrations import patch_trl, unpatch_trl
 from fastdpo.integrations import trl as integration
+from fastdpo.integrations.trl_release import SUPPORTED, UNSLOTH_MARKS, only_selects_rows
 
 ORIGINALS = (trl_utils._ChunkedLogProbFunction, trl_utils._use_triton)
 
@@ -100,7 +101,7 @@ def test_values_and_gradients_are_trl_s(outputs):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"targets": torch.arange(96)}, ValueError, r"labels must be shaped like hidden .*\(64,\); got \(96,\)"),
+        ({"targets": torch.arange(96)}, ValueError, r"labels must be shaped like hidden .*\(64,\).*got \(96,\)"),
         ({"weight": torch.ones(300, 16, dtype=torch.int8)}, TypeError, "weight must be fp32.*int8"),
         ({"weight": torch.ones(300, 12)}, ValueError, "hidden has H = 16 but weight has H = 12"),
         ({"bias": torch.ones(299)}, ValueError, r"bias must have shape \(300,\)"),
@@ -340,7 +341,7 @@ def test_signatures_that_are_not_understood(forward, message, monkeypatch):
     function = fake(monkeypatch, forward)
     with pytest.raises(RuntimeError, match=message) as error:
         patch_trl()
-    assert trl.__version__ in str(error.value) and integration.SUPPORTED in str(error.value)
+    assert trl.__version__ in str(error.value) and SUPPORTED in str(error.value)
     assert trl_utils._ChunkedLogProbFunction is function and trl_utils._use_triton is ORIGINALS[1]
 
 
@@ -372,7 +373,7 @@ def test_without_trl(monkeypatch):
         patch_trl()
 
 
-@pytest.mark.parametrize("mark", integration.UNSLOTH_MARKS)
+@pytest.mark.parametrize("mark", UNSLOTH_MARKS)
 def test_unsloth_was_first(mark, monkeypatch):
     theirs = type("_UnslothFusedLinearHead", (), {mark: True, "forward": ORIGINALS[0].forward})()
     monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", theirs)
@@ -398,7 +399,7 @@ def test_unsloth_comes_later(monkeypatch):
 
 
 def test_use_triton_is_replaced_only_where_it_selects_rows(monkeypatch):
-    assert integration._only_selects_rows(trl_utils)
+    assert only_selects_rows(trl_utils, "add_fused_lm_head")
     patch_trl()
     assert trl_utils._use_triton(torch.device("cpu"))
     assert trl_utils._use_triton(torch.device("meta")) == ORIGINALS[1](torch.device("meta"))
@@ -407,7 +408,7 @@ def test_use_triton_is_replaced_only_where_it_selects_rows(monkeypatch):
 
     newer = inspect.getsource(trl_utils) + "def selective_log_softmax(x):\n    return (lambda: _use_triton(x.device))()"
     monkeypatch.setattr(inspect, "getsource", lambda module: newer)
-    assert not integration._only_selects_rows(trl_utils)
+    assert not only_selects_rows(trl_utils, "add_fused_lm_head")
     patch_trl()
     assert trl_utils._use_triton is ORIGINALS[1]
     unpatch_trl()

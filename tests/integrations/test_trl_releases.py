@@ -17,9 +17,9 @@ from trl.trainer import utils as trl_utils
 from trl_runs import classes, largest_difference, length_reward, metrics, preferences, prompts, texts, unpaired
 
 from fastdpo.integrations import patch_trl, trl_methods, unpatch_trl
-from fastdpo.integrations.trl import _release
+from fastdpo.integrations.trl_release import release
 
-TAKES_LOGITS = _release() < (1, 15)
+TAKES_LOGITS = release() < (1, 15)
 ROLLOUT = {"num_generations": 2, "max_completion_length": 6, "beta": 0.04}
 REWARD = {"trainer_options": {"reward_funcs": lambda: length_reward}}
 LORA = {"trainer_options": {"peft_config": lambda: LoraConfig(r=4, target_modules="all-linear")}}
@@ -42,7 +42,7 @@ CASES = {
     "simpo": ("CPO", preferences, {"loss_type": "simpo", "cpo_alpha": 0.0}),
     "orpo": ("ORPO", preferences, {}),
 }
-if _release() == (1, 8):  # which looks for its cache where a data set in memory has none, also unpatched
+if release() == (1, 8):  # which looks for its cache where a data set in memory has none, also unpatched
     del CASES["dpo precomputed"]
 
 

@@ -171,6 +171,25 @@ class LazyLogits(LazyRows):
             source.computed, source.computed_by, source.computed_for = computed, self.lineage[-1], spread
         return TokenStats(*(None if x is None else x[self.rows] for x in computed))
 
+    def divergence(self, teacher: LazyLogits, counted: Tensor, kind: str, beta: float, vocab_size) -> Tensor:
+        """[...], fp32, `fastdpo.linear_divergence` of both heads' logits or log-probs; 0 where not `counted`.
+
+        Raises Unserved where the logits themselves are needed; also for those of a teacher who would get a gradient.
+        """
+        serve_if(self.lazy and teacher.lazy and self.cell.distinct)
+        serve_if(self.rows.shape == teacher.rows.shape == counted.shape and self.device == teacher.device)
+        serve_if(not (teacher.requires_grad and torch.is_grad_enabled()))
+        ours, theirs = self.source, teacher.source
+        serve_if(not (ours.bent or theirs.bent) and ours.power == theirs.power and ours.power in (None, 1.0))
+        serve_if(ours.autocast == theirs.autocast and theirs.applied.lora is None)
+        rows = self.rows.reshape(-1)
+        # the rows of both in the order of the student's, whose hidden and its gradient stay where they are
+        spread = rows.new_zeros(len(ours.applied.hidden), dtype=torch.bool)
+        spread = spread.index_put((rows,), counted.to(self.device).reshape(-1))
+        ref_hidden = theirs.applied.hidden[teacher.rows.reshape(-1)]
+        ref_hidden = ref_hidden.new_zeros(len(spread), ref_hidden.shape[1]).index_put((rows,), ref_hidden)
+        return self._quietly(ours.divergence, theirs, ref_hidden, spread, kind, beta, vocab_size)[self.rows]
+
     def _statistic(self, name: str, labels: Tensor | None = None) -> Tensor:
         """One statistic of every row: from the pass that gave the log-probs, where that one saw these rows."""
         if not self.lazy:

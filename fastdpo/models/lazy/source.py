@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...divergence import token_divergence
 from ...head import HeadOptions, LogitTransform
 from ...ops.problem import IDENTITY, TokenStats
 from ..lm_head import AppliedHead, autocast, transformed
@@ -135,6 +136,20 @@ class Source:
             return computed
         return TokenStats(*(x if x is None or x.dtype == torch.bool else x * valid for x in computed))
 
+    def divergence(
+        self, teacher: Source, ref_hidden: Tensor, counted: Tensor, kind: str, beta: float, vocab_size
+    ) -> Tensor:
+        """[N], from what `teacher` gives for `ref_hidden` [N, H_ref]; 0 where not `counted` [N]."""
+        valid = self.held.valid() * teacher.held.valid()
+        (hidden, weight, bias, lora), (_, ref_weight, ref_bias, _) = self.applied, teacher.applied
+        scale, softcap, temperature = _at_temperature_1(self.transform)
+        options = replace(self.options, logit_scale=scale, softcap=softcap or None, temperature=temperature)
+        tensors = (hidden, weight, ref_hidden, ref_weight, counted, bias, ref_bias, lora)
+        with autocast(weight, self.autocast):
+            settings = (kind, beta, (), options, _at_temperature_1(teacher.transform))
+            computed = token_divergence(tensors, vocab_size, settings).divergence
+        return computed if isinstance(valid, float) else computed * valid
+
     def values(self, rows: Tensor) -> Tensor:
         """[..., V] in fp32 for rows [...]."""
         valid = self.held.valid()
@@ -182,3 +197,9 @@ class Source:
     def tanh(self) -> Source:
         serve_if(self.power is None and not self.transform.softcap and not self.bent)
         return replace(self, bent=True)
+
+
+def _at_temperature_1(transform: LogitTransform) -> LogitTransform:
+    """The same: c tanh(s x / c) / T = (c / T) tanh((s / T) x / (c / T))."""
+    scale, softcap, temperature = transform
+    return LogitTransform(scale / temperature, softcap / temperature)

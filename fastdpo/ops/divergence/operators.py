@@ -15,10 +15,13 @@ from torch import Tensor
 
 from ...accumulate import destination, nothing_left
 from ...autograd import Function, no_second_derivative, once_differentiable, uncompiled
+from ...distributed import handshake
+from ...distributed.handshake import Agreed
 from ...head import CheckedHead, HeadOptions, LogitTransform, LoRA, Routing, check_head, compute_dtype
 from ...routing import num_blocks, set_bytes
 from ...tensors import contiguous, in_rows, plain, refuse_transforms, traced
 from ..engines import divergence_engine
+from ..operators import poisoned
 from ..problem import Gradients, Head, Needs, Rows
 from .problem import DivergenceForward, DivergenceOutput, DivergenceUpstream, Heads
 
@@ -88,8 +91,8 @@ def _prepare(options: Options, needs: Needs, tensors) -> tuple[Tensor | None, Sc
 
 
 class LinearDivergenceFunction(Function):
-    """``apply(hidden, weight, bias, lora_a, lora_b, labels, ref_hidden, ref_weight, ref_bias, Options)``, of checked
-    tensors; returns the four of DivergenceOutput, flat.
+    """``apply(hidden, weight, bias, lora_a, lora_b, labels, ref_hidden, ref_weight, ref_bias, Options, Agreed or
+    None)``, of checked tensors; returns the four of DivergenceOutput, flat.
 
     Saved besides the inputs, per row: up to seven numbers and, routed, one bit per block.
     """
@@ -99,17 +102,24 @@ class LinearDivergenceFunction(Function):
     @staticmethod
     def forward(ctx, *arguments):
         ctx.set_materialize_grads(False)
-        tensors, options = arguments[:9], arguments[9]
+        tensors, options, agreed = arguments[:9], arguments[9], arguments[10]
         needs = Needs(*ctx.needs_input_grad[:5]) if options.differentiable else Needs()
         key, scalars = _prepare(options, needs, tensors)
-        result = (_forward_operator if traced(*tensors) else forward)(tensors, key, scalars)
+        shards = None if agreed is None else agreed.shards
+        if shards is not None:
+            key = agreed.key if scalars.taus else None
+            with handshake.telling(shards.group):
+                result = forward(tensors, key, scalars, shards)
+            result = poisoned(result, agreed.poison)
+        else:
+            result = (_forward_operator if traced(*tensors) else forward)(tensors, key, scalars)
         outputs = _outputs(result, scalars)
         if True in needs:
             # copies of what is returned: the caller may change it in place
             kept = [getattr(result, name) for name in SAVED]
             kept = [x.clone() if any(x is y for y in outputs if y is not None) else x for x in kept]
             ctx.save_for_backward(*tensors, *kept)
-            ctx.needs, ctx.scalars, ctx.weight_shape = needs, scalars, tensors[1].shape
+            ctx.needs, ctx.scalars, ctx.shards, ctx.weight_shape = needs, scalars, shards, tensors[1].shape
             ctx.accumulate_into = options.head.accumulate_into
         if outputs[3] is not None:
             ctx.mark_non_differentiable(outputs[3])
@@ -118,30 +128,58 @@ class LinearDivergenceFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, ddivergence, dentropy, dlogps, _):
-        if ddivergence is None and dentropy is None and dlogps is None:
-            return (None,) * 10
-        saved = ctx.saved_tensors
-        if saved[1].shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
-            raise RuntimeError(
-                f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(saved[1].shape)} in "
-                "the backward: keep a sharded head gathered until the backward is done"
+        upstream = (ddivergence, dentropy, dlogps)
+        given, shards = next((x for x in upstream if x is not None), None), ctx.shards
+        if given is None:
+            return (None,) * 11
+        with handshake.announcing(None if shards is None else shards.group, given, "the backward"):
+            saved = ctx.saved_tensors
+            if saved[1].shape != ctx.weight_shape:  # its storage was released, as by ZeRO-3 after a gather
+                raise RuntimeError(
+                    f"weight had shape {tuple(ctx.weight_shape)} in the forward and has {tuple(saved[1].shape)} in "
+                    "the backward: keep a sharded head gathered until the backward is done"
+                )
+            place = destination(ctx, saved[1]) if ctx.needs.weight else None
+            if shards is not None:
+                upstream = [None if x is None else plain("an upstream gradient", x) for x in upstream]
+        sums = Gradients(weight=place)
+        if shards is None:
+            run = _backward_operator if traced(*saved[:9]) else backward
+            grads = run(saved, upstream, ctx.scalars, ctx.needs, sums)
+        else:
+            hidden, lora_a = saved[0], saved[3]
+            if ctx.needs.hidden:
+                sums.hidden = Gradients.place((saved[5].shape[0], hidden.shape[-1]), hidden)
+            if ctx.needs.lora_a:
+                sums.lora_a = Gradients.place(lora_a.shape, lora_a)
+            dlogps, dentropy, _, ddivergence = handshake.agree_upstream(
+                shards, upstream[2], upstream[1], None, upstream[0]
             )
-        place = destination(ctx, saved[1]) if ctx.needs.weight else None
-        run = _backward_operator if traced(*saved[:9]) else backward
-        grads = run(saved, (ddivergence, dentropy, dlogps), ctx.scalars, ctx.needs, Gradients(weight=place))
+            with handshake.telling(shards.group):
+                grads = backward(saved, (ddivergence, dentropy, dlogps), ctx.scalars, ctx.needs, sums, shards)
+                if grads.hidden is not None:
+                    grads.hidden = shards.sum_of_rows(grads.hidden, hidden.dtype)
+                if grads.lora_a is not None:
+                    grads.lora_a = shards.sum(grads.lora_a).to(lora_a.dtype)
         if place is not None:
             grads.weight = nothing_left(ctx.accumulate_into, saved[1])
-        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 5
+        return grads.hidden, grads.weight, grads.bias, grads.lora_a, grads.lora_b, *(None,) * 6
 
 
-def divergence(call: CheckedHead, teacher: CheckedHead, options: Options) -> DivergenceOutput:
-    """Of checked tensors; each shaped like the labels."""
+def divergence(
+    call: CheckedHead,
+    teacher: CheckedHead,
+    options: Options,
+    function: type[LinearDivergenceFunction] = LinearDivergenceFunction,
+    agreed: Agreed | None = None,
+) -> DivergenceOutput:
+    """Of checked tensors; each shaped like the labels. `agreed`: of ranks, outside of a compiled graph."""
     tensors = (*call.tensors, *teacher.tensors[:3])
-    apply = super(Function, LinearDivergenceFunction).apply  # torch's: the class's own checks again
+    apply = super(Function, function).apply  # torch's: the class's own checks again
     if not torch.compiler.is_compiling():
-        outputs = apply(*tensors, options)
+        outputs = apply(*tensors, options, agreed)
     elif options.head.accumulate_into is not None:  # an operator returns gradients
-        outputs = uncompiled(apply, *tensors, options)
+        outputs = uncompiled(apply, *tensors, options, None)
     else:
         needs = Needs(*[options.differentiable and x is not None and x.requires_grad for x in tensors[:5]])
         key, scalars = _prepare(options, needs, tensors)
@@ -164,7 +202,7 @@ def _run(heads: Heads, step: str, *arguments, **options):
         return getattr(engine, step)(heads, *arguments, **options)
 
 
-def _problem(tensors, scalars: Scalars) -> tuple[Heads, Rows]:
+def _problem(tensors, scalars: Scalars, shards=None) -> tuple[Heads, Rows]:
     """What an engine takes, laid out as problem.py says."""
     hidden, weight, bias, lora_a, lora_b, labels, ref_hidden, ref_weight, ref_bias = tensors
     lora = None if lora_a is None else LoRA(contiguous(lora_a), contiguous(lora_b), scalars.lora_scale)
@@ -176,22 +214,24 @@ def _problem(tensors, scalars: Scalars) -> tuple[Heads, Rows]:
     student = head(hidden, weight, bias, lora, scalars.transform, scalars.compute_dtype)
     teacher = head(ref_hidden, ref_weight, ref_bias, None, scalars.ref_transform, scalars.ref_compute_dtype)
     heads = Heads(student, teacher, scalars.kind, scalars.beta, scalars.labelled, "logps" in scalars.stats)
-    return heads, Rows(contiguous(labels), scalars.ignore_index, 0, weight.shape[0])
+    vocabulary = (0, weight.shape[0]) if shards is None else (shards.vocab_start, shards.vocab_size)
+    return heads, Rows(contiguous(labels), scalars.ignore_index, *vocabulary)
 
 
-def forward(tensors, key: Tensor | None, scalars: Scalars) -> DivergenceForward:
-    heads, rows = _problem(tensors, scalars)
+def forward(tensors, key: Tensor | None, scalars: Scalars, shards=None) -> DivergenceForward:
+    heads, rows = _problem(tensors, scalars, shards)
+    shards = None if shards is None or shards.size == 1 else shards
     routing = Routing(scalars.taus, scalars.hidden_set, scalars.weight_set, key) if scalars.taus else None
-    return _run(heads, "forward", rows, stats=frozenset(scalars.stats), routing=routing, shards=None)
+    return _run(heads, "forward", rows, stats=frozenset(scalars.stats), routing=routing, shards=shards)
 
 
-def backward(saved, upstream, scalars: Scalars, needs: Needs, sums: Gradients | None = None) -> Gradients:
+def backward(saved, upstream, scalars: Scalars, needs: Needs, sums: Gradients | None = None, shards=None) -> Gradients:
     """`saved`: the inputs, and what the backward reads of the results; `upstream` of divergence, entropy and logps, one
     of them at least."""
     tensors = [None if x is None else plain(name, x) for name, x in zip(_NAMES, saved)]
     # hooks on saved tensors, and callers of the operator, may give back another layout
     results = dict(zip(SAVED, (contiguous(x) for x in saved[9:])))
-    heads, rows = _problem(tensors, scalars)
+    heads, rows = _problem(tensors, scalars, shards)
     like = results["lse"]
     coefs = [None if x is None else plain("an upstream gradient", x).to(like.dtype) for x in upstream]
     of_divergence, of_entropy, of_logps = (contiguous(x) for x in coefs)

@@ -1,6 +1,7 @@
 """Every preference loss in plain torch, differentiated by autograd: the oracle of csrc/shared/preference_losses.h, and
 the engine where that cannot run. Computed in fp64; same names as there:
     a, b = chosen, rejected log-ratio    s = f-divergence score    d = s_w - s_l    n = completion tokens
+    k = KL(reference || policy), summed over a completion
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ class BatchInputs(NamedTuple):
     ref_rejected: Tensor | None = None
     chosen_lengths: Tensor | None = None
     rejected_lengths: Tensor | None = None
+    kl: Tensor | None = None  # KL(reference || policy), like `logps`
+    kl_rejected: Tensor | None = None
     labels: Tensor | None = None
     cu_seqlens: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None  # per token; asks for WPO's weights
@@ -56,6 +59,8 @@ class Terms:
     rejected: Tensor
     ref_chosen: Tensor | float
     ref_rejected: Tensor | float
+    k_w: Tensor | float
+    k_l: Tensor | float
     n_w: Tensor | None  # at least 1
     n_l: Tensor | None
     sft_logps: Tensor  # sums over the chosen tokens
@@ -202,17 +207,21 @@ REFERENCE = {
     "orpo": lambda q: -q.options.beta * logsigmoid(log_odds(q.chosen / q.n_w) - log_odds(q.rejected / q.n_l)),
     "kto": kto,
     "dpop": dpop,
+    "tdpo1": lambda q: -logsigmoid(q.options.beta * (q.a - q.b - (q.k_l - q.k_w))),
+    "tdpo2": lambda q: -logsigmoid(q.options.beta * (q.a - q.b - q.options.tdpo_alpha * (q.k_l - q.k_w.detach()))),
     "slic": lambda q: (q.options.slic_delta - q.options.beta * (q.chosen - q.rejected)).relu(),
 }
 
 
 def _of_tokens(given: BatchInputs):
-    """(log-probs of chosen, rejected and the reference's, their lengths, plain sums of chosen, weights), all [B]."""
+    """(chosen and rejected of policy, reference and KL; their lengths, plain sums of chosen, weights), all [B]."""
     sequences = given.sequences()
     half, read = sequences.num // 2, [given.logps]
     ref_per_token = given.ref is not None and given.ref.shape == given.logps.shape
     if ref_per_token:
         read.append(given.ref)
+    if given.kl is not None:
+        read.append(given.kl)
     if given.ld_alpha is not None:
         within = sequences.within_shared_length()
         # Selected, not multiplied, at alpha 0: a tail that is left out must not bring its NaN along.
@@ -222,20 +231,16 @@ def _of_tokens(given: BatchInputs):
     if given.log_sum_sq_probs is not None:
         agreement.append(given.logps.detach() - given.log_sum_sq_probs)
     plain, *sums = sequences.sums(given.logps, *read, *agreement)  # at once: over ranks, one exchange
-    policy, ref = sums[0], None
-    if ref_per_token:
-        ref = sums[1]
-    if given.average:
-        policy, ref = sequences.mean(policy), None if ref is None else sequences.mean(ref)
+    policy, *others = [sequences.mean(x) for x in sums[: len(read)]] if given.average else sums[: len(read)]
+    ref, kl = others.pop(0) if ref_per_token else None, others.pop() if given.kl is not None else None
     if given.ref is not None and not ref_per_token:
         ref = sequences.whole("ref_logps", given.ref.reshape(-1))
     weights = 1.0
     if agreement:
         weights = sequences.mean(sums[-1]).exp()
         weights = weights[:half] * weights[half:]
-    refs = (None, None) if ref is None else (ref[:half], ref[half:])
-    lengths = (sequences.counts[:half], sequences.counts[half:])
-    return (policy[:half], policy[half:], *refs), lengths, plain[:half], weights
+    sides = [None if x is None else x[part] for x in (policy, ref, kl) for part in (slice(half), slice(half, None))]
+    return sides, (sequences.counts[:half], sequences.counts[half:]), plain[:half], weights
 
 
 def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Tensor, ...]:
@@ -245,7 +250,7 @@ def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Te
     if given.rejected is None:
         logps, lengths, sft_logps, weights = _of_tokens(given)
     else:
-        logps, lengths = given[:4], (given.chosen_lengths, given.rejected_lengths)
+        logps, lengths = (*given[:4], given.kl, given.kl_rejected), (given.chosen_lengths, given.rejected_lengths)
         if given.over is not None:
             logps, lengths = sum_of_parts(given.over, logps, lengths)
         sft_logps = logps[0]
@@ -260,7 +265,11 @@ def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Te
     )
     terms = zip(options.loss_type, options.loss_weights)
     losses = Cast.apply(weights * sum(weight * REFERENCE[name](q) for name, weight in terms), dtype)
-    rewards = (q.chosen / q.n_w, q.rejected / q.n_l) if options.all_are("per_token_reward") else (q.a, q.b)
+    rewards = (q.a, q.b)
+    if options.all_are("per_token_reward"):
+        rewards = (q.chosen / q.n_w, q.rejected / q.n_l)
+    elif options.all_are("kl"):
+        rewards = (q.a + q.k_w, q.b + q.k_l)
     return (
         # of the rounded losses, as the templates'; not their mean: an empty batch has loss 0
         Cast.apply(losses.sum(dtype=wide) / max(losses.shape[0], 1), dtype),

@@ -24,6 +24,7 @@ LOSS_IDS: dict[str, int] = native.EXTENSION.PREFERENCE_LOSSES if AVAILABLE else 
 DIVERGENCE_IDS: dict[str, int] = native.EXTENSION.DIVERGENCES if AVAILABLE else {}
 OPTION_ORDER: list[str] = native.EXTENSION.PREFERENCE_OPTIONS if AVAILABLE else []
 SUMS_BYTES: int = native.EXTENSION.PAIR_SUMS_BYTES if AVAILABLE else 0
+PARTIALS: int = native.EXTENSION.PAIR_PARTIALS if AVAILABLE else 0
 
 
 def problem(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -56,6 +57,7 @@ class Spec(NamedTuple):
     ignore_index: int
     average: bool
     reward_per_token: bool
+    reward_with_kl: bool
     ld_alpha: float  # negative: none
     sft_weight: float
 
@@ -79,6 +81,7 @@ class Spec(NamedTuple):
             given.ignore_index,
             given.average,
             options.all_are("per_token_reward"),
+            options.all_are("kl"),
             -1.0 if given.ld_alpha is None else given.ld_alpha,
             sft_weight,
         )
@@ -101,8 +104,8 @@ def batch_losses(options: PreferenceOptions, given: BatchInputs) -> tuple[Tensor
     if isinstance(options.kto_kl, Tensor):
         kto_kl = options.kto_kl.to(logps.device, torch.float64)
     return _BatchLosses.apply(
-        Spec.of(options, given), logps, given.rejected, ref, given.ref_rejected, given.labels, given.cu_seqlens,
-        given.chosen_lengths, given.rejected_lengths, given.log_sum_sq_probs, kto_kl,
+        Spec.of(options, given), logps, given.rejected, ref, given.ref_rejected, given.kl, given.kl_rejected,
+        given.labels, given.cu_seqlens, given.chosen_lengths, given.rejected_lengths, given.log_sum_sq_probs, kto_kl,
     )  # fmt: skip
 
 
@@ -121,16 +124,16 @@ class _BatchLosses(torch.autograd.Function):
         run = preference_forward_op if traced(*tensors) else _forward
         *results, partials, sums = run(*tensors, *spec)
         ctx.spec = spec
-        ctx.save_for_backward(partials, sums, *tensors[:6])
+        ctx.save_for_backward(partials, sums, *tensors[:8])
         ctx.mark_non_differentiable(*results[2:4])
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, dlosses, _, __, dchosen, drejected):
-        upstream, wanted, spec = (dloss, dlosses, dchosen, drejected), list(ctx.needs_input_grad[1:5]), ctx.spec
+        upstream, wanted, spec = (dloss, dlosses, dchosen, drejected), list(ctx.needs_input_grad[1:7]), ctx.spec
         if all(x is None for x in upstream):
-            return (None,) * 11
+            return (None,) * 13
         tensors = (*ctx.saved_tensors, *upstream)
         run = preference_backward_op if traced(*tensors) else _backward
         made = iter(run(*tensors, wanted, spec.ignore_index, spec.average, spec.ld_alpha, spec.sft_weight))
@@ -139,18 +142,23 @@ class _BatchLosses(torch.autograd.Function):
 
 class PreferenceLossFunction:
     """The losses as an autograd Function: ``apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths,
-    rejected_lengths, PreferenceOptions) -> losses [B]``; refs and lengths may be None. It checks what `preference_loss`
-    checks, and computes what that computes.
+    rejected_lengths, PreferenceOptions, chosen_kl, rejected_kl) -> losses [B]``; what the losses do not need may be
+    None. It checks what `preference_loss` checks, and computes what that computes.
 
     Not a subclass of one, whose `apply` torch.compile passes by: the checks would be left out there.
     """
 
     @staticmethod
-    def apply(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options):
-        refuse_transforms("fastdpo.preference_loss", chosen, rejected, ref_chosen, ref_rejected)
+    def apply(
+        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options,
+        chosen_kl=None, rejected_kl=None,
+    ):  # fmt: skip
+        refuse_transforms("fastdpo.preference_loss", chosen, rejected, ref_chosen, ref_rejected, chosen_kl, rejected_kl)
         if not isinstance(options, PreferenceOptions):
             raise TypeError(f"options must be PreferenceOptions; got {options!r}")
-        tensors = (chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+        tensors = (
+            chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, chosen_kl, rejected_kl,
+        )  # fmt: skip
         return batch_losses(options, BatchInputs(*check_sequences(options, *tensors)))[1]
 
 
@@ -203,12 +211,15 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _forward(
-    logps, rejected, ref, ref_rejected, labels, cu_seqlens, chosen_lengths, rejected_lengths, log_sum_sq_probs, kto_kl,
-    *spec,
+    logps, rejected, ref, ref_rejected, kl, kl_rejected, labels, cu_seqlens, chosen_lengths, rejected_lengths,
+    log_sum_sq_probs, kto_kl, *spec,
 ):  # fmt: skip
     """What the operator returns, of tensors in any layout."""
-    logps, rejected, ref, ref_rejected, log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens = _contiguous(
-        logps, rejected, ref, ref_rejected, log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens
+    logps, rejected, ref, ref_rejected, kl, kl_rejected = _contiguous(
+        logps, rejected, ref, ref_rejected, kl, kl_rejected
+    )
+    log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens = _contiguous(
+        log_sum_sq_probs, chosen_lengths, rejected_lengths, cu_seqlens
     )
     labels, spec = None if labels is None else in_rows(labels.long()), Spec(*spec)
     layout = _Layout(logps, rejected, ref, cu_seqlens)
@@ -226,10 +237,12 @@ def _forward(
         *reading,
         logps=layout.sides(logps, rejected),
         ref=layout.sides(ref, ref_rejected, layout.ref_per_token),
+        kl=layout.sides(kl, kl_rejected),
         log_sum_sq_probs=layout.sides(log_sum_sq_probs),
         lengths=lengths,
         kto_kl=kto_kl,
         reward_per_token=spec.reward_per_token,
+        reward_with_kl=spec.reward_with_kl,
         terms=list(zip(spec.loss_ids, spec.loss_weights)),
         options=dict(zip(OPTION_ORDER, spec.options), divergence=spec.divergence),
         sums=sums,
@@ -245,15 +258,15 @@ def _forward(
 
 def _results(logps: Tensor, num_pairs: int) -> tuple[Tensor, ...]:
     new = logps.new_empty
-    partials, sums = new(5, num_pairs, dtype=torch.float64), new(num_pairs, SUMS_BYTES, dtype=torch.uint8)
+    partials, sums = new(PARTIALS, num_pairs, dtype=torch.float64), new(num_pairs, SUMS_BYTES, dtype=torch.uint8)
     return new(()), new(num_pairs), new(num_pairs), new(num_pairs), new(num_pairs), new(num_pairs), partials, sums
 
 
 def _backward(
-    partials, sums, logps, rejected, ref, ref_rejected, labels, cu_seqlens, dloss, dlosses, dchosen, drejected, wanted,
-    ignore_index, average, ld_alpha, sft_weight,
+    partials, sums, logps, rejected, ref, ref_rejected, kl, kl_rejected, labels, cu_seqlens, dloss, dlosses, dchosen,
+    drejected, wanted, ignore_index, average, ld_alpha, sft_weight,
 ):  # fmt: skip
-    """Of logps, rejected, ref and ref_rejected, whose values are not read, the gradients that are wanted."""
+    """Of _GRADED, whose values are not read, the gradients that are wanted."""
     partials, sums, dloss, dlosses, dchosen, drejected, cu_seqlens = _contiguous(
         partials, sums, dloss, dlosses, dchosen, drejected, cu_seqlens
     )
@@ -262,10 +275,10 @@ def _backward(
     make = torch.empty if layout.num_pairs else torch.zeros
     out = [
         None if not want else make(x.shape, dtype=x.dtype, device=x.device)
-        for x, want in zip((logps, rejected, ref, ref_rejected), wanted)
+        for x, want in zip((logps, rejected, ref, ref_rejected, kl, kl_rejected), wanted)
     ]
     if layout.num_pairs:
-        of_logps, of_rejected, of_ref, of_ref_rejected = out
+        of_logps, of_rejected, of_ref, of_ref_rejected, of_kl, of_kl_rejected = out
         layout.run(
             "preference_backward",
             logps,
@@ -282,13 +295,15 @@ def _backward(
             dlogps=(dchosen, drejected),
             dtokens=layout.sides(of_logps, of_rejected),
             dref=layout.sides(of_ref, of_ref_rejected, layout.ref_per_token),
+            dkl=layout.sides(of_kl, of_kl_rejected),
         )
     return [x for x in out if x is not None]
 
 
 # The operators, for graphs, in which no door has checked what native code reads.
 
-_INPUTS = "logps rejected ref ref_rejected labels cu_seqlens"
+_GRADED = "logps rejected ref ref_rejected kl kl_rejected"  # what may have a gradient
+_INPUTS = f"{_GRADED} labels cu_seqlens"
 _FORWARD = f"{_INPUTS} chosen_lengths rejected_lengths log_sum_sq_probs kto_kl".split()
 _BACKWARD = f"partials sums {_INPUTS} dloss dlosses dchosen drejected".split()
 _ALWAYS = ("logps", "partials", "sums")
@@ -318,12 +333,14 @@ def _check(given: dict[str, Tensor | None]) -> None:
         "rejected": (logps.dtype, tokens),
         "ref": (logps.dtype, per_sequence, tokens),
         "ref_rejected": (logps.dtype, pairs),
+        "kl": (logps.dtype, tokens),
+        "kl_rejected": (logps.dtype, pairs),
         "labels": (of_labels, tokens),
         "chosen_lengths": (torch.int64, pairs),
         "rejected_lengths": (torch.int64, pairs),
         "log_sum_sq_probs": (logps.dtype, tokens),
         "kto_kl": (torch.float64, ()),
-        "partials": (torch.float64, (5, num_pairs)),
+        "partials": (torch.float64, (PARTIALS, num_pairs)),
         "sums": (torch.uint8, (num_pairs, SUMS_BYTES)),
         "dloss": (logps.dtype, ()),
         "dlosses": (logps.dtype, pairs),
@@ -345,18 +362,18 @@ def _check(given: dict[str, Tensor | None]) -> None:
     "fastdpo::preference_forward",
     mutates_args=(),
     schema=f"({_schema(_FORWARD)}, int[] loss_ids, float[] loss_weights, int divergence, float[] options, {_READING}, "
-    f"bool reward_per_token, float ld_alpha, float sft_weight) -> ({', '.join(['Tensor'] * 8)})",
+    f"bool reward_per_token, bool reward_with_kl, float ld_alpha, float sft_weight) -> ({', '.join(['Tensor'] * 8)})",
 )
 def preference_forward_op(*arguments):
-    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [5, B]; sums of a pair). A
+    """(loss [], losses, rewards of chosen and rejected, their log-probs, all [B]; partials [7, B]; sums of a pair). A
     `ref` is like `logps`, or per sequence: [2B] of padded tokens, [2B, 1] of packed ones."""
-    refuse_transforms("fastdpo.preference_loss", *arguments[:4])
+    refuse_transforms("fastdpo.preference_loss", *arguments[:6])
     _check(dict(zip(_FORWARD, arguments)))
     return _forward(*arguments)
 
 
 @preference_forward_op.register_fake
-def _(logps, rejected, ref, ref_rejected, labels, cu_seqlens, *_):
+def _(logps, rejected, ref, ref_rejected, kl, kl_rejected, labels, cu_seqlens, *_):
     return _results(logps, _num_pairs(logps, rejected, cu_seqlens))
 
 
@@ -366,13 +383,13 @@ def _(logps, rejected, ref, ref_rejected, labels, cu_seqlens, *_):
     schema=f"({_schema(_BACKWARD)}, bool[] wanted, {_READING}, float ld_alpha, float sft_weight) -> Tensor[]",
 )
 def preference_backward_op(*arguments):
-    """Of logps, rejected, ref and ref_rejected, whose values are not read, the gradients that are wanted."""
-    refuse_transforms("fastdpo.preference_loss", *arguments[8:12])
+    """Of _GRADED, whose values are not read, the gradients that are wanted."""
+    refuse_transforms("fastdpo.preference_loss", *arguments[10:14])
     _check(dict(zip(_BACKWARD, arguments)))
     return _backward(*arguments)
 
 
 @preference_backward_op.register_fake
-def _(partials, sums, logps, rejected, ref, ref_rejected, *others):
-    wanted = others[6]
-    return [x.new_empty(x.shape) for x, want in zip((logps, rejected, ref, ref_rejected), wanted) if want]
+def _(partials, sums, *others):
+    graded, wanted = others[:6], others[12]
+    return [x.new_empty(x.shape) for x, want in zip(graded, wanted) if want]

@@ -6,13 +6,17 @@ dweight   vocabulary slab by slab, from all tokens, and written once: in the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from ...head import Routing
 from ..problem import Forward, Gradients, Head, Needs, Rows, Upstream
 from . import lists
 from .call import Call
-from .common import BLOCK
+from .common import BLOCK, RowTerms, TokenList
 from .exact import exact
 from .launch import on_device
 from .lora_a import lora_a
@@ -35,29 +39,50 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    call, places = Call(head, rows), sums or Gradients()
+    entropy = None if upstream.coef_entropy is None else saved.entropy
+    terms = RowTerms(saved.logps, saved.lse, entropy, upstream.coef, upstream.coef_entropy, upstream.coef_lse)
+    coefs = upstream.active, upstream.coef_entropy, upstream.coef, upstream.coef_lse
+    return gradients(Call(head, rows), saved, terms, coefs, routing, needs, sums, routed_dz)
+
+
+def gradients(
+    call: Call,
+    saved,  # Forward, or what of it a divergence has
+    terms: NamedTuple,  # what dz takes from its row
+    # [M] fp32: what is not 0 in rows with an upstream gradient but the second's; the entropy's; and all others
+    coefs: tuple[Tensor | None, ...],
+    routing: Routing | None,
+    needs: Needs,
+    sums: Gradients | None,
+    make_dz: Callable[..., None],  # routed_dz, or what else turns listed pairs into dz
+) -> Gradients:
+    places = sums or Gradients()
     grads = _allocate(call, needs, places)
     if call.num_rows == 0:
         return grads.added_to(sums)
-    active = upstream.active
     with on_device(call.device):
         # A routed call keeps the forward's tokens, whose indices are the generator's counters.
-        coefs = (None, None) if routing is not None else (active, upstream.coef_entropy)
+        active = (None, None) if routing is not None else coefs[:2]
         num_lists = sum(len(part.lists(call.num_blocks)) for part in parts(call, needs)) if routing is not None else 0
         items = torch.empty(num_lists, lists.ITEMS, dtype=torch.int32, device=call.device)
-        tokens = compact(call, coef=coefs[0], coef_entropy=coefs[1], cleared=items if num_lists else None)
+        tokens = compact(call, coef=active[0], coef_entropy=active[1], cleared=items if num_lists else None)
+        ref_tokens = TokenList()
+        if call.teacher is not None:
+            ref_tokens = compact(call.teacher, coef=active[0], coef_entropy=active[1])
         items_of_lists = iter(items)
         for sweep in sweeps(
-            call, tokens, saved, upstream, grads, needs, routed=routing is not None, adds=places.weight is not None
+            *(call, tokens, ref_tokens, terms, coefs, grads, needs),
+            routed=routing is not None,
+            adds=places.weight is not None,
         ):
             out = None if sweep.dhidden is None else grads.hidden
             if routing is None:
                 exact(sweep, range(call.num_blocks), None, out)
             else:
-                sets = Sets.of(sweep, saved, routing, active)
+                sets = Sets.of(sweep, saved, routing)
                 for blocks in sweep.part.lists(call.num_blocks):
                     listed = lists.empty(sweep, blocks, CROSSOVER, next(items_of_lists))
-                    _routed(sweep, sets, listed, blocks)
+                    _routed(sweep, sets, listed, blocks, make_dz)
                     exact(sweep, blocks, listed.is_routed, out if blocks.stop == call.num_blocks else None)
             if sweep.dlow_rank is not None and grads.lora_a is not None:
                 lora_a(sweep, grads.lora_a)
@@ -79,7 +104,7 @@ def _allocate(call: Call, needs: Needs, places: Gradients) -> Gradients:
     return grads
 
 
-def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range) -> None:
+def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range, make_dz: Callable[..., None]) -> None:
     """Round by round: the list of pairs, their dz, and its products."""
     call, pairs = sweep.call, len(listed.tokens)
     dz = torch.empty(pairs, BLOCK.value, dtype=call.dtype, device=call.device)
@@ -90,7 +115,7 @@ def _routed(sweep: Sweep, sets: Sets, listed: lists.Lists, blocks: range) -> Non
         column_sums = torch.empty(pairs // call.pair_tile, BLOCK.value, dtype=torch.float32, device=call.device)
     for round in range(listed.rounds):
         lists.fill(sweep, sets.listed, listed, blocks, round, CROSSOVER)
-        routed_dz(sweep, sets, listed, blocks, round, dz, ratio, column_sums)
+        make_dz(sweep, sets, listed, blocks, round, dz, ratio, column_sums)
         for out, operand in sweep.by_token:
             routed_dhidden(sweep, listed, blocks, round, dz, ratio if sets.ratio_hidden else None, operand, out)
         routed_dweight(sweep, listed, blocks, round, dz, ratio if sets.ratio_weight else None, column_sums)

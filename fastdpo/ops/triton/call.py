@@ -19,6 +19,8 @@ DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 
 
 class Call:
+    teacher: Call | None = None  # of a call of two heads
+
     def __init__(self, head: Head, rows: Rows):
         self.head, self.rows = head, rows
         self.device, self.dtype = head.hidden.device, head.compute_dtype

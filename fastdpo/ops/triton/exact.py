@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import BLOCK, INTERPRET, VARYING, num_tokens
+from .divergence.dz import pair_dz_tile, teacher_arguments
 from .exact_tiles import (
     COLUMNS,
     ROWS,
@@ -60,7 +61,13 @@ def exact_kernel(
     low_rank,  # LowRank of the range's tokens
     transform,
     tokens,
-    terms,  # RowTerms
+    terms,  # RowTerms; with a teacher PairTerms
+    ref_hidden,  # of a call of two heads the teacher's, or None; as the next four
+    ref_weight,
+    ref_head,
+    ref_transform,
+    ref_tokens,
+    kind,
     scales,
     flag,  # [1] int32 or None: where it is not 0 there are no steps
     work,
@@ -73,6 +80,7 @@ def exact_kernel(
     chunk,  # tokens,
     slab,  # and blocks of a step
     dz_form,
+    ref_form,  # of the teacher's products in a tile of dz
     hidden_form,
     weight_form,
     low_hidden_form,  # of products with the low-rank head's lora_b
@@ -129,8 +137,13 @@ def exact_kernel(
                 if index > 0:
                     wait(done - 1, end - num_dz)
                 if at < _tiles(step.num_tokens, last_column - first_column, dz_form):
-                    dz_tile(at, step, hidden, weight, head, H, low_rank, transform, tokens, terms, scales, work,
-                             first_token, dz_stride, dz_form)  # fmt: skip
+                    if ref_hidden is None:
+                        dz_tile(at, step, hidden, weight, head, H, low_rank, transform, tokens, terms, scales, work,
+                                first_token, dz_stride, dz_form)  # fmt: skip
+                    else:
+                        pair_dz_tile(at, step, hidden, weight, head, H, low_rank, transform, ref_hidden, ref_weight,
+                                     ref_head, ref_transform, kind, tokens, ref_tokens, terms, scales, work,
+                                     first_token, dz_stride, dz_form, ref_form)  # fmt: skip
                 finished(done)
             else:
                 wait(done, num_dz)
@@ -228,6 +241,7 @@ def exact(sweep: Sweep, blocks: range, flag: Tensor | None, out_hidden: Tensor |
         low_rank=sweep.low_rank,
         transform=call.transform,
         terms=sweep.terms,
+        **teacher_arguments(sweep, for_dz, for_dz.n),
         scales=Scales(sweep.dz_scale, sweep.unscale),
         flag=flag,
         work=work,

@@ -231,6 +231,24 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "crowded": {80: Tile(64, 64, 32, 8, 2), 90: Tile(128, 64, 32, 8, 2)},
         "unaligned": {80: Tile(64, 64, 16, 8, 2)},
     },
+    # Both heads' products of a tile side by side. "routed": more is left of a block; "jsd": its second sweep.
+    "divergence_fold": {
+        "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
+        "routed": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
+        "jsd": {80: Tile(64, 128, 64, 8, 3)},
+        "fp32": {80: Tile(64, 128, 32, 8, 3)},
+        "unaligned": {80: Tile(64, 128, 16, 8, 2)},
+    },
+    "divergence_dz": {
+        "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
+        "fp32": {80: Tile(64, 64, 32, 8, 3)},
+        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
+    },
+    "divergence_routed_dz": {
+        "half": {80: Tile(64, 128, 64, 8, 3)},
+        "fp32": {80: Tile(64, 128, 32, 8, 3)},
+        "unaligned": {80: Tile(64, 128, 16, 8, 2)},
+    },
     "lora_a": {"half": {80: Tile(16, 64, 32, 4, 3)}},
     "low_rank": {"half": {80: Tile(64, 16, 32, 8, 3), 90: Tile(64, 16, 32, 4, 3)}},
     # Rows of partial sums: m tokens by n blocks at a time.
@@ -288,6 +306,9 @@ _INTERPRETED = {
     "dz": Tile(128, 256, 64, 4, 1, group=2),
     "dhidden": Tile(64, 64, 128, 4, 1, group=2),
     "dweight": Tile(512, 64, 64, 4, 1, group=2),
+    "divergence_fold": Tile(128, 256, 64, 4, 1, group=2),
+    "divergence_dz": Tile(128, 256, 64, 4, 1, group=2),
+    "divergence_routed_dz": Tile(128, 128, 64, 4, 1),
     "lora_a": Tile(16, 64, 64, 4, 1),
     "low_rank": Tile(64, 16, 64, 4, 1),
     "finish": Tile(64, 1024, 0, 4, 2),

@@ -99,8 +99,8 @@ def route_tokens(
     T: tl.constexpr,
     K: tl.constexpr,
 ):
-    """The bits and most_pairs of T tokens: `i` in block_lse [capacity, num_blocks], with `rest` [T] the log-sum-exp of
-    their tails, whose rows of the results are the program's own."""
+    """The bits and most_pairs of T tokens, whose rows of the results are the program's own: `i` in block_lse [capacity,
+    num_blocks], with `rest` [T] the log-sum-exp of their tails, or None where block_lse holds the shares."""
     own_block = tl.where(label < 0, -1, label // BLOCK)
     SETS: tl.constexpr = 1 if draw.second_tau is None else 2
     counter = token.to(tl.uint32)
@@ -116,7 +116,7 @@ def route_tokens(
         b = first + tl.arange(0, K)
         inside = exists[:, None] & (b < num_blocks)[None, :]
         x = tl.load(block_lse + i.to(tl.int64)[:, None] * num_blocks + b[None, :], mask=inside, other=float("-inf"))
-        share = tl.exp(x - rest[:, None])
+        share = x if rest is None else tl.exp(x - rest[:, None])
         own = b[None, :] == own_block[:, None]
         odds = tl.where(inside, _odds(share, own, draw.tau), 0)
         total += tl.sum(odds, 1)

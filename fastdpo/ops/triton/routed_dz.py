@@ -44,12 +44,12 @@ class Sets(NamedTuple):
     ratio_weight: bool
 
     @staticmethod
-    def of(sweep: Sweep, saved: Forward, routing: Routing, active: Tensor) -> Sets:
+    def of(sweep: Sweep, saved: Forward, routing: Routing) -> Sets:
         hidden, head = bool(sweep.by_token), sweep.of_head
         smaller_hidden, smaller_weight = hidden and routing.hidden_set == 1, head and routing.weight_set == 1
         one, smaller, both = set_bytes(sweep.call.num_blocks), smaller_hidden or smaller_weight, hidden and head
         first, second = saved.bitmap[:, :one], saved.bitmap[:, one:]
-        kept = Kept(second if smaller and not both else first, first.stride(0), saved.most_pairs, active)
+        kept = Kept(second if smaller and not both else first, first.stride(0), saved.most_pairs, sweep.coef)
         return Sets(
             kept,
             second if smaller and both else None,
@@ -59,6 +59,33 @@ class Sets(NamedTuple):
             smaller_hidden and both,
             smaller_weight and both,
         )
+
+
+@triton.jit
+def weights(share, own, tau, second_tau, SECOND: tl.constexpr):
+    """1 / q of the listed set."""
+    w = pair_weight(share, own, tau)
+    if SECOND:
+        w *= second_pair_weight(share, own, tau, second_tau)
+    return w
+
+
+@triton.jit
+def store_pairs(tile_dz, share, own, row, exists, block, slot, tile, second_bits, dz, ratio, column_sums, bitmap_stride,
+                tau, second_tau, RATIO_WEIGHT: tl.constexpr):  # fmt: skip
+    """A tile's weighted dz, and what else is wanted of it, into its slots."""
+    slot = slot.to(tl.int64)
+    target = dz + slot[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tl.store(target, rounded(tile_dz, dz.dtype.element_ty))  # padding rows are zero
+    if ratio is not None:
+        byte = tl.load(second_bits + row * bitmap_stride + block // 8, mask=exists, other=0).to(tl.int32)
+        listed = (byte >> (block % 8)) & 1
+        second = tl.where(listed != 0, second_pair_weight(share, own, tau, second_tau), 0.0)
+        tl.store(ratio + slot, second)
+    if column_sums is not None:
+        if RATIO_WEIGHT:
+            tile_dz = tl.where((second == 0)[:, None], 0.0, tile_dz * second[:, None])
+        tl.store(column_sums + tile * BLOCK + tl.arange(0, BLOCK), tl.sum(tile_dz, 0))
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -113,25 +140,12 @@ def routed_dz_kernel(
             p = tl.where((column < head.V)[None, :] & (column[None, :] != label[:, None]), p, 0.0)
         share = tl.sum(p, 1) / of_row.others  # where that is 0 so is dz
         own = (label >= block * BLOCK) & (label < (block + 1) * BLOCK)
-        w = pair_weight(share, own, tau)
-        if SECOND:
-            w *= second_pair_weight(share, own, tau, second_tau)
+        w = weights(share, own, tau, second_tau, SECOND)
         tile_dz = p * (of_row.p * w)[:, None]
         if not plain:
             tile_dz = tl.where(column[None, :] == label[:, None], (of_row.label * w)[:, None], tile_dz)
-        tile_dz = times_slope(tile_dz, x, transform)
-        slot = slot.to(tl.int64)
-        target = dz + slot[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-        tl.store(target, rounded(tile_dz, dz.dtype.element_ty))  # padding rows are zero
-        if ratio is not None:
-            byte = tl.load(second_bits + row * bitmap_stride + block // 8, mask=exists, other=0).to(tl.int32)
-            listed = (byte >> (block % 8)) & 1
-            second = tl.where(listed != 0, second_pair_weight(share, own, tau, second_tau), 0.0)
-            tl.store(ratio + slot, second)
-        if column_sums is not None:
-            if RATIO_WEIGHT:
-                tile_dz = tl.where((second == 0)[:, None], 0.0, tile_dz * second[:, None])
-            tl.store(column_sums + (index - begin) * BLOCK + tl.arange(0, BLOCK), tl.sum(tile_dz, 0))
+        store_pairs(times_slope(tile_dz, x, transform), share, own, row, exists, block, slot, index - begin,
+                    second_bits, dz, ratio, column_sums, bitmap_stride, tau, second_tau, RATIO_WEIGHT)  # fmt: skip
 
 
 def routed_dz(
@@ -139,10 +153,20 @@ def routed_dz(
 ) -> None:
     """The round's pairs -> dz, and ratio and column_sums where wanted."""
     call = sweep.call
+    # beside a softcap's slope that way takes registers which only Hopper's and Blackwell's products leave
+    branch = call.transform.softcap is None or call.target.tiles in (90, 100)
+    launch_dz(routed_dz_kernel, sweep, sets, lists, blocks, round, dz, ratio, column_sums, BRANCH=branch)
+
+
+def launch_dz(
+    kernel, sweep: Sweep, sets: Sets, lists: Lists, blocks: range, round: int, dz, ratio, column_sums, **more
+):
+    """`kernel` on the round's pairs; `more`: its arguments beside those of routed_dz_kernel."""
+    call = sweep.call
     tile = call.tile("routed_dz")
     form, weight = call.form(tile, (call.weight, BLOCK.value, tile.k))
     launch(
-        routed_dz_kernel,
+        kernel,
         call.grid(tile),
         tile,
         hidden=call.hidden,
@@ -165,8 +189,7 @@ def routed_dz(
         tau=sets.tau,
         second_tau=sets.second_tau,
         SECOND=sets.second,
-        # beside a softcap's slope that way takes registers which only Hopper's and Blackwell's products leave
-        BRANCH=call.transform.softcap is None or call.target.tiles in (90, 100),
         RATIO_WEIGHT=sets.ratio_weight,
         form=form,
+        **more,
     )

@@ -71,13 +71,13 @@ class Sums(NamedTuple):
 
 
 LOWEST = tl.constexpr(-1e8)  # logits far below are those of columns ruled out
-NUM_RESULTS, NUM_SUMS = tl.constexpr(len(Results._fields)), tl.constexpr(len(Sums._fields))
+NUM_SUMS = tl.constexpr(len(Sums._fields))
 
 
 @triton.jit
-def store_nothing(results, row, is_bad, skipped):
-    """Rows without a token: 0, or NaN (False) where the label is out of range."""
-    for j in tl.static_range(NUM_RESULTS):
+def store_nothing(results, COUNT: tl.constexpr, row, is_bad, skipped):
+    """Rows without a token: 0, or NaN (False) where the label is out of range. `COUNT`: of the fields of `results`."""
+    for j in tl.static_range(COUNT):
         if results[j] is not None:
             if results[j].dtype.element_ty == tl.int1:
                 tl.store(results[j] + row, row < 0, mask=skipped)
@@ -160,7 +160,7 @@ def label_logp(rest_lse, label_logit):
 
 
 @triton.jit
-def _add_exp(m, s, x):
+def add_exp(m, s, x):
     """Log-sum-exp (m, s) [T] of rows with the values `x` [T, K] added."""
     top = tl.maximum(m, tl.max(x, 1))
     shift = tl.where(top == float("-inf"), 0.0, top)
@@ -176,9 +176,9 @@ def _add_up(sums, first, exists, num_blocks, T: tl.constexpr, K: tl.constexpr):
         b = start + tl.arange(0, K)
         inside = exists[:, None] & (b < num_blocks)[None, :]
         at = first[:, None] + b[None, :]
-        m, s = _add_exp(m, s, tl.load(sums.lse + at, mask=inside, other=float("-inf")))
+        m, s = add_exp(m, s, tl.load(sums.lse + at, mask=inside, other=float("-inf")))
         if sums.lse2 is not None:
-            m2, s2 = _add_exp(m2, s2, tl.load(sums.lse2 + at, mask=inside, other=float("-inf")))
+            m2, s2 = add_exp(m2, s2, tl.load(sums.lse2 + at, mask=inside, other=float("-inf")))
         if sums.sum is not None:
             total += tl.sum(tl.load(sums.sum + at, mask=inside, other=0.0), 1)
         if sums.before is not None:

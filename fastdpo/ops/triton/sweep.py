@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..problem import Forward, Gradients, Needs, Upstream
+from ..problem import Gradients, Needs
 from . import memory
 from .call import Call
 from .common import LowRank, RowTerms, TokenList, TokenRange
@@ -39,7 +39,9 @@ class Sweep:
     call: Call
     part: Part
     tokens: TokenRange
-    terms: RowTerms
+    terms: RowTerms | NamedTuple  # of a call of two heads its PairTerms
+    coef: Tensor  # [M] fp32: 0 in rows without an upstream gradient
+    ref_tokens: TokenList  # where such a call's teacher has its rows
     dz_scale: Tensor | None  # [] fp32: dz is multiplied by it before it is rounded,
     unscale: Tensor | None  # and its products by this
     low_rank: LowRank
@@ -82,24 +84,17 @@ def parts(call: Call, needs: Needs) -> list[Part]:
 def sweeps(
     call: Call,
     tokens: TokenList,
-    saved: Forward,
-    upstream: Upstream,
+    ref_tokens: TokenList,
+    terms: RowTerms | NamedTuple,
+    coefs: tuple[Tensor | None, ...],
     grads: Gradients,
     needs: Needs,
     *,
     routed: bool,
     adds: bool = False,
 ) -> Iterator[Sweep]:
-    """Of every one of the `parts`."""
-    terms = RowTerms(
-        saved.logps,
-        saved.lse,
-        None if upstream.coef_entropy is None else saved.entropy,
-        upstream.coef,
-        upstream.coef_entropy,
-        upstream.coef_lse,
-    )
-    scales = _scales(upstream, call.dtype)
+    """Of every one of the `parts`; `coefs`: as `gradients` of backward.py takes them."""
+    scales = _scales(coefs[1:], call.dtype)
     lora_a_sums = None
     if needs.lora_a:
         lora_a_sums = torch.empty(call.lora_rank, call.hidden_size, dtype=torch.float32, device=call.device)
@@ -117,6 +112,8 @@ def sweeps(
             part,
             tokens_of_part,
             terms,
+            coefs[0],
+            ref_tokens,
             *scales,
             low_rank(call, tokens_of_part),
             make(1 + 2 * steps, dtype=torch.int32),
@@ -129,14 +126,11 @@ def sweeps(
         )
 
 
-def _scales(upstream: Upstream, compute_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _scales(coefs: tuple[Tensor | None, ...], compute_dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """fp16 has no room for small upstream gradients: dz is multiplied by a power of two, and the sums divided by it."""
     if compute_dtype != torch.float16:
         return None, None
-    largest = upstream.coef.abs().amax()
-    for other in (upstream.coef_entropy, upstream.coef_lse):
-        if other is not None:
-            largest = torch.maximum(largest, other.abs().amax())
+    largest = torch.stack([x.abs().amax() for x in coefs if x is not None]).amax()
     usable = (largest > 0) & torch.isfinite(largest)
     exponent = torch.where(usable, largest, 1.0).log2().ceil()
     return torch.exp2(-exponent), torch.exp2(exponent)

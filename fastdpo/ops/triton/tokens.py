@@ -73,7 +73,7 @@ def compact_kernel(
     coef,  # [M] fp32 or None, as the next
     coef_entropy,
     tokens,
-    results,  # Results: rows that are no token are filled,
+    results,  # Results or those of a divergence: rows that are no token are filled,
     pairs,  # and so are Pairs
     hidden,
     out,  # [capacity, pitch]: hidden of the first tokens; or None
@@ -91,6 +91,7 @@ def compact_kernel(
     H,
     pitch,
     set_bytes,  # of a row of the bitmap
+    RESULTS: tl.constexpr,  # how many fields they have: len() of a tuple with None in it does not compile
 ):
     """A program has `share` rows and writes the tokens among them; it counts the rows before its own, so that no second
     launch and no wait is needed. The last one writes the count."""
@@ -119,8 +120,8 @@ def compact_kernel(
         tl.store(tokens.offsets + i, offsets, mask=scored)
         tl.store(tokens.token_of_row + r, tl.where(scored, i, tl.where(bad, -2, -1)), mask=r < last)
         skipped = (r < last) & ~scored
-        if results.logps is not None:
-            store_nothing(results, r, bad, skipped)
+        if results.lse is not None:
+            store_nothing(results, RESULTS, r, bad, skipped)
         if pairs.bitmap is not None:
             tl.store(pairs.most_pairs + r, 0, mask=skipped)
             for start_byte in range(0, set_bytes, COLUMNS):
@@ -175,6 +176,7 @@ def compact(
         H=call.hidden_size,
         pitch=call.pitch,
         set_bytes=0 if pairs is None or pairs.bitmap is None else pairs.bitmap.shape[1],
+        RESULTS=len(results or Results()),
     )
     return tokens
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastdpo.integrations import lazy_logits
 from fastdpo.models.lazy.logits import LazyArgmax, LazyLogits
+from fastdpo.models.lazy.tensor import Unserved
 
 transformers = pytest.importorskip("transformers")
 
@@ -211,3 +212,99 @@ def test_labels_that_torch_refuses_are_refused():
                 F.cross_entropy(lazily(model, hidden).view(-1, V), wrong.view(-1), ignore_index=5)
             with pytest.raises(ValueError, match="sometimes"):
                 F.cross_entropy(lazily(model, hidden).view(-1, V), labels.view(-1), reduction="sometimes")
+
+
+COUNTED = torch.arange(B * T).view(B, T) % 3 != 1
+DIVERGENCE_READS = {
+    "all rows": lambda z, w: (z, w, COUNTED),
+    "other rows of the teacher": lambda z, w: (z[:, 1:], w[:, :-1], COUNTED[:, 1:]),
+    "one row of the teacher for many": lambda z, w: (z, w[0, [1] * T].unsqueeze(0)[[0] * B], COUNTED),
+    "transforms": lambda z, w: (5 * torch.tanh(z * 0.7 / 5) / 0.6, w / 3, COUNTED),
+    "log-probs": lambda z, w: (z.log_softmax(-1), (w * 2).log_softmax(-1), COUNTED),
+}
+
+
+def teacher_and_student():
+    torch.manual_seed(4)
+    model, of_teacher = Model(), nn.Linear(H + 4, V)
+    return model, of_teacher, inputs()[0].requires_grad_(), torch.randn(B, T, H + 4)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("read", DIVERGENCE_READS)
+@pytest.mark.parametrize(("kind", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3)])
+def test_divergence(read, kind, beta):
+    found = []
+    for lazy in (True, False):
+        model, of_teacher, hidden, ref_hidden = teacher_and_student()
+        if lazy:
+            z = lazily(model, hidden)
+            with torch.no_grad(), lazy_logits(of_teacher):
+                w = of_teacher(ref_hidden)
+        else:
+            z, w = model(hidden), of_teacher(ref_hidden).detach()
+        z, w, counted = DIVERGENCE_READS[read](z, w)
+        if lazy:
+            values = z.divergence(w, counted, kind, beta, None)
+        else:
+            p, r = z.log_softmax(-1), w.log_softmax(-1)
+            m = torch.logaddexp(p + torch.tensor(1 - beta).log(), r + torch.tensor(beta).log())
+            values = (beta * r.exp() * (r - m) if beta else 0) + ((1 - beta) * p.exp() * (p - m) if beta < 1 else 0)
+            values = {0.0: r.exp() * (r - p), 1.0: p.exp() * (p - r)}.get(beta, values).sum(-1) * counted
+        grads = torch.autograd.grad(values.square().sum(), [hidden, *model.parameters()])
+        found.append([values, *grads])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def bent(z, w):
+    return z.tanh(), w
+
+
+def of_two_powers(z, w):
+    return z.log_softmax(-1), w
+
+
+def twice_a_row(z, w):
+    return z[[0, 0]], w[[0, 1]]
+
+
+def changed(z, w):
+    z[:, :2].mul_(2)
+    return z, w
+
+
+def of_other_shapes(z, w):
+    return z, w[:, :-1]
+
+
+@pytest.mark.parametrize("read", [bent, of_two_powers, twice_a_row, changed, of_other_shapes])
+def test_a_divergence_that_needs_the_logits(read):
+    model, of_teacher, hidden, ref_hidden = teacher_and_student()
+    z = lazily(model, hidden)
+    with torch.no_grad(), lazy_logits(of_teacher):
+        w = of_teacher(ref_hidden)
+    z, w = read(z, w)
+    with pytest.raises(Unserved):
+        z.divergence(w, torch.ones(z.shape[:-1], dtype=torch.bool), "forward_kl", 0.0, None)
+
+
+def test_a_teacher_that_would_get_a_gradient():
+    model, of_teacher, hidden, ref_hidden = teacher_and_student()
+    with lazy_logits(model, of_teacher, backward="exact"):
+        z, w = model(hidden), of_teacher(ref_hidden)
+    with pytest.raises(Unserved):
+        z.divergence(w, COUNTED, "forward_kl", 0.0, None)
+    with torch.no_grad():  # nobody gets one
+        assert z.divergence(w, COUNTED, "forward_kl", 0.0, None).shape == (B, T)
+
+
+def test_a_divergence_after_a_change_is_refused():
+    for change in ("student", "teacher"):
+        model, of_teacher, hidden, ref_hidden = teacher_and_student()
+        z = lazily(model, hidden)
+        with torch.no_grad(), lazy_logits(of_teacher):
+            w = of_teacher(ref_hidden)
+            (model.head if change == "student" else of_teacher).weight.mul_(2)
+        with pytest.raises(RuntimeError, match="weight of the lm_head has been changed"):
+            z.divergence(w, COUNTED, "forward_kl", 0.0, None)

@@ -12,7 +12,7 @@ from fastdpo.ops.cpu import backward as cpu_backward
 def on_the_routed_path(engine, monkeypatch):
     if engine == "cpu":
         monkeypatch.setattr(cpu_backward, "CROSSOVER", 2.0)
-    if engine == "triton":
+    elif engine == "triton":
         from fastdpo.ops.triton import backward as triton_backward
 
         monkeypatch.setattr(triton_backward, "CROSSOVER", 2.0)
@@ -22,9 +22,9 @@ def on_the_routed_path(engine, monkeypatch):
 @pytest.mark.parametrize("kind,beta", KINDS)
 def test_the_mean_over_draws_is_the_exact_gradient(engine, monkeypatch, kind, beta, of):
     on_the_routed_path(engine, monkeypatch)
-    if engine == "triton" and not torch.cuda.is_available() and (of == "labels" or beta == 0.2):
-        pytest.skip("minutes in the interpreter")
-    draws = 25 if engine == "triton" and not torch.cuda.is_available() else 150
+    if engine == "triton" and not torch.cuda.is_available():
+        pytest.skip("minutes in the interpreter, where its pairs and weights are held against the oracle's")
+    draws = 120
     heads = two_heads(shape=(8,), V=1500, H=12, H_ref=10, alike=0.6)
     upstream = torch.randn(2, 8)
 

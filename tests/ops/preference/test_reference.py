@@ -10,6 +10,7 @@ from fastdpo.losses import LOSSES
 from fastdpo.preference import preference_loss
 
 N_W, N_L = 2, 3
+K_W, K_L = 0.75, 2.0  # KL(reference || policy)
 BETA = 0.1
 
 
@@ -76,6 +77,8 @@ def formulas(case, w, l):  # noqa: E741
         "kto": lambda: (S(-beta * w) + S(beta * l)) / 2,
         "dpop": lambda: -log_S(beta * (w - l - 50 * relu(-w))),
         "slic": lambda: relu(1 - beta * (w - l)),
+        "tdpo1": lambda: -log_S(beta * (w - l - (mp.mpf(K_L) - K_W))),
+        "tdpo2": lambda: -log_S(beta * (w - l - (mp.mpf(K_L) - K_W) / 2)),
     }
 
 
@@ -125,11 +128,13 @@ def test_equals_exact_arithmetic(name, dtype, loss_engine):
         rows = [[x[i : i + 1] for x in (*tensors, *refs)] for i in range(len(chosen))]
     else:
         rows = [[*tensors, *refs]]
+    kls = {"chosen_kl": K_W, "rejected_kl": K_L} if LOSSES[case["loss_type"]].kl else {}
     losses = torch.cat(
         [
             preference_loss(
                 *row, beta=BETA, **case,
                 chosen_lengths=torch.full(row[0].shape, N_W), rejected_lengths=torch.full(row[0].shape, N_L),
+                **{name: torch.full_like(row[0], kl, requires_grad=False) for name, kl in kls.items()},
             ).losses
             for row in rows
         ]

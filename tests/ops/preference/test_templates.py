@@ -8,7 +8,7 @@ import math
 import preference_cases
 import pytest
 import torch
-from preference_cases import UPSTREAM, grads_of, inputs_of, oracle
+from preference_cases import UPSTREAM, grads_of, inputs_of, named, oracle
 
 from fastdpo.linear_dpo import _DPOOptions
 from fastdpo.losses import F_DIVERGENCES, LOSSES, PreferenceOptions
@@ -38,6 +38,7 @@ CASES |= {
 }
 CASES["several"] = {"loss_type": ["sft", "sigmoid", "bco_pair"], "loss_weights": [0.7, 1.0, -0.2]}
 CASES["kl"] = {"loss_type": "kto", "kto_kl": torch.tensor([0.4]), "desirable_weight": 1.3}
+CASES["tdpo beside others"] = {"loss_type": ["tdpo2", "sft", "tdpo1", "hinge"], "tdpo_alpha": 0.7}
 CASES["smoothed"] = {"loss_type": ["sigmoid", "simpo"], "label_smoothing": 0.2}
 
 
@@ -74,6 +75,7 @@ class Batch:
         elif ref == "sequences":
             self.ref = (-50 * scale * torch.rand(len(rows), dtype=torch.float64)).to(dtype).requires_grad_()
         self.log_sum_sq_probs = torch.where(keep, -torch.rand(shape, dtype=torch.float64), torch.nan).to(dtype)
+        self.kl = (-tokens().detach()).requires_grad_()
 
     def native(self, options):
         ref = self.ref
@@ -81,6 +83,7 @@ class Batch:
             ref = ref[:, None]  # per sequence, of packed tokens
         given = BatchInputs(
             self.logps, ref=ref, labels=self.labels, cu_seqlens=self.cu_seqlens,
+            kl=self.kl if options.preference.needs_kl() else None,
             log_sum_sq_probs=self.log_sum_sq_probs if options.use_weighting else None,
             average=options.average_log_prob, ld_alpha=options.ld_alpha,
         )  # fmt: skip
@@ -98,7 +101,7 @@ class Batch:
         total = loss * 1.7
         for x in (losses, chosen, rejected):
             total = total + (x * torch.randn(x.shape, generator=g).to(x)).sum()
-        inputs = [x for x in (self.logps, self.ref) if x is not None]
+        inputs = [x for x in (self.logps, self.ref, self.kl) if x is not None]
         return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
 
 
@@ -164,14 +167,15 @@ def test_a_pair_has_the_same_bits_alone_and_among_others():
 
 def test_offsets_nobody_checked_stay_inside():
     """As a GPU may be given them: rows of no sequence have no gradient, and nothing outside is touched."""
-    options, batch = _DPOOptions.of(), Batch(True, "tokens", torch.float32)
+    options, batch = _DPOOptions.of(loss_type="tdpo1"), Batch(True, "tokens", torch.float32)
     batch.cu_seqlens = batch.cu_seqlens.clone()
     batch.cu_seqlens[0], batch.cu_seqlens[3], batch.cu_seqlens[-1] = 1, -7, 10**6
     outputs = batch.native(options)
     batch.cu_seqlens[-1] = 1300
-    dlogps, dref = batch.gradients(batch.native(options))
-    assert outputs[1].isfinite().all()
-    assert (dlogps[:1] == 0).all() and (dlogps[1300:] == 0).all() and (dref[1300:] == 0).all()
+    gradients = batch.gradients(batch.native(options))
+    assert outputs[1].isfinite().all() and len(gradients) == 3
+    for x in gradients:
+        assert (x[:1] == 0).all() and (x[1300:] == 0).all() and (x != 0).any()
 
 
 def test_nan_stays_in_its_pair():
@@ -195,18 +199,21 @@ def spread(x):
 @pytest.mark.parametrize("form", ["padded", "packed", "per sequence"])
 def test_operators_keep_torchs_rules(form, dtype, layout):
     """And what autograd calls without them has the same bits; integers of either width."""
-    options, batch = _DPOOptions.of(ld_alpha=0.5, loss_type=["sigmoid", "sft"]), Batch(form == "packed", "tokens")
-    tensors = [batch.logps, None, batch.ref, None, batch.labels.int(), batch.cu_seqlens, None, None, None, None]
+    options, batch = (
+        _DPOOptions.of(ld_alpha=0.5, loss_type=["sigmoid", "sft", "tdpo1"]),
+        Batch(form == "packed", "tokens"),
+    )
+    tensors = [batch.logps, None, batch.ref, None, batch.kl, None, batch.labels.int(), batch.cu_seqlens, *[None] * 4]
     if form == "per sequence":
-        options = _DPOOptions.of(loss_type=["ipo", "kto", "sft"])
-        logps = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+        options = _DPOOptions.of(loss_type=["ipo", "kto", "sft", "tdpo2"])
+        logps = [torch.randn(4, dtype=torch.float64, requires_grad=True) for _ in range(6)]
         lengths = [torch.tensor([3, 0, 1, 7]), torch.tensor([2, 2, 9, 1])]
         tensors = [*logps, None, None, *lengths, None, torch.tensor(0.3, dtype=torch.float64)]
     if layout == "empty":
         tensors = [x if x is None or x.ndim == 0 else x.detach()[:0].requires_grad_(x.requires_grad) for x in tensors]
         if form == "packed":
-            tensors[5] = torch.zeros(1, dtype=torch.int64)
-    tensors[:4] = [None if x is None else x.detach().nan_to_num().to(dtype).requires_grad_() for x in tensors[:4]]
+            tensors[7] = torch.zeros(1, dtype=torch.int64)
+    tensors[:6] = [None if x is None else x.detach().nan_to_num().to(dtype).requires_grad_() for x in tensors[:6]]
     if layout == "strided":
         tensors = [spread(x) for x in tensors]
     spec = preference_native.Spec.of(options.preference, BatchInputs(tensors[0], ld_alpha=options.ld_alpha))
@@ -218,13 +225,13 @@ def test_operators_keep_torchs_rules(form, dtype, layout):
     for mine, wanted in zip(results, (loss, losses)):
         torch.testing.assert_close(mine, wanted, rtol=0, atol=0)
     loss, losses, _, _, chosen, _ = results
-    detached = detached[:6]
+    detached = detached[:8]
     upstream = (torch.tensor(0.5, dtype=dtype), torch.randn_like(losses), None, torch.randn_like(chosen))
-    wanted = [x is not None for x in detached[:4]]
+    wanted = [x is not None for x in detached[:6]]
     rest = (-100, spec.average, spec.ld_alpha, spec.sft_weight)
     arguments = (partials, sums, *detached, *upstream, wanted, *rest)
     torch.library.opcheck(preference_native.preference_backward_op, arguments)
-    inputs = [x for x in tensors[:4] if x is not None]
+    inputs = [x for x in tensors[:6] if x is not None]
     total = upstream[0] * loss + (upstream[1] * losses).sum() + (upstream[3] * chosen).sum()
     swapped = (*upstream[:2], upstream[3], None)
     expected = preference_native.preference_backward_op(partials, sums, *detached, *swapped, wanted, *rest)
@@ -238,7 +245,7 @@ def test_every_loss_of_sequences_in_fp64(name):
     for scale, seed in ((1.0, 1), (60.0, 2)):
         tensors, lengths = inputs_of(case, scale=scale, seed=seed)
         expected = oracle(tensors, lengths, **case)
-        out = preference_loss(*tensors, **case, **lengths)
+        out = preference_loss(**named(tensors), **case, **lengths)
         torch.testing.assert_close(out.losses, expected, rtol=1e-12, atol=1e-12)
         expected_grads = grads_of(expected, tensors, UPSTREAM)
         for grad, expected_grad in zip(grads_of(out.losses, tensors, UPSTREAM), expected_grads):
@@ -257,11 +264,13 @@ FITTING = {
 
 
 def test_the_exported_function_is_preference_loss():
-    for name in ("sigmoid", "mpo", "ranked and rowwise"):
+    for name in ("sigmoid", "mpo", "ranked and rowwise", "tdpo1+others"):
         case = preference_cases.CASES[name]
         tensors, lengths = inputs_of(case)
-        losses = preference_native.PreferenceLossFunction.apply(*tensors, *lengths.values(), PreferenceOptions(**case))
-        assert torch.equal(losses, preference_loss(*tensors, **case, **lengths).losses)
+        losses = preference_native.PreferenceLossFunction.apply(
+            *tensors[:4], *lengths.values(), PreferenceOptions(**case), *tensors[4:]
+        )
+        assert torch.equal(losses, preference_loss(**named(tensors), **case, **lengths).losses)
         assert grads_of(losses, tensors, UPSTREAM)[0].isfinite().all()
 
 
@@ -301,6 +310,8 @@ WRONG = {
     "rejected": torch.zeros(5),
     "ref": torch.zeros(4, dtype=torch.float64),
     "ref_rejected": torch.zeros(3),
+    "kl": torch.zeros(5),
+    "kl_rejected": torch.zeros(4, dtype=torch.float64),
     "chosen_lengths": torch.ones(4, dtype=torch.int32),
     "rejected_lengths": torch.ones(2, dtype=torch.int64),
     "log_sum_sq_probs": torch.zeros(4, dtype=torch.float16),
@@ -312,8 +323,8 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_the_operator_checks_what_native_code_reads(name):
     """Its addresses are read as what they should be."""
-    order = ("rejected", "ref", "ref_rejected", "labels", "cu_seqlens", "chosen_lengths", "rejected_lengths",
-             "log_sum_sq_probs", "kto_kl")  # fmt: skip
+    order = ("rejected", "ref", "ref_rejected", "kl", "kl_rejected", "labels", "cu_seqlens", "chosen_lengths",
+             "rejected_lengths", "log_sum_sq_probs", "kto_kl")  # fmt: skip
     given = {"rejected": torch.zeros(4), "ref": torch.zeros(4), "ref_rejected": torch.zeros(4), name: WRONG[name]}
     spec = preference_native.Spec.of(PreferenceOptions(), BatchInputs(torch.zeros(4)))
     with pytest.raises(ValueError, match=f"{name} must be"):
@@ -336,14 +347,16 @@ def test_nothing_is_written_beside_the_outputs(dtype, monkeypatch):
         shapes = [(), *[(pairs,)] * 5]
         return (
             *(banded(shape, logps.dtype) for shape in shapes),
-            banded((5, pairs), torch.float64),
+            banded((preference_native.PARTIALS, pairs), torch.float64),
             banded((pairs, preference_native.SUMS_BYTES), torch.uint8),
         )
 
     monkeypatch.setattr(preference_native, "_results", results)
     before = [x.detach().clone() for x in (batch.logps, batch.ref, batch.labels)]
     spec = preference_native.Spec.of(PreferenceOptions(), BatchInputs(torch.zeros(4)))
-    preference_native._forward(batch.logps.detach(), None, batch.ref.detach(), None, batch.labels, *[None] * 5, *spec)
+    preference_native._forward(
+        batch.logps.detach(), None, batch.ref.detach(), None, *[None] * 2, batch.labels, *[None] * 5, *spec
+    )
     assert len(buffers) == 8
     for buffer in buffers:
         assert (buffer[:64] == 0x55).all() and (buffer[-64:] == 0x55).all()
@@ -363,7 +376,7 @@ def test_a_gpu_computes_what_the_cpu_does(case, weighting):
     batch = Batch(packed=len(case) % 2 == 0, ref=reference_of(CASES[case]), dtype=torch.float32)
     expected = batch.native(options)
     wanted = batch.gradients(expected)
-    for name in ("logps", "ref", "labels", "cu_seqlens", "log_sum_sq_probs"):
+    for name in ("logps", "ref", "kl", "labels", "cu_seqlens", "log_sum_sq_probs"):
         x = getattr(batch, name)
         if x is not None:
             setattr(batch, name, x.detach().cuda().requires_grad_(x.requires_grad))

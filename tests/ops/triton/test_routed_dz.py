@@ -33,8 +33,9 @@ def test_sets(taus, made, listed, inside, ratios):
         by_token=["dhidden"] * ("hidden" in made),
         of_head="head" in made,
         call=SimpleNamespace(num_blocks=128),
+        coef=torch.ones(3),
     )
-    sets = Sets.of(sweep, Forward(None, None, bitmap=bitmap), rule, torch.ones(3))
+    sets = Sets.of(sweep, Forward(None, None, bitmap=bitmap), rule)
     assert sets.listed.bitmap.storage_offset() == listed and sets.listed.stride == bitmap.stride(0)
     assert (sets.inside is None) == (inside is None)
     assert inside is None or sets.inside.storage_offset() == inside
