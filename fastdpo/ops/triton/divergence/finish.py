@@ -22,7 +22,7 @@ from ..launch import launch
 from ..route import Draw, route_tokens
 from ..stats import add_exp, label_logp, log1p
 from .call import TwoHeads
-from .log_ratio import EPS2, Kind, at_least, label_direction, share_of
+from .log_ratio import EPS2, Kind, at_least, jsd_terms, label_over_mixture, share_of
 from .sums import PairSums
 
 
@@ -111,9 +111,9 @@ def _values(sums, kind, results, row, first, exists, lse, ref_lse, logp, ref_log
     elif kind.name == "reverse_kl":
         value += _kl(p, logp, ref_logp, 0.0)
     else:
-        off = label_direction(x, kind)
-        value += tl.where(p == 0, p, kind.own * p * off) + tl.where(r == 0, r, kind.beta * r * (off - x))
-        mean += tl.where(p == 0, p, p * off)
+        over = label_over_mixture(x, kind)
+        value += jsd_terms(p, r, x, over, kind)
+        mean += tl.where(p == 0, p, p * (over + tl.minimum(x, 0.0)))
     value = tl.where(value < 0, 0.0, value)  # rounding; a NaN stays
     if kind.name == "reverse_kl":
         mean = value

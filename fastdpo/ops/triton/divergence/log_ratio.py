@@ -80,31 +80,37 @@ class PairRow(NamedTuple):
 
 
 @triton.jit
-def log_of_share(x, kind):
-    """log(p / m) of x = log(p / r), with no difference of large numbers; log(r / m) is less by x."""
-    c = tl.where(x >= 0, kind.own, kind.beta)
-    rest = tl.where(x >= 0, kind.beta, kind.own)
-    return tl.minimum(x, 0.0) - tl.log(tl.fma(rest, exp(-tl.abs(x)), c))
+def over_mixture(x, kind):
+    """log(max(p, r) / m) of x = log(p / r), with no difference of large numbers."""
+    own = tl.where(x >= 0, kind.own, kind.beta)
+    others = tl.where(x >= 0, kind.beta, kind.own)
+    return -tl.log(tl.fma(others, exp(-tl.abs(x)), own))
+
+
+@triton.jit
+def label_over_mixture(x, kind):
+    """The same of a label, of which both heads may be sure: to the relative precision of a small x."""
+    own = tl.where(x >= 0, kind.own, kind.beta)
+    others = tl.where(x >= 0, kind.beta, kind.own)
+    return log1p(-others * expm1(-tl.abs(x)) / tl.fma(others, exp(-tl.abs(x)), own))
 
 
 @triton.jit
 def direction(x, kind):
     """What dz of reverse_kl and jsd is in proportion to, but for its mean under p."""
-    if kind.name == "jsd":
-        return log_of_share(x, kind)
-    else:
-        return x
+    return over_mixture(x, kind) + tl.minimum(x, 0.0) if kind.name == "jsd" else x
 
 
 @triton.jit
 def label_direction(x, kind):
-    """The same of a label, of which both heads may be sure: to a relative precision of a small x too."""
-    if kind.name == "jsd":
-        rest = tl.where(x >= 0, kind.beta, kind.own)
-        y = rest * -expm1(-tl.abs(x))
-        return tl.minimum(x, 0.0) + log1p(y / (1.0 - y))
-    else:
-        return x
+    return label_over_mixture(x, kind) + tl.minimum(x, 0.0) if kind.name == "jsd" else x
+
+
+@triton.jit
+def jsd_terms(p, r, x, over, kind):
+    """What ids add to jsd, of x = log(p / r) and `over` of it."""
+    of_p = tl.where(p == 0, 0.0, kind.own * p * (over + tl.minimum(x, 0.0)))
+    return of_p + tl.where(r == 0, 0.0, kind.beta * r * (over - tl.maximum(x, 0.0)))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor
 from ...divergence.problem import Heads
 from ..common import BLOCK, exp, logit
 from ..stats import LOWEST
-from .log_ratio import direction, log_probs
+from .log_ratio import jsd_terms, log_probs, over_mixture
 
 
 class PairSums(NamedTuple):
@@ -117,9 +117,9 @@ def store_jsd_block(product, ref_product, transform, ref_transform, kind, block,
     where = i * num_blocks + block
     exists = exists & (i * 0 + block < num_blocks)
     x = t - ref_t
-    off = direction(x, kind)
-    terms = tl.where(p == 0, 0.0, kind.own * p * off) + tl.where(r == 0, 0.0, kind.beta * r * (off - x))
-    tl.store(sums.ref_mean + where, tl.sum(terms, 1), mask=exists)
+    over = over_mixture(x, kind)
+    tl.store(sums.ref_mean + where, tl.sum(jsd_terms(p, r, x, over, kind), 1), mask=exists)
+    off = over + tl.minimum(x, 0.0)
     mass = tl.sum(p, 1)
     one_over = 1.0 / tl.where(mass == 0, 1.0, mass)
     mean = _mean(p, one_over, off)
