@@ -106,7 +106,7 @@ def entry_columns_kernel(
     COMPUTE: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """out[column] += sum of dz * source's row over the column's entries, in their order; written once."""
+    """out[column] += sum of dz * source's row over the column's entries, in order; a program's own."""
     column = tl.program_id(0).to(tl.int64)
     first, last = tl.load(starts + column), tl.load(starts + column + 1)
     d = tl.program_id(1) * DEPTH + tl.arange(0, DEPTH)

@@ -241,6 +241,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
     "divergence_dz": {
         "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
+        "narrow": {80: Tile(64, 128, 64, 8, 3)},
         "fp32": {80: Tile(64, 64, 32, 8, 3)},
         "unaligned": {80: Tile(64, 64, 32, 8, 2)},
     },
