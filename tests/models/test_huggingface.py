@@ -34,7 +34,7 @@ def test_models(name):
 
 def test_statistics_temperature_and_options():
     model = build("gemma2 (softcap)")
-    patch_model(model, temperature=0.7, stats=("entropy", "mean_logit", "is_top1", "log_sum_sq_probs"))
+    patch_model(model, temperature=0.7, stats=("entropy", "mean_logit", "is_top1", "log_sum_sq_probs", "lse"))
     inputs = batch()
     with torch.no_grad():
         stats = model(**inputs, fastdpo=True)
