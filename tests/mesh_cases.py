@@ -54,7 +54,7 @@ def tensors(case: Case):
 def loss_of(stats, labels) -> torch.Tensor:
     """With another weight on every token, from what the token is: the same whichever rank scores it."""
     weights = 0.5 + (labels % 7)
-    total = (stats.logps * weights).sum()
+    total = (stats.logps * weights).sum() + (0.3 * stats.lse * (labels % 5)).sum()
     return total if stats.entropy is None else total + (stats.entropy * weights).sum()
 
 
@@ -103,7 +103,7 @@ def scored(rank: int, size: int, case: Case, engine: str | None = None) -> dict:
             options["vocab_group"] = mesh.get_group(case.vocab_dimension)
         lora = (leaves["lora_a"], leaves["lora_b"], 0.7)
         stats = fastdpo.linear_token_stats(
-            hidden, leaves["weight"], labels, leaves["bias"], lora=lora, stats=("entropy", "is_top1"), **options
+            hidden, leaves["weight"], labels, leaves["bias"], lora=lora, stats=("entropy", "is_top1", "lse"), **options
         )
         ids = labels.to_local() if case.hidden != "plain" else labels
         loss = loss_of(stats if case.options["backward"] == "exact" else stats._replace(entropy=None), ids)
@@ -141,7 +141,7 @@ def check(case: Case, results: list[dict], tolerance: float = 2e-6) -> None:
             labels,
             leaves["bias"],
             lora=(leaves["lora_a"], leaves["lora_b"], 0.7),
-            stats=("entropy",),
+            stats=("entropy", "lse"),
             **options,
         )
         loss_of(stats if case.options["backward"] == "exact" else stats._replace(entropy=None), labels).backward()

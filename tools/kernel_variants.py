@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -48,6 +49,7 @@ class Problem:
     stats: tuple[str, ...] = ()
     tau: tuple[float, float] | None = None  # routed
     entropy: bool = False  # has an upstream gradient
+    labels: int = 0  # of a row, where it has several; then lse has one too
     frozen: bool = False  # no gradient of the head
     frozen_hidden: bool = False
     deterministic: bool = False
@@ -78,6 +80,9 @@ PROBLEMS = [
     Problem("gradients added", tokens=2048, tau=ONE_TAU, adds=True),
     Problem("forward", forward_only=True),
     Problem("statistics", stats=STATS, forward_only=True),
+    Problem("several labels", labels=32),
+    Problem("several labels, routed, options", tokens=2048, labels=32, tau=ONE_TAU, rank=16, **_OPTIONS),
+    Problem("several labels, rows not aligned", hidden_size=4097, labels=32, tau=TWO_TAUS),
     Problem("short rows", hidden_size=896, tau=TWO_TAUS),
     Problem("rows not aligned", hidden_size=4097, tau=TWO_TAUS),
     Problem("rows not aligned, options", hidden_size=4097, stats=STATS, entropy=True, rank=16, **_OPTIONS),
@@ -204,6 +209,13 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
         teacher = head.replace(hidden=meta(n, TEACHER + h, dtype=hidden_type), weight=meta(v, TEACHER + h), lora=None)
         logps = "logps" in problem.stats
         heads = Heads(head, teacher, problem.divergence, 0.5, not problem.masked, logps)
+    if problem.labels:
+        from fastdpo.ops import several
+        from fastdpo.ops.problem import Engine
+
+        by_row = Engine("triton", engine, backward)
+        engine, backward = partial(several.forward, by_row), partial(several.backward, by_row)
+        rows = rows.replace(labels=meta(n, problem.labels, dtype=torch.int64))
     routing = None if problem.tau is None else Routing.of(*problem.tau, meta(dtype=torch.int64))
     shards = _OneShard() if problem.shard else None
     trained = not problem.frozen
@@ -218,6 +230,8 @@ def record(problem: Problem, types: str, capability: int) -> list[tuple]:
             upstream = Upstream(column, column if problem.entropy else None)
             if problem.divergence:
                 upstream = DivergenceUpstream(column, upstream.coef, upstream.coef_entropy)
+            if problem.labels:
+                upstream = Upstream(meta(n, problem.labels, dtype=torch.float32), coef_lse=column)
             routing = None if problem.entropy else routing
             sums = Gradients()
             if problem.adds:

@@ -173,7 +173,7 @@ def agree(
         words[_HEADER.index("draw")] = call.draw
     if labels is not None:
         counts = labels != call.fields["ignore_index"]
-        words[_DATA] = torch.stack((counts.sum(), sketch.checksum(labels.view(-1))))
+        words[_DATA] = torch.stack((counts.sum(), sketch.checksum(labels.reshape(-1))))
         counts = counts if counts.ndim == 1 else counts.any(1)
         words[_sketch(0)] = sketch.of_rows(hidden, counts).view(torch.int64)
         if ref_hidden is not None:

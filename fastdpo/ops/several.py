@@ -146,7 +146,7 @@ def _range_size(head: Head, rows: Rows, needs: Needs, sums: Gradients) -> int | 
         or rows.labels.numel() == 0
     ):
         return None
-    return max(128, SUMS_BYTES // (4 * head.hidden.shape[-1]))
+    return max(1, SUMS_BYTES // (4 * head.hidden.shape[-1]))
 
 
 def _through_transform(coef: Tensor, z: Tensor, head: Head) -> Tensor:
@@ -178,12 +178,14 @@ class _Problem(NamedTuple):
         return _Problem(head, rows, saved, upstream, self.columns[part], self.dz[part], self.invalid[part])
 
     def backward(self, engine: Engine, routing: Routing | None, needs: Needs, sums: Gradients) -> Gradients:
-        grads = engine.backward(self.head, self.rows, self.saved, self.upstream, routing, needs, sums)
-        wanted = Gradients(*[x if need else None for x, need in zip(vars(grads).values(), needs)])
-        entries_of(engine).backward(self.head, self.columns, self.dz, wanted)
-        if wanted.hidden is not None:
-            wanted.hidden.masked_fill_(self.invalid[:, None], torch.nan)
-        return grads
+        """`sums`, with the gradients that are needed added, or as they are where they had no place."""
+        places = Gradients(*[x if need else None for x, need in zip(vars(sums).values(), needs)])
+        grads = engine.backward(self.head, self.rows, self.saved, self.upstream, routing, needs, places)
+        grads = Gradients(*[x if need else None for x, need in zip(vars(grads).values(), needs)])
+        entries_of(engine).backward(self.head, self.columns, self.dz, grads)
+        if grads.hidden is not None:
+            grads.hidden.masked_fill_(self.invalid[:, None], torch.nan)
+        return replace(sums, **{name: x for name, x in vars(grads).items() if x is not None})
 
 
 def _flat(hidden: Tensor, start: int, stop: int) -> Tensor:

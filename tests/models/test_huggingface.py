@@ -58,6 +58,34 @@ def test_statistics_temperature_and_options():
     assert model(**inputs, fastdpo=True).entropy is None
 
 
+def test_several_labels_of_a_position():
+    model = build("gemma2 (softcap)")
+    patch_model(model, stats=("lse", "entropy"))
+    inputs = batch()
+    labels = torch.randint(0, model.config.vocab_size, (*inputs["labels"].shape, 4))
+    labels[..., 1], labels[1] = labels[..., 0], -100
+    labels[0, 3, 2] = -100
+    rest = {name: x for name, x in inputs.items() if name != "labels"}
+    stats = model(**rest, labels=labels, fastdpo=True)
+    z = model(**rest).logits[:, :-1].float()
+    ids = labels[:, 1:]
+    logps = z.log_softmax(-1).gather(-1, ids.clamp(min=0)).masked_fill(ids == -100, 0.0)
+    lse = z.logsumexp(-1).masked_fill((ids == -100).all(-1), 0.0)
+    torch.testing.assert_close(stats.logps, logps, rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(stats.lse, lse, rtol=1e-5, atol=2e-5)
+    assert stats.entropy.shape == lse.shape and stats.aux_loss is None
+    weight = model.get_output_embeddings().weight
+    ours, expected = (
+        torch.autograd.grad((x**2).sum() + y.sum(), weight)[0] for x, y in ((stats[0], stats.lse), (logps, lse))
+    )
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    as_they_are = model(**rest, shift_labels=labels, fastdpo=True)
+    assert as_they_are.logps.shape == labels.shape and as_they_are.lse.shape == labels.shape[:-1]
+    for wrong in (labels[:, 1:], labels[..., None]):
+        with pytest.raises(ValueError, match="labels must have shape"):
+            model(**rest, labels=wrong, fastdpo=True)
+
+
 def test_shifted_labels_and_other_arguments():
     model = build()
     patch_model(model)

@@ -182,19 +182,21 @@ def test_any_layout(engine):
 @pytest.mark.parametrize("needs", [(1, 0, 0, 0, 0), (0, 1, 1, 0, 0), (1, 1, 1, 1, 1), (0, 0, 0, 1, 0)], ids=str)
 def test_ranges_of_rows(engine, needs, monkeypatch):
     """dhidden in a half type is summed in fp32 and rounded once, a range of rows after the other."""
-    head, labels = small_head(N=300, V=300, bias=True, lora=True), several_labels(300, 300, 4)
+    if engine == "triton" and not all(needs):
+        pytest.skip("a minute in the interpreter")
+    head, labels = small_head(N=24, V=300, bias=True, lora=True), several_labels(24, 300, 4)
     results = []
-    for limit in (1 << 20, 1):
+    for limit in (1 << 20, 4 * 48 * 9):
         monkeypatch.setattr(several, "SUMS_BYTES", limit)
         leaves = head.leaves(torch.bfloat16)
         for x, need in zip(leaves.tensors().values(), needs):
             x.requires_grad_(bool(need))
-        hidden = leaves.hidden.view(3, 100, 48)
-        hidden = torch.cat((hidden, hidden), 1)[:, :100] if needs[0] else hidden
+        hidden = leaves.hidden.view(2, 12, 48)
+        hidden = torch.cat((hidden, hidden), 1)[:, :12]  # rows without a flat view
         logps = fastdpo.linear_logps(
-            hidden, leaves.weight, labels.view(3, 100, 4), leaves.bias, lora=leaves.lora, tau=0.02, seed=2
+            hidden, leaves.weight, labels.view(2, 12, 4), leaves.bias, lora=leaves.lora, tau=0.02, seed=2
         )
-        (logps * torch.arange(300).view(3, 100, 1)).sum().backward()
+        (logps * torch.arange(24).view(2, 12, 1)).sum().backward()
         results.append([x.grad for x in leaves.tensors().values()])
     for mine, other, need in zip(*results, needs):
         assert (mine is None) == (not need)
