@@ -144,12 +144,12 @@ class Case:
     def needs(self) -> Needs:
         return Needs(*(x is not None for x in self.heads.student.inputs))
 
-    def check(self, upstream=None, needs=None, tolerance=5e-6) -> None:
+    def check(self, upstream=None, needs=None, tolerance=5e-6, roundings=2) -> None:
         ours, expected = self.gradients(upstream or self.upstream(), needs)
         for name, gradient in vars(expected).items():
             mine = getattr(ours, name)
             assert (mine is None) == (gradient is None), name
             if gradient is not None:
-                rounding = 2 * relative_error(gradient.to(mine.dtype), gradient)
+                rounding = roundings * relative_error(gradient.to(mine.dtype), gradient)
                 error = relative_error(mine, gradient)
                 assert error < (tolerance if mine.dtype == torch.float32 else rounding), f"{name}: {error}"

@@ -21,7 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from tools.code_paths import Instruction, TilePath, tile_path
 from tools.gpus import KIB, MULTIPROCESSORS, RESERVED_MEMORY
 from tools.kernel_variants import OPTIONS, Variant
-from tools.offsets import narrow
+from tools.offsets import narrow, unused
 
 REGISTERS = 65536  # given to warps 256 at a time
 TENSOR_COLUMNS = 512  # of tensor memory, on sm_100
@@ -34,6 +34,7 @@ FEW = 12  # spills that may stand outside of a hot loop, once in a tile: 12 of 1
 SHARE = 0.75  # of the products of the loop with most: loops with fewer, as over a low-rank head's rank, stand beside it
 LARGE = {"fold", "hopper_fold", "exact"}  # whose time is all product
 OF_LOGITS = {"fold", "hopper_fold", "exact", "routed_dz"}  # with tiles of logits: an exponential each
+OPERANDS = {"hidden", "weight", "ref_hidden", "ref_weight"}  # of products, as kernels call them
 FOLDING = {"hopper_fold": 256}  # threads that share a tile, where others do not
 
 
@@ -51,6 +52,7 @@ class Code:
     main_loop: dict[str, int] = field(default_factory=dict)
     logits: int = 0  # of a tile, for one thread; 0: the kernel makes none
     narrow: tuple[str, ...] = ()  # arguments that may be moved by more than 32 bits hold, and are not by 64
+    unused: tuple[str, ...] = ()  # tensors that are neither read nor written
     path: TilePath | None = None  # of a tile of logits that needs nothing special
 
     def count(self, mnemonics: set[str], *parts: str) -> int:
@@ -138,6 +140,7 @@ def counted(variant: Variant, compiled, code: list[Instruction]) -> Code:
         main_loop=dict(Counter(mnemonic for _, mnemonic, _ in main if any(map(is_product, main)))),
         logits=logits,
         narrow=tuple(sorted(narrow(compiled.asm["ttir"]))) if "ttir" in compiled.asm else (),
+        unused=tuple(sorted(unused(compiled.asm["ttir"]))) if "ttir" in compiled.asm else (),
         path=path,
     )
 
@@ -222,6 +225,9 @@ def faults(variant: Variant, code: Code) -> list[str]:
         found.append(f"{code.tensor_columns} columns of tensor memory; there are {TENSOR_COLUMNS}")
     if code.hot_spills:
         found.append(f"registers are spilled in a hot loop: {code.hot_spills} loads from local memory")
+    if code.has_dot and OPERANDS.intersection(code.unused):
+        unread = ", ".join(sorted(OPERANDS.intersection(code.unused)))
+        found.append(f"without the product it is launched for: {unread} never read")
     if code.spills > FEW * max(1, code.hot_loops):
         found.append(f"registers are spilled: {code.spills} loads from local memory")
     if code.has_dot and not code.tensor_core():

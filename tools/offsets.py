@@ -44,6 +44,14 @@ def _definitions(ttir: str) -> dict[str, tuple[str, list[str], str]]:
     return defined
 
 
+def unused(ttir: str) -> set[str]:
+    """Tensors that a kernel is given, by name, and neither reads nor writes."""
+    head, _, body = ttir[ttir.index("tt.func public") :].partition("\n")
+    tensors = re.findall(r"(%[\w.]+): !tt\.(?:ptr|tensordesc)", head)
+    used = set(re.findall(r"%[\w.]+", body))
+    return {name.removeprefix("%") for name in tensors if name not in used}
+
+
 def narrow(ttir: str) -> set[str]:
     """Pointer arguments, by name, that are somewhere moved by a 32-bit product with an argument."""
     head = ttir[ttir.index("tt.func public") :].split("\n", 1)[0]

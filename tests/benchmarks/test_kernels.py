@@ -39,8 +39,9 @@ def with_tma(variant):
     path = (index, variant.signature["form"]._fields.index("TMA"))
     return replace(variant, constants={**variant.constants, path: True})
 
-def examined(variant, judged_as=None):
+def examined(variant, judged_as=None, without=()):
     (code,) = code_of([variant])
+    code = replace(code, unused=(*code.unused, *without))
     found = faults(judged_as or variant, code)
     return {
         "faults": found, "tensor core": code.tensor_core(), "registers": code.registers, "spills": code.spills,
@@ -99,6 +100,7 @@ print(json.dumps({
     "overlapping": examined(overlapping),
     "the same is compared": compared() == {overlapping.key},
     "its other forms": [examined(one)["faults"] for one in others],
+    "unread": examined(half, judged_as=half, without={"weight"}),
     "for another architecture": examined(half, judged_as=with_tma(replace(half, capability=90))),
 }))
 """
@@ -148,6 +150,7 @@ def test_the_fold_for_hopper(compiled):
         ("one warp", "spilled"),
         ("many stages", "KiB of shared memory"),
         ("without tensor cores", "without a tensor-core instruction"),
+        ("unread", "weight never read"),
         ("for another architecture", "no HGMMA"),
         ("for another architecture", "no TMA instruction"),
     ],
@@ -230,6 +233,15 @@ def test_the_way_of_a_common_tile():
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
+def test_tensors_that_a_kernel_does_not_use():
+    from tools.offsets import unused
+
+    head = "tt.func public @k(%hidden: !tt.ptr<f32>, %weight: !tt.tensordesc<tensor<64x32xf32>>, %weight_0: i32) {"
+    body = "  %a = tt.splat %hidden : !tt.ptr<f32>\n  %b = tt.descriptor_load %weight[%c0, %weight_0]\n}"
+    assert unused(f"{head}\n{body}") == set()
+    assert unused(f"{head}\n{body.replace('%weight[', '%other[')}") == {"weight"}
+
+
 def test_the_kernels_of_another_commit(monkeypatch):
     """Which stand before this one's in the other process."""
     from tools import kernels

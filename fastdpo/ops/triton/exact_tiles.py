@@ -79,6 +79,7 @@ def dz_tile(
     at, step, hidden, weight, head, H, low_rank, transform, tokens, terms, scales, work, first_token, dz_stride, form
 ):
     """A tile [BM tokens, BN columns] of dz, and of column_sums; columns from V on get zeros."""
+    tl.static_assert(form.BN % BLOCK == 0)
     tiles_m = tl.cdiv(step.num_tokens, form.BM)
     m, v = tile_of(at, tiles_m, tl.cdiv(step.last_column - step.first_column, form.BN), form.GROUP)
     i = m * form.BM + tl.arange(0, form.BM)

@@ -30,6 +30,7 @@ def fold_kernel(
     """A program has tiles [BM tokens, BN columns], whose logits stay in registers, fp32; a tile's blocks of `sums` are
     its own, and label_logit [capacity] is written by the tile that holds the label. hidden [capacity, pitch] gathered
     and weight [V, H]: TMA descriptors or pointers; head: Columns."""
+    tl.static_assert(form.BN % BLOCK == 0)
     BLOCKS: tl.constexpr = form.BN // BLOCK
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(head.V, form.BN)

@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ...routing import BLOCK
 from .special import release
 
 # Major version -> (whose tiles, bytes of shared memory that they need). sm_110 has no product that Triton would use but
@@ -134,7 +135,9 @@ def tuned() -> dict[tuple[str, str, int], Tile]:
         try:
             key, shape = (one["kernel"], one["kind"], one["capability"]), Tile(**one["tile"])
             powers = [x & (x - 1) == 0 < x for x in (shape.m, shape.n, shape.k, shape.warps)]
-            if key[0] not in _TILES or not all(powers) or min(shape.stages, shape.group, shape.per_sm) < 1:
+            whole_blocks = shape.n % BLOCK == 0 or key[0] not in OF_LOGITS
+            positive = min(shape.stages, shape.group, shape.per_sm) >= 1
+            if key[0] not in _TILES or not (all(powers) and positive and whole_blocks):
                 raise ValueError(f"no kernel {key[0]!r}, or no tile of one: {shape}")
             if release(one["triton"]) == _RELEASE:
                 found[key] = shape
@@ -178,6 +181,8 @@ def tile(kernel: str, target: Target, kind: str, out_columns: int | None = None)
 # of odd vocabularies in long batches; "unaligned", that is rows that can only be read one element at a time. A kernel
 # without tiles of its own for a kind uses those of another kind, and an architecture those of sm_80.
 SHORT = 1024
+# Kernels whose tiles are logits: of whole blocks of the vocabulary, as what they store is by block.
+OF_LOGITS = {"fold", "dz", "routed_dz", "divergence_fold", "divergence_dz", "divergence_routed_dz"}
 _LIKE = {"low_rank": "fp32", "fp32": "half", "narrow": "half", "short": "half", "unaligned": "half"}
 _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "fold": {
@@ -205,7 +210,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "narrow": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "fp32": {80: Tile(64, 128, 32, 8, 3), 90: Tile(128, 128, 32, 8, 3), 100: Tile(128, 128, 32, 8, 3)},
         "crowded": {80: Tile(64, 128, 16, 8, 3), 120: Tile(32, 128, 32, 8, 2)},
-        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
+        "unaligned": {80: Tile(64, 128, 16, 8, 2)},
     },
     "dhidden": {
         "half": {80: Tile(128, 128, 32, 8, 4), 90: Tile(128, 256, 64, 8, 3), 100: Tile(128, 128, 64, 8, 4)},
@@ -242,8 +247,8 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "divergence_dz": {
         "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
         "narrow": {80: Tile(64, 128, 64, 8, 3)},
-        "fp32": {80: Tile(64, 64, 32, 8, 3)},
-        "unaligned": {80: Tile(64, 64, 32, 8, 2)},
+        "fp32": {80: Tile(32, 128, 32, 8, 3), 120: Tile(32, 128, 16, 8, 3)},
+        "unaligned": {80: Tile(32, 128, 32, 8, 2)},
     },
     "divergence_routed_dz": {
         "half": {80: Tile(64, 128, 64, 8, 3)},

@@ -19,6 +19,7 @@ from fastdpo.ops.triton import backward
 from fastdpo.ops.triton import launch as launching
 from fastdpo.ops.triton.forward import forward
 from fastdpo.ops.triton.launch import Recorder, Target, Tile, launch
+from fastdpo.routing import BLOCK
 
 OPTIONS = {
     "exact": {},
@@ -72,6 +73,16 @@ def test_a_card_gets_tiles_that_fit(capability, memory, tiles):
     assert Target(capability, 1, memory and memory * KIB).tiles == tiles
 
 
+def test_tiles_of_logits_are_of_whole_blocks():
+    """What is stored by block is not stored at all where a tile holds less than one."""
+    for kernel, kinds in launching._TILES.items():
+        for tiles in kinds.values():
+            for tile in (*tiles.values(), launching._INTERPRETED[kernel]):
+                assert kernel not in launching.OF_LOGITS or tile.n % BLOCK == 0, (kernel, tile)
+    for (kernel, *_), tile in launching._SINCE[3, 9].items():
+        assert kernel not in launching.OF_LOGITS or tile.n % BLOCK == 0, (kernel, tile)
+
+
 @pytest.mark.parametrize("release, newer", [((3, 6), False), ((3, 8), False), ((3, 9), True), ((3, 12), True)])
 def test_a_tile_that_newer_releases_spill_is_replaced_from_then_on(monkeypatch, release, newer):
     monkeypatch.setattr(launching, "_RELEASE", release)
@@ -118,7 +129,7 @@ def test_launches_are_by_keyword():
 
 
 def entry(**changed) -> dict:
-    tile = {"m": 64, "n": 64, "k": 32, "warps": 4, "stages": 2, "group": 8, "per_sm": 1, **changed.pop("tile", {})}
+    tile = {"m": 64, "n": 128, "k": 32, "warps": 4, "stages": 2, "group": 8, "per_sm": 1, **changed.pop("tile", {})}
     return {"kernel": "fold", "kind": "half", "capability": 90, "triton": triton.__version__, "tile": tile, **changed}
 
 
@@ -146,14 +157,16 @@ def test_a_measured_tile_serves_what_it_was_measured_for(table):
     before = every()
     table(entry())
     assert {key for key, tile in every().items() if tile != before[key]} == {("fold", 90, "half")}
-    assert tile_of() == Tile(64, 64, 32, 4, 2) and tile_of(columns=32).n == 32
+    assert tile_of() == Tile(64, 128, 32, 4, 2) and tile_of(columns=32).n == 32
     table(entry(triton="1.0.0"))  # another release makes other code
     assert every() == before
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"kernel": "flod"}, {"tile": {"m": 65}}, {"tile": {"stages": 0}}, {"tile": {"x": 1}}, {"triton": None}]
-)
+    "wrong",
+    [{"kernel": "flod"}, {"tile": {"m": 65}}, {"tile": {"n": 64}}, {"tile": {"stages": 0}}, {"tile": {"x": 1}},
+     {"triton": None}],
+)  # fmt: skip
 def test_a_wrong_entry_is_named(table, wrong):
     good, bad = entry(), entry(**wrong)
     table(good, {key: value for key, value in bad.items() if value is not None})

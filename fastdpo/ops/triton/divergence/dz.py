@@ -83,6 +83,7 @@ def pair_dz_tile(at, step, hidden, weight, head, H, low_rank, transform, ref_hid
                  ref_transform, kind, tokens, ref_tokens, terms, scales, work, first_token, dz_stride, form,
                  ref_form):  # fmt: skip
     """exact_tiles.dz_tile of two heads."""
+    tl.static_assert(form.BN % BLOCK == 0)
     tiles_m = tl.cdiv(step.num_tokens, form.BM)
     m, v = tile_of(at, tiles_m, tl.cdiv(step.last_column - step.first_column, form.BN), form.GROUP)
     i = m * form.BM + tl.arange(0, form.BM)

@@ -40,6 +40,7 @@ def divergence_fold_kernel(
     ref_form,
 ):
     """A program has tiles [BM tokens, BN columns] of both heads; a tile's blocks of `sums` are its own."""
+    tl.static_assert(form.BN % BLOCK == 0)
     BLOCKS: tl.constexpr = form.BN // BLOCK
     n = num_tokens(tokens, first_token, capacity)
     tiles_m, tiles_n = tl.cdiv(n, form.BM), tl.cdiv(head.V, form.BN)
