@@ -93,6 +93,7 @@ bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.cpu.accuracy $(WITH_HEAD) --output $(LOCAL)-accuracy.json
 	$(RUN) -m benchmarks.cpu.tau --seeds 1 $(WITH_HEAD) --output $(LOCAL)-tau.json
 	$(RUN) -m benchmarks.cpu.bias --seeds 20 $(WITH_HEAD) --output $(LOCAL)-bias.json
+	$(RUN) -m benchmarks.cpu.divergence --rounds 1 $(WITH_HEAD) --output $(LOCAL)-divergence.json
 	$(MAKE) bench-micro
 
 bench-micro: $(VENV)/installed-bench

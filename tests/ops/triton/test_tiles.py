@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 import triton_divergence_case
 from heads import peaked_head
 from triton_case import Case
 
 from fastdpo.head import LogitTransform
-from fastdpo.ops.triton import backward, launch
+from fastdpo.ops.triton import backward, exact, exact_tiles, launch, tokens
 from fastdpo.ops.triton.launch import Target
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -49,6 +50,8 @@ def differing(part: str) -> list[tuple[int, str]]:
 def on(monkeypatch):
     def architecture(capability: int):
         monkeypatch.setattr(launch, "_target", lambda device: Target(capability, 2))
+        for module in (exact, exact_tiles, tokens):
+            monkeypatch.setattr(module, "ROWS", tl.constexpr(16))
 
     monkeypatch.setattr(backward, "CROSSOVER", 1.0)
     return architecture
