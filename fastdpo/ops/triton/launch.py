@@ -239,6 +239,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     # Both heads' products of a tile side by side. "routed": more is left of a block; "jsd": its second sweep.
     "divergence_fold": {
         "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
+        "narrow": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "routed": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4)},
         "jsd": {80: Tile(64, 128, 64, 8, 3)},
         "fp32": {80: Tile(64, 128, 32, 8, 3)},
@@ -246,7 +247,7 @@ _TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
     "divergence_dz": {
         "half": {80: Tile(64, 128, 64, 8, 3), 90: Tile(128, 128, 64, 8, 4), 100: Tile(128, 128, 64, 8, 4)},
-        "narrow": {80: Tile(64, 128, 64, 8, 3)},
+        "narrow": {80: Tile(64, 128, 64, 8, 3), 100: Tile(64, 128, 64, 8, 3)},
         "fp32": {80: Tile(32, 128, 32, 8, 3), 120: Tile(32, 128, 16, 8, 3)},
         "unaligned": {80: Tile(32, 128, 32, 8, 2)},
     },
@@ -305,6 +306,7 @@ _SINCE: dict[tuple[int, int], dict[tuple[str, str, int], Tile]] = {
         ("dhidden", "half", 80): Tile(64, 128, 64, 8, 3),
         ("dhidden", "narrow", 80): Tile(64, 128, 32, 8, 3),
         ("routed_dhidden", "half", 80): Tile(64, 128, 128, 8, 2),
+        ("divergence_dz", "narrow", 100): Tile(64, 128, 32, 8, 3),
     },
 }
 _INTERPRETED = {

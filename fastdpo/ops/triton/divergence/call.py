@@ -24,7 +24,7 @@ class TwoHeads(Call):
         """`jsd`: of its second sweep."""
         kind = self.kind_of_both
         if kind not in ("fp32", "unaligned"):
-            kind = "jsd" if jsd else "routed" if routed else "half"
+            kind = "jsd" if jsd else "routed" if routed else "narrow" if kind == "narrow" else "half"
         return tile("divergence_fold", self.target, kind)
 
     def tile(self, kernel: str, out_columns: int | None = None, kind: str | None = None) -> Tile:
