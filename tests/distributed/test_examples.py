@@ -50,7 +50,7 @@ def test_two_ranks_train_as_one_process_with_logits(script, expected):
     paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
-        [*command, str(FOLDER / script), *options], env=environment, capture_output=True, text=True, timeout=120
+        [*command, str(FOLDER / script), *options], env=environment, capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
     losses = [float(x) for x in re.findall(r"^step \d: loss (\S+)$", run.stdout, re.MULTILINE)]

@@ -69,7 +69,7 @@ def _received(rank, size, engine, head, options, stats):
     return forward.bytes, backward.bytes
 
 
-TICKET = 1024  # bytes of a handshake, at most
+TICKET = 1280  # bytes of a handshake, at most
 CALLS = {
     "exact": ({"backward": "exact"}, 0, ()),
     "routed, two sets": ({"tau": (0.3, 0.1), "seed": 1}, 2, ()),

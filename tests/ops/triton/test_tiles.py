@@ -69,7 +69,7 @@ def test_one_head(on, architecture, operands, how):
     transform = {"softcap": 20.0} if options else {}
     case = Case(head, dtype, ROUTED[how], weight_dtype, **transform)
     coef_entropy = torch.randn(70) if options and how == "exact" else None
-    case.check(torch.randn(70), coef_entropy, roundings=4)
+    case.check(torch.randn(70), coef_entropy, tolerance=5e-6 if dtype == torch.float32 else 2e-3, roundings=4)
 
 
 @pytest.mark.parametrize("how", ROUTED)

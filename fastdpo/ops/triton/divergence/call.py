@@ -13,8 +13,9 @@ _OF_BOTH = {"dz": "divergence_dz", "routed_dz": "divergence_routed_dz"}
 
 class TwoHeads(Call):
     def __init__(self, heads: Heads, rows: Rows):
-        if not heads.labelled:  # 0 or 1 in rows that count: labels of no column
-            rows = rows.replace(vocab_start=2, vocab_size=max(2, rows.vocab_size))
+        if not heads.labelled:  # which only says what counts: a label of no column
+            most = max(2, rows.vocab_size)  # a mask's are 0 and 1
+            rows = rows.replace(vocab_start=most, vocab_size=most)
         super().__init__(heads.student, rows)
         self.heads, self.teacher = heads, Call(heads.teacher, rows)
         kinds = self.recomputing_kind, self.teacher.recomputing_kind

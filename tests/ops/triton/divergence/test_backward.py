@@ -31,7 +31,7 @@ def always_routed(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind, labelled, how):
     case = Case(kind, labelled=labelled, routed=ROUTED[how], **OPTIONS)
-    case.check(case.upstream(without=(2, 8)))
+    case.check(case.upstream(without=(2, 8)), tolerance=2e-5 if kind == "jsd" else 5e-6)  # as the formula's in fp32
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "mask"])
