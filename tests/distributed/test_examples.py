@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -56,17 +55,18 @@ def test_two_ranks_train_as_one_process_with_logits(script, expected):
     with tempfile.TemporaryFile("w+") as errors:
         run = subprocess.Popen(
             [*command, str(FOLDER / script), *options],
-            env=environment, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True,
+            env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
         )  # fmt: skip
-        try:
-            printed = list(itertools.islice(run.stdout, len(expected)))
-            # At its end DDP over gloo waits for itself now and then, without us too: what was printed counts
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(15)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
+        watchdog = threading.Timer(200, run.terminate)
+        watchdog.start()
+        printed = list(itertools.islice(run.stdout, len(expected)))
+        watchdog.cancel()
+        try:  # at its end DDP over gloo waits for itself now and then, without us too: what was printed counts
+            run.wait(15)
+        except subprocess.TimeoutExpired:
+            run.terminate()  # and torchrun its ranks
+            run.wait(60)
+        run.stdout.close()
         errors.seek(0)
         said = errors.read()
     if "--ddp" not in options or len(printed) < len(expected):
