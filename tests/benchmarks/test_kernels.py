@@ -232,7 +232,6 @@ def test_the_way_of_a_common_tile():
     assert tile_path(code, loop, 3) is None
 
 
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_tensors_that_a_kernel_does_not_use():
     from tools.offsets import unused
 
@@ -242,6 +241,7 @@ def test_tensors_that_a_kernel_does_not_use():
     assert unused(f"{head}\n{body.replace('%weight[', '%other[')}") == {"weight"}
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a checkout")
 def test_the_kernels_of_another_commit(monkeypatch):
     """Which stand before this one's in the other process."""
     from tools import kernels

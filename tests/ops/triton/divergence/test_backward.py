@@ -31,7 +31,8 @@ def always_routed(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients(kind, labelled, how):
     case = Case(kind, labelled=labelled, routed=ROUTED[how], **OPTIONS)
-    case.check(case.upstream(without=(2, 8)), tolerance=2e-5 if kind == "jsd" else 5e-6)  # as the formula's in fp32
+    small = kind == "jsd" and not labelled  # a difference that the formula in fp32 holds no better
+    case.check(case.upstream(without=(2, 8)), tolerance=2e-5 if small else 5e-6)
 
 
 @pytest.mark.parametrize("labelled", [True, False], ids=["labels", "mask"])
