@@ -86,7 +86,8 @@ class Arguments {
 
   // Of any of three types, which is then that of every `void*` of the call.
   void dtype_of(const char* name, DType& dtype) {
-    const py::object type = attribute(required(take(name)), torch_.dtype);
+    const py::handle x = take(name);
+    const py::object type = x.is_none() ? torch_.float32 : attribute(x, torch_.dtype);
     names_.pop_back();  // to be taken as a tensor too
     dtype = type.is(torch_.bfloat16) ? DType::kBFloat16 : type.is(torch_.float16) ? DType::kFloat16 : DType::kFloat32;
     any_ = dtype == DType::kBFloat16 ? &torch_.bfloat16 : dtype == DType::kFloat16 ? &torch_.float16 : &torch_.float32;

@@ -81,8 +81,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def<RoutedGradArgs>(m, "routed_grad", &routed_grad);
   def<CountPairsArgs>(m, "count_pairs", &count_pairs);
   def<FillPairsArgs>(m, "fill_pairs", &fill_pairs);
-  def<GatherArgs>(m, "gather_rows", &gather_rows);
-  def<ScatterArgs>(m, "scatter_add_rows", &scatter_add_rows);
+  def<MemoryArgs>(m, "use_huge_pages", &use_huge_pages);
+  def<ProductsArgs>(m, "products", &products);
+  def<AddToTokensArgs>(m, "add_to_tokens", &add_to_tokens);
+  def<AddToColumnsArgs>(m, "add_to_columns", &add_to_columns);
   def<DivergenceFoldArgs>(m, "divergence_fold", &divergence_fold);
   def<DivergenceGradArgs>(m, "divergence_grad", &divergence_grad);
   def<RoutedDivergenceGradArgs>(m, "routed_divergence_grad", &routed_divergence_grad);

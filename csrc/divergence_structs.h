@@ -1,8 +1,8 @@
 // What crosses from Python for the divergence of two heads, in structs.h's manner.
 #pragma once
 
+#include "head_structs.h"
 #include "shared/divergence.h"
-#include "structs.h"
 
 #define NAMED(...) #__VA_ARGS__, __VA_ARGS__
 
@@ -15,9 +15,10 @@ struct RefTile {
   const float* ref_bias;  // [num_cols] or null
   LogitTransform ref_transform;
 
-  template <class In> void fields(In& in, const Tile& tile) {
-    in.rows(NAMED(ref_data), ref_stride, tile.num_rows, tile.num_cols);
-    in.optional(tile.num_cols, NAMED(ref_bias));
+  // Of a bias for so many columns.
+  template <class In> void fields(In& in, int64_t num_rows, int64_t num_cols, int64_t bias_size) {
+    in.rows(NAMED(ref_data), ref_stride, num_rows, num_cols);
+    in.optional(bias_size, NAMED(ref_bias));
     double temperature = 1.0;
     in.tuple("ref_transform", ref_transform.scale, ref_transform.softcap, temperature);
     ref_transform.inv_temperature = static_cast<float>(1.0 / temperature);
@@ -37,7 +38,7 @@ struct DivergenceFoldArgs {
 
   template <class In> void fields(In& in) {
     tile.fields(in);
-    ref.fields(in, tile);
+    ref.fields(in, tile.num_rows, tile.num_cols, tile.num_cols);
     in.arrays(tile.num_rows, NAMED(labels, label_logit, ref_label_logit));
     in.rows(NAMED(blocks), blocks_stride, tile.num_rows, kBlockDivergenceSize * blocks_of(tile.num_cols));
     in.optional(tile.num_rows, NAMED(lse, ref_lse));
@@ -60,10 +61,9 @@ struct DivergenceTerms {
   double beta;
   bool routes_logps;
 
-  template <class In> void fields(In& in, const GradArgs& grad) {
-    ref.fields(in, grad.tile);
-    in.arrays(grad.num_tokens, NAMED(ref_lse, coef_divergence));
-    in.optional(grad.num_tokens, NAMED(ref_logps, mean, total));
+  template <class In> void fields(In& in, int64_t num_tokens) {
+    in.arrays(num_tokens, NAMED(ref_lse, coef_divergence));
+    in.optional(num_tokens, NAMED(ref_logps, mean, total));
     in.numbers(NAMED(kind, beta, routes_logps));
     in.require(mean || kind == 0, "only forward KL has no mean");
   }
@@ -75,7 +75,8 @@ struct DivergenceGradArgs {
 
   template <class In> void fields(In& in) {
     grad.fields(in);
-    terms.fields(in, grad);
+    terms.ref.fields(in, grad.tile.num_rows, grad.tile.num_cols, grad.tile.num_cols);
+    terms.fields(in, grad.num_tokens);
   }
 };
 
@@ -85,8 +86,17 @@ struct RoutedDivergenceGradArgs {
 
   template <class In> void fields(In& in) {
     routed.fields(in);
-    terms.fields(in, routed.grad);
+    terms.ref.fields(in, routed.blocks.num_rows, kBlock, routed.blocks.vocab_size);
+    terms.fields(in, routed.grad.num_tokens);
     in.require(terms.total, "total is needed");
+  }
+  RoutedDivergenceGradArgs part(int64_t j, int64_t begin, int64_t end) const {
+    RoutedDivergenceGradArgs a = *this;
+    a.routed = routed.part(j, begin, end);
+    const TileRows rows = routed.blocks.part(j, 1);
+    a.terms.ref.ref_data += (rows.offset + begin) * terms.ref.ref_stride;
+    if (a.terms.ref.ref_bias) a.terms.ref.ref_bias += rows.column;
+    return a;
   }
 };
 

@@ -169,37 +169,15 @@ struct GradArgs {
   template <class In> void fields(In& in) {
     tile.fields(in);
     in.optional(tile.num_rows, NAMED(tokens));
-    in.vector(tokens ? 0 : tile.num_rows, NAMED(labels), num_tokens);
+    token_fields(in, tokens ? 0 : tile.num_rows);
+    in.numbers(NAMED(num_threads));
+  }
+  // Of `count` tokens or more.
+  template <class In> void token_fields(In& in, int64_t count) {
+    in.vector(count, NAMED(labels), num_tokens);
     in.arrays(num_tokens, NAMED(lse, logps, coef));
     in.optional(num_tokens, NAMED(entropy, coef_entropy, coef_lse));
     in.require(!entropy == !coef_entropy, "entropy and coef_entropy go together");
-    in.numbers(NAMED(num_threads));
-  }
-};
-
-// The same for one block of kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one that was kept at
-// `tau`, 1, the smaller one inside it, or -1: not wanted. Rows of `dz_hidden` are those of its set, compacted.
-struct RoutedGradArgs {
-  GradArgs grad;
-  float tau, second_tau;       // the latter of set 1, if there is one
-  const uint8_t* second_bits;  // [num_tokens, bytes] of set 1, or null
-  int64_t bitmap_stride;
-  int hidden_set, weight_set;
-  float* row_weight;       // scratch [2, num_rows], of each set
-  float* dz_hidden;        // [num_rows, num_cols] or null: then the tile serves both gradients
-  int32_t* hidden_tokens;  // [num_rows] tokens of the rows of dz_hidden
-
-  template <class In> void fields(In& in) {
-    grad.fields(in);
-    in.numbers(NAMED(tau, second_tau, hidden_set, weight_set));
-    in.optional_rows(NAMED(second_bits), bitmap_stride, grad.num_tokens, bytes_of(grad.tile.col_start / kBlock + 1));
-    in.arrays(2 * grad.tile.num_rows, NAMED(row_weight));
-    in.optional(grad.tile.num_rows * grad.tile.num_cols, NAMED(dz_hidden));
-    in.optional(grad.tile.num_rows, NAMED(hidden_tokens));
-    const int largest_set = hidden_set > weight_set ? hidden_set : weight_set;
-    in.require(grad.tokens && grad.tile.num_cols <= kBlock, "tokens of one block are needed");
-    in.require(largest_set == 0 || (largest_set == 1 && second_bits), "set 0 is needed, or set 1 with its second_bits");
-    in.require(!dz_hidden == !hidden_tokens && (!dz_hidden || hidden_set >= 0), "dz_hidden and hidden_tokens go together");
   }
 };
 
@@ -208,14 +186,14 @@ struct PairSet {
   const uint8_t* bitmap;  // [num_tokens, bytes]
   int64_t bitmap_stride;
   const float* coef;  // [num_tokens]
-  int64_t num_tokens;
-  int64_t first_block, num_blocks;  // those asked for
+  int64_t first_token, last_token;  // those asked for
+  int64_t first_block, num_blocks;
   int num_threads;
 
   template <class In> void fields(In& in) {
-    in.numbers(NAMED(num_tokens, first_block, num_blocks, num_threads));
-    in.rows(NAMED(bitmap), bitmap_stride, num_tokens, bytes_of(first_block + num_blocks));
-    in.arrays(num_tokens, NAMED(coef));
+    in.numbers(NAMED(first_token, last_token, first_block, num_blocks, num_threads));
+    in.rows(NAMED(bitmap), bitmap_stride, last_token, bytes_of(first_block + num_blocks));
+    in.arrays(last_token, NAMED(coef));
   }
 };
 
@@ -240,44 +218,6 @@ struct FillPairsArgs {
     set.fields(in);
     in.arrays(set.num_blocks + 1, NAMED(offsets));
     in.arrays(0, NAMED(tokens));
-  }
-};
-
-// out[i] = float(source[rows[tokens[i]]]); either list may be null: every row.
-struct GatherArgs {
-  float* out;  // [num_rows, num_cols]
-  int64_t out_stride, num_rows, num_cols;
-  const void* source;
-  int64_t source_stride;
-  DType dtype;
-  const int32_t* tokens;
-  const int64_t* rows;
-  int num_threads;
-
-  template <class In> void fields(In& in) {
-    in.matrix(NAMED(out), out_stride, num_rows, num_cols);
-    in.optional(num_rows, NAMED(tokens));
-    in.optional(tokens ? 0 : num_rows, NAMED(rows));
-    in.dtype_of("source", dtype);
-    in.rows(NAMED(source), source_stride, rows || tokens ? 0 : num_rows, num_cols);
-    in.numbers(NAMED(num_threads));
-  }
-};
-
-// out[tokens[i] - first_token] += source[i]
-struct ScatterArgs {
-  float* out;
-  int64_t out_stride;
-  const float* source;  // [num_rows, num_cols]
-  int64_t source_stride, num_rows, num_cols;
-  const int32_t* tokens;
-  int64_t first_token;
-
-  template <class In> void fields(In& in) {
-    in.matrix(NAMED(source), source_stride, num_rows, num_cols);
-    in.rows(NAMED(out), out_stride, 0, num_cols);
-    in.arrays(num_rows, NAMED(tokens));
-    in.numbers(NAMED(first_token));
   }
 };
 

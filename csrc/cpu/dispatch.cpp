@@ -85,47 +85,6 @@ void grad(const GradArgs& a) {
          [&](int64_t begin, int64_t end) { cpu_kernels().grad_rows(a, begin, end); });
 }
 
-namespace {
-
-// Multiplies each row of the tile with its weight, and compacts those of `dz_hidden`, whose number is returned.
-int64_t weighted(const RoutedGradArgs& a) {
-  const Tile& tile = a.grad.tile;
-  int64_t num_hidden = 0;
-  if (a.dz_hidden) {
-    const float* weight = a.row_weight + a.hidden_set * tile.num_rows;
-    for (int64_t row = 0; row < tile.num_rows; ++row) {
-      if (weight[row] == 0.0f) continue;
-      const float* dz = tile.data + row * tile.stride;
-      float* out = a.dz_hidden + num_hidden * tile.num_cols;
-      for (int64_t i = 0; i < tile.num_cols; ++i) out[i] = dz[i] * weight[row];
-      a.hidden_tokens[num_hidden++] = a.grad.tokens[row];
-    }
-  }
-  const float* weight = a.row_weight + (a.weight_set >= 0 ? a.weight_set : a.hidden_set) * tile.num_rows;
-  for (int64_t row = 0; row < tile.num_rows; ++row) {
-    if (weight[row] == 1.0f) continue;
-    float* dz = tile.data + row * tile.stride;
-    for (int64_t i = 0; i < tile.num_cols; ++i) dz[i] = weight[row] == 0.0f ? 0.0f : dz[i] * weight[row];
-  }
-  return num_hidden;
-}
-
-}  // namespace
-
-int64_t routed_grad(const RoutedGradArgs& a) {
-  const Tile& tile = a.grad.tile;
-  pieces(tile.num_rows, tile.num_cols, a.grad.num_threads,
-         [&](int64_t begin, int64_t end) { cpu_kernels().routed_grad_rows(a, begin, end); });
-  return weighted(a);
-}
-
-int64_t routed_divergence_grad(const RoutedDivergenceGradArgs& a) {
-  const Tile& tile = a.routed.grad.tile;
-  pieces(tile.num_rows, 2 * tile.num_cols, a.routed.grad.num_threads,
-         [&](int64_t begin, int64_t end) { cpu_kernels().routed_divergence_grad_rows(a, begin, end); });
-  return weighted(a.routed);
-}
-
 void divergence_grad(const DivergenceGradArgs& a) {
   const Tile& tile = a.grad.tile;
   pieces(tile.num_rows, 2 * tile.num_cols, a.grad.num_threads,
@@ -165,8 +124,8 @@ void count_pairs(const CountPairsArgs& a) {
   const PairSet& set = a.set;
   std::memset(a.counts, 0, set.num_blocks * sizeof(int64_t));
   const int64_t first = set.first_block / 8, bytes = bytes_of(set.first_block + set.num_blocks) - first;
-  pieces(bytes, set.num_tokens, set.num_threads, [&](int64_t begin, int64_t end) {
-    for (int64_t token = 0; token < set.num_tokens; ++token) {
+  pieces(bytes, set.last_token - set.first_token, set.num_threads, [&](int64_t begin, int64_t end) {
+    for (int64_t token = set.first_token; token < set.last_token; ++token) {
       if (set.coef[token] == 0.0f) continue;
       for (int64_t byte = first + begin; byte < first + end; ++byte)
         for (unsigned bits = set.bitmap[token * set.bitmap_stride + byte]; bits; bits &= bits - 1) {
@@ -179,31 +138,14 @@ void count_pairs(const CountPairsArgs& a) {
 
 void fill_pairs(const FillPairsArgs& a) {
   const PairSet& set = a.set;
-  each_row(set.num_blocks, set.num_tokens, set.num_threads, [&](int64_t i) {
+  each_row(set.num_blocks, set.last_token - set.first_token, set.num_threads, [&](int64_t i) {
     const int64_t block = set.first_block + i;
     int32_t* out = a.tokens + a.offsets[i];
-    for (int64_t token = 0; token < set.num_tokens; ++token) {
+    for (int64_t token = set.first_token; token < set.last_token; ++token) {
       const bool kept = set.bitmap[token * set.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
       if (kept && set.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
     }
   });
-}
-
-void gather_rows(const GatherArgs& a) {
-  const int64_t size = a.dtype == DType::kFloat32 ? 4 : 2;
-  each_row(a.num_rows, a.num_cols, a.num_threads, [&](int64_t i) {
-    const int64_t token = a.tokens ? a.tokens[i] : i;
-    const int64_t row = a.rows ? a.rows[token] : token;
-    const char* source = static_cast<const char*>(a.source) + row * a.source_stride * size;
-    cpu_kernels().load_row(a.out + i * a.out_stride, source, a.dtype, a.num_cols);
-  });
-}
-
-void scatter_add_rows(const ScatterArgs& a) {  // a token stands once in a list, so its row has one writer
-  for (int64_t i = 0; i < a.num_rows; ++i) {
-    float* row = a.out + (a.tokens[i] - a.first_token) * a.out_stride;
-    cpu_kernels().add_row(row, a.source + i * a.source_stride, a.num_cols);
-  }
 }
 
 }  // namespace fastdpo

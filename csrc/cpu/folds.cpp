@@ -61,9 +61,11 @@ inline void transform_block(const float* raw, const float* bias, const LogitTran
 template <bool kSoftcap, bool kStats>
 void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.tile;
-  alignas(64) float z[kBlock];
+  alignas(64) float z[kBlock], maxima[kLanes] = {}, sums[kLanes] = {};
   for (int64_t row = begin; row < end; ++row) {
     const int64_t label = a.labels[row] - tile.col_start;  // may lie outside this tile
+    double* block_lse = a.block_lse + row * a.block_lse_stride;
+    int waiting = 0;  // blocks whose sums have no logarithm yet: kLanes of them cost what one does
     for (int64_t col = 0; col < tile.num_cols; col += kBlock) {
       const int64_t cols = std::min(kBlock, tile.num_cols - col);
       transform_block<kSoftcap, false>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
@@ -82,8 +84,12 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
       Vec s{};
       for (int64_t i = 0; i < kBlock; i += kLanes) s += exp(load(z + i) - splat(block_max));
       const float block_sum = sum(s);
-      a.block_lse[row * a.block_lse_stride + col / kBlock] = static_cast<double>(block_max) + std::log(block_sum);
       if (kStats) add_sums(a.stats[row], z, block_max, block_sum);
+      maxima[waiting] = block_max, sums[waiting++] = block_sum;
+      if (waiting < kLanes && col + kBlock < tile.num_cols) continue;
+      const Vec logs = log(load(sums));
+      for (int i = 0; i < waiting; ++i) *block_lse++ = static_cast<double>(maxima[i]) + logs[i];
+      waiting = 0;
     }
   }
 }
@@ -143,7 +149,7 @@ void grad_rows(const GradArgs& a, int64_t begin, int64_t end) {
   a.tile.transform.softcap != 0.0f ? grad_rows_as<true>(a, begin, end) : grad_rows_as<false>(a, begin, end);
 }
 
-// What dz of a pair of this share is multiplied by in either set, into row_weight; `own`: the block holds the label.
+// What dz of a pair of this share is multiplied by for either gradient; `own`: the block holds the label.
 inline void weigh_row(const RoutedGradArgs& a, int64_t row, int64_t token, bool own, float share) {
   const int64_t block = a.grad.tile.col_start / kBlock;
   float weight = 1.0f, second = 1.0f;
@@ -152,11 +158,12 @@ inline void weigh_row(const RoutedGradArgs& a, int64_t row, int64_t token, bool 
     if (a.second_bits) second = weight * pair_weight(second_pair_odds(share, a.tau, a.second_tau));
   }
   if (a.second_bits && !(a.second_bits[token * a.bitmap_stride + (block >> 3)] >> (block & 7) & 1)) second = 0.0f;
-  a.row_weight[row] = weight;
-  a.row_weight[a.grad.tile.num_rows + row] = second;
+  const float weights[] = {weight, second};
+  if (a.hidden_set >= 0) a.hidden_weight[row] = weights[a.hidden_set];
+  if (a.weight_set >= 0) a.columns_weight[row] = weights[a.weight_set];
 }
 
-// Leaves the unweighted dz in the tile and each row's weight in either set in row_weight.
+// Leaves the unweighted dz in the tile.
 void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.grad.tile;
   alignas(64) float dz[kBlock];
@@ -169,19 +176,6 @@ void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
     weigh_row(a, row, token, label >= 0 && label < tile.num_cols, mass / -std::expm1(a.grad.logps[token]));
     std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
   }
-}
-
-void add_row(float* dst, const float* src, int64_t num_cols) {
-  int64_t i = 0;
-  for (; i + kLanes <= num_cols; i += kLanes) store(dst + i, load(dst + i) + load(src + i));
-  for (; i < num_cols; ++i) dst[i] += src[i];
-}
-
-void load_row(float* dst, const void* src, DType type, int64_t num_cols) {
-  by_type(type, [&](auto x) {
-    const auto* from = static_cast<const decltype(x)*>(src);
-    for (int64_t i = 0; i < num_cols; ++i) dst[i] = to_float(from[i]);
-  });
 }
 
 void route_row(const RouteArgs& a, int64_t row) {
@@ -227,6 +221,7 @@ void route_row(const RouteArgs& a, int64_t row) {
 }  // namespace fastdpo
 
 #include "cpu/divergence_folds.h"
+#include "cpu/products.h"
 
 namespace fastdpo {
 namespace FASTDPO_ISA {
@@ -238,12 +233,13 @@ const CpuKernels kernels = {FASTDPO_STRING(FASTDPO_ISA),
                             fold_rows,
                             grad_rows,
                             routed_grad_rows,
-                            add_row,
-                            load_row,
                             route_row,
                             divergence_fold_rows,
                             divergence_grad_rows,
-                            routed_divergence_grad_rows};
+                            routed_divergence_grad_rows,
+                            products,
+                            add_to_tokens,
+                            add_to_columns};
 
 }  // namespace FASTDPO_ISA
 }  // namespace fastdpo

@@ -8,20 +8,32 @@
 
 namespace fastdpo {
 
+constexpr int64_t kDepth = 256;  // terms of a sum that are multiplied between two looks at the sums in memory
+constexpr int64_t kTogether = 4;  // blocks of a tile that share a reading of the other factor
+
+// What one thread works in: 760 KiB, kept for its next piece.
+struct Workspace {
+  alignas(64) float panels[kTogether * kBlock * kDepth];
+  alignas(64) float strip[16 * 528];
+  alignas(64) float dz[kDepth * (kBlock + 64)];
+  alignas(64) float sums[kTogether * kBlock * (kBlock + 16)];
+};
+
 struct CpuKernels {
   const char* isa;
   // Rows [begin, end) of a tile.
   void (*fold_rows)(const FoldArgs&, int64_t begin, int64_t end);
   void (*grad_rows)(const GradArgs&, int64_t begin, int64_t end);
   void (*routed_grad_rows)(const RoutedGradArgs&, int64_t begin, int64_t end);
-  // dst[:num_cols] += src, and float copies of half types.
-  void (*add_row)(float* dst, const float* src, int64_t num_cols);
-  void (*load_row)(float* dst, const void* src, DType type, int64_t num_cols);
   void (*route_row)(const RouteArgs&, int64_t row);
   // Two heads' tiles together.
   void (*divergence_fold_rows)(const DivergenceFoldArgs&, int64_t begin, int64_t end);
   void (*divergence_grad_rows)(const DivergenceGradArgs&, int64_t begin, int64_t end);
   void (*routed_divergence_grad_rows)(const RoutedDivergenceGradArgs&, int64_t begin, int64_t end);
+  // Rows [begin, end) of the tile's j-th part; columns [col, col + kBlock) of tokens, or of rows of the j-th part.
+  void (*products)(const ProductsArgs&, int64_t j, int64_t begin, int64_t end, Workspace&);
+  void (*add_to_tokens)(const AddToTokensArgs&, int64_t col, int64_t begin, int64_t end, Workspace&);
+  void (*add_to_columns)(const AddToColumnsArgs&, int64_t j, int64_t col, Workspace&);
 };
 
 const CpuKernels& cpu_kernels();
@@ -33,13 +45,15 @@ void sum_blocks(const SumBlocksArgs&);
 void finish(const FinishArgs&);
 void route(const RouteArgs&);
 void grad(const GradArgs&);
-int64_t routed_grad(const RoutedGradArgs&);  // the number of rows of dz_hidden
+void routed_grad(const RoutedGradArgs&);
 void count_pairs(const CountPairsArgs&);
 void fill_pairs(const FillPairsArgs&);
-void gather_rows(const GatherArgs&);
-void scatter_add_rows(const ScatterArgs&);
+void use_huge_pages(const MemoryArgs&);
+void products(const ProductsArgs&);
+void add_to_tokens(const AddToTokensArgs&);
+void add_to_columns(const AddToColumnsArgs&);
 void divergence_fold(const DivergenceFoldArgs&);
 void divergence_grad(const DivergenceGradArgs&);
-int64_t routed_divergence_grad(const RoutedDivergenceGradArgs&);
+void routed_divergence_grad(const RoutedDivergenceGradArgs&);
 
 }  // namespace fastdpo

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace fastdpo {
 namespace FASTDPO_ISA {
@@ -33,19 +34,26 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 // Operand order matters: a comparison with NaN is false, so the NaN in `a` is kept.
 inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 
-template <class Op>
+// Lane i of the result is lane i ^ kWidth.
+template <int kWidth, int... I>
+inline Vec swapped(Vec v, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(v, v, (I ^ kWidth)...);
+#else
+  return __builtin_shuffle(v, IVec{(I ^ kWidth)...});
+#endif
+}
+// A tree: short chains, and the same order every time.
+template <int kWidth = kLanes / 2, class Op>
 inline float reduce(Vec v, Op op) {
-  float lane[kLanes];
-  store(lane, v);
-  for (int width = kLanes / 2; width > 0; width /= 2)  // a tree: short chains, and the same order every time
-    for (int i = 0; i < width; ++i) lane[i] = op(lane[i], lane[i + width]);
-  return lane[0];
+  if constexpr (kWidth == 0) return v[0];
+  else return reduce<kWidth / 2>(op(v, swapped<kWidth>(v, std::make_integer_sequence<int, kLanes>())), op);
 }
 inline float sum(Vec v) {
-  return reduce(v, [](float a, float b) { return a + b; });
+  return reduce(v, [](Vec a, Vec b) { return a + b; });
 }
 inline float max(Vec v) {
-  return reduce(v, [](float a, float b) { return a < b || b != b ? b : a; });
+  return reduce(v, [](Vec a, Vec b) { return (a < b) | (b != b) ? b : a; });
 }
 
 // exp for x <= 88, about 1 ulp: 2^n * P(r), r = x - n ln2, with ln2 in two pieces (Cody and Waite).

@@ -13,6 +13,7 @@ from . import entries, native, reference
 from .by_token import by_row
 from .cpu import backward as cpu_backward
 from .cpu import forward as cpu_forward
+from .cpu import library
 from .divergence import by_token as divergence_by_token
 from .divergence import cpu as divergence_cpu
 from .divergence import reference as divergence_reference
@@ -198,7 +199,6 @@ def backends() -> dict:
     why). Raises nothing, and starts no GPU context.
     """
     from .._version import __version__
-    from .cpu.operands import USES_ONEDNN
 
     info = native.build_info()
     extension = native.EXTENSION
@@ -234,7 +234,7 @@ def backends() -> dict:
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "matrix products": "oneDNN" if USES_ONEDNN else "torch.mm",
+            "matrix products": f"{library.NAME}; of few or listed rows csrc" if extension else "torch.mm",
         },
         "native": {
             "available": native.available(),

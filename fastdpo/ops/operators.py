@@ -206,8 +206,9 @@ def prepare(
 
 def _is_operator(tensors) -> bool:
     """Whether a call has to be one operator: where it is only traced, or where a dispatch mode is on that could not
-    see into Triton's kernels; but never with a shard of the vocabulary, which talks to other processes."""
-    wanted = traced(*tensors) or (_get_current_dispatch_mode() is not None and engine_of(tensors[0]).name == "triton")
+    see into kernels; but never with a shard of the vocabulary, which talks to other processes."""
+    seen = _get_current_dispatch_mode() is not None
+    wanted = traced(*tensors) or (seen and engine_of(tensors[0]).name != "reference")
     if wanted:
         flops.register()
     return wanted

@@ -79,7 +79,7 @@ def test_matrices_have_the_columns_that_are_read():
     C.fold(**given, block_lse=torch.zeros(2, 3, **double), num_threads=1)
     with pytest.raises(RuntimeError, match=r"fold: block_lse: .* would misread"):
         C.fold(**given, block_lse=torch.zeros(2, 2, **double), num_threads=1)
-    pairs = {"coef": torch.ones(2), "num_tokens": 2, "first_block": 0, "num_threads": 1}
+    pairs = {"coef": torch.ones(2), "first_token": 0, "last_token": 2, "first_block": 0, "num_threads": 1}
     counts = torch.zeros(9, dtype=torch.int64)
     C.count_pairs(bitmap=torch.full((2, 2), 1, dtype=torch.uint8), num_blocks=9, counts=counts, **pairs)
     assert counts.tolist() == [2, 0, 0, 0, 0, 0, 0, 0, 2]
@@ -95,9 +95,11 @@ def test_nothing_is_written_outside_of_the_blocks_asked_for():
     C.route(**given, **rows, before=None, sums=None, bitmap=bitmap[:, 4:5], num_threads=1)
     assert (bitmap[:, :4] == 0x55).all() and (bitmap[:, 5:] == 0x55).all() and (bitmap[:, 4] < 16).all()
     counts, bits = torch.full((8,), -1), torch.tensor([[0, 0xFF]] * 4, dtype=torch.uint8)
-    pairs = {"bitmap": bits, "coef": torch.tensor([1.0, 0.0, 2.0, 1.0]), "num_tokens": 4, "num_threads": 1}
-    C.count_pairs(**pairs, first_block=6, num_blocks=5, counts=counts)
+    pairs = {"bitmap": bits, "coef": torch.tensor([1.0, 0.0, 2.0, 1.0]), "first_block": 6, "num_threads": 1}
+    C.count_pairs(**pairs, first_token=0, last_token=4, num_blocks=5, counts=counts)
     assert counts.tolist() == [0, 0, 3, 3, 3, -1, -1, -1]
+    C.count_pairs(**pairs, first_token=1, last_token=3, num_blocks=5, counts=counts)
+    assert counts.tolist() == [0, 0, 1, 1, 1, -1, -1, -1]
 
 
 ROWS = {
@@ -105,10 +107,21 @@ ROWS = {
     **{"labels": torch.zeros(2, dtype=torch.int64), "lse": torch.zeros(2), "logps": torch.zeros(2)},
     **{"coef": torch.ones(2), "entropy": None, "coef_entropy": None, "coef_lse": None},
 }
+TILE = {
+    **{"data": torch.zeros(2, 128), "first_block": 0, "num_blocks": 1, "first_token": 0, "vocab_size": 128},
+    **{"blocks": torch.tensor([0], dtype=torch.int32), "offsets": torch.tensor([0, 2])},
+    **{"tokens": torch.tensor([0, 1], dtype=torch.int32), "num_threads": 1},
+}
 PAIRS = {
-    **ROWS,
-    **{"tokens": torch.tensor([0, 1], dtype=torch.int32), "tau": 0.1, "second_tau": 0.5, "second_bits": None},
-    **{"hidden_set": 0, "weight_set": 0, "row_weight": torch.zeros(2, 2), "dz_hidden": None, "hidden_tokens": None},
+    **{name: x for name, x in ROWS.items() if name != "col_start"},
+    **TILE,
+    **{"tau": 0.1, "second_tau": 0.5, "second_bits": None, "hidden_set": 0, "weight_set": 0, "dz_hidden": None},
+    **{"hidden_weight": torch.zeros(2), "columns_weight": torch.zeros(2)},
+}
+PRODUCTS = {
+    **TILE,
+    **{"hidden": torch.zeros(2, 8), "weight": torch.zeros(128, 8), "source_rows": None, "rounded": 0},
+    **{"low_rank": None, "low_rank_first": 0, "lora_b": None, "rank": 0},
 }
 OUTPUTS = {
     **{"num_rows": 2, "vocab_size": 9, "rest_lse": torch.zeros(2, **double), "label_logit": torch.zeros(2)},
@@ -118,11 +131,15 @@ OUTPUTS = {
 APART = [
     ("grad", {**ROWS, "tokens": None}, {"coef_entropy": torch.ones(2)}, "entropy and coef_entropy go together"),
     ("finish", OUTPUTS, {"mean_logit": torch.zeros(2)}, "a statistic needs stats"),
-    ("routed_grad", PAIRS, {"tokens": None}, "tokens of one block"),
-    ("routed_grad", PAIRS, {"data": torch.zeros(2, 129)}, "tokens of one block"),
+    ("routed_grad", PAIRS, {"tokens": None}, "blocks, offsets and tokens go together"),
+    ("routed_grad", PAIRS, {"tokens": None, "blocks": None, "offsets": None}, "tokens of blocks are needed"),
     ("routed_grad", PAIRS, {"weight_set": 1}, "set 1 with its second_bits"),
     ("routed_grad", PAIRS, {"hidden_set": -1, "weight_set": -1}, "set 0 is needed"),
-    ("routed_grad", PAIRS, {"dz_hidden": torch.zeros(2, 128)}, "dz_hidden and hidden_tokens go together"),
+    ("routed_grad", PAIRS, {"weight_set": -1, "dz_hidden": torch.zeros(2, 128)}, "dz_hidden is of two sets"),
+    ("products", PRODUCTS, {"data": torch.zeros(2, 127)}, "too narrow for its blocks"),
+    ("products", PRODUCTS, {"offsets": torch.tensor([0, 3])}, "offsets are of rows"),
+    ("products", PRODUCTS, {"vocab_size": 129}, "weight has fewer rows than the vocabulary"),
+    ("products", PRODUCTS, {"low_rank": torch.zeros(2, 1)}, "low_rank and lora_b go together"),
 ]
 
 

@@ -1,32 +1,29 @@
 """The CPU engine's backward: recompute a tile, turn it into dz, multiply twice.
 
-    exact    tiles of many tokens by many columns, one after the other, every product on all threads
-    routed   blocks of 128 columns by the tokens that kept them, one block per thread and no barrier between blocks
+    exact    tiles of many tokens by many columns
+    routed   the kept pairs: rows of one block and one token each, many blocks at a time
 
-dhidden is summed block by block in vocabulary order either way, so its bits do not depend on the number of threads.
+dhidden is summed block by block in vocabulary order either way, and every sum belongs to one piece of work, so its bits
+do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ...head import Routing
-from ...routing import BLOCK
+from ...routing import BLOCK, num_blocks
 from ..native import EXTENSION
 from ..problem import Forward, Gradients, Head, Needs, Tokens, Upstream
-from .operands import TILE_BYTES, Operands, matmul, padded_rows
-from .workers import in_order
+from . import library
+from .operands import CPU, TILE_BYTES, Operands, Space, Tile, fresh
 
-PIECE = 1024  # tokens of a thread's work, at most
 BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
-# Above this share of live pairs the exact backward is cheaper: gathered rows cost about 1.2 times dense ones, and it
-# reads nothing twice. Flat distributions end here.
+# Above this share of live pairs the exact backward is cheaper, which packs less. Flat distributions end here.
 CROSSOVER = 0.7
 
 
@@ -44,14 +41,14 @@ def backward(
 
 
 class MakesDz(Protocol):
-    """What turns tiles of the head's products into dz, in place; `fields` are csrc's of the rows it is given."""
+    """What turns tiles of the head's products into dz, in place."""
 
     coef: Tensor  # [N], 0 where a token has no upstream gradient
-    exact: Callable[..., None]
-    routed: Callable[..., int]
 
-    def fields(self, ops: Operands, columns: slice, rows: slice | Tensor, num_rows: int) -> dict:
-        """`rows`: the tokens from one to another, or int32 tokens; `num_rows` of the products, some for padding."""
+    def exact(self, tile: Tile) -> None: ...
+
+    def routed(self, tile: Tile, **fields) -> None:
+        """`fields`: those of csrc's RoutedGradArgs that are not the tokens' or the tile's."""
 
 
 class _LogpsDz:
@@ -59,40 +56,47 @@ class _LogpsDz:
 
     def __init__(self, ops: Operands, saved: Forward, upstream: Upstream):
         self.ops, self.saved, self.upstream, self.coef = ops, saved, upstream, upstream.active
-        self.exact, self.routed = EXTENSION.grad, EXTENSION.routed_grad
 
-    def fields(self, ops: Operands, columns: slice, rows: slice | Tensor, num_rows: int) -> dict:
+    def _fields(self, rows: slice) -> dict:
         saved, upstream = self.saved, self.upstream
-        every = rows if isinstance(rows, slice) else slice(None)
         given = upstream.coef_entropy is not None
         return {
-            "labels": ops.tokens.labels[every],
-            "lse": saved.lse[every],
-            "logps": saved.logps[every],
-            "coef": upstream.coef[every],
-            "entropy": saved.entropy[every] if given else None,
-            "coef_entropy": upstream.coef_entropy[every] if given else None,
-            "coef_lse": None if upstream.coef_lse is None else upstream.coef_lse[every],
+            "labels": self.ops.tokens.labels[rows],
+            "lse": saved.lse[rows],
+            "logps": saved.logps[rows],
+            "coef": upstream.coef[rows],
+            "entropy": saved.entropy[rows] if given else None,
+            "coef_entropy": upstream.coef_entropy[rows] if given else None,
+            "coef_lse": None if upstream.coef_lse is None else upstream.coef_lse[rows],
+            "num_threads": self.ops.threads,
         }
+
+    def exact(self, tile: Tile) -> None:
+        rows = slice(tile.first_token, tile.first_token + tile.data.shape[0])
+        EXTENSION.grad(**self.ops.columns(tile), tokens=None, **self._fields(rows))
+
+    def routed(self, tile: Tile, **fields) -> None:
+        EXTENSION.routed_grad(**tile.fields, **fields, **self._fields(slice(None)))
 
 
 def gradients(
     ops: Operands, makes_dz: MakesDz, saved, routing: Routing | None, needs: Needs, sums: Gradients | None
 ) -> Gradients:
     """`saved`: a forward's, of which `bitmap` and `most_pairs` are read."""
-    head, tokens, device, fp32 = ops.head, ops.tokens, ops.head.hidden.device, torch.float32
-    like_a, like_b = (None, None) if head.lora is None else head.lora[:2]
-    grads = Gradients() if sums is None else replace(sums)
+    head, tokens = ops.head, ops.tokens
+    grads = Gradients() if sums is None else Gradients(sums.hidden, sums.weight)
+    # the first sweep writes every row of it
+    unwritten = needs.weight and grads.weight is None and ops.count > 0
     if needs.hidden and grads.hidden is None:
-        grads.hidden = torch.zeros(tokens.num_rows, ops.hidden_size, dtype=head.hidden.dtype, device=device)
+        grads.hidden = fresh(tokens.num_rows, ops.hidden_size, head.hidden.dtype).zero_()
     if needs.weight and grads.weight is None:
-        grads.weight = torch.zeros(head.weight.shape, dtype=head.weight.dtype, device=device)
-    if needs.bias and grads.bias is None:
-        grads.bias = torch.zeros(head.bias.shape, dtype=fp32, device=device)
-    if needs.lora_a and grads.lora_a is None:
-        grads.lora_a = torch.zeros(like_a.shape, dtype=fp32, device=device)
-    if needs.lora_b and grads.lora_b is None:
-        grads.lora_b = torch.zeros(like_b.shape, dtype=fp32, device=device)
+        grads.weight = fresh(*head.weight.shape, head.weight.dtype)
+        if not unwritten:
+            grads.weight.zero_()
+    small = {"bias": head.bias, "lora_a": head.lora and head.lora.a, "lora_b": head.lora and head.lora.b}
+    small = {name: like for name, like in small.items() if getattr(needs, name)}
+    for name, like in small.items():
+        setattr(grads, name, torch.zeros(like.shape, dtype=torch.float32, device=CPU))
     add_tiles = _Exact(ops, makes_dz)
     if routing is not None:
         # The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean.
@@ -107,14 +111,15 @@ def gradients(
     joint = of_weight and (count <= size or not needs.weight or grads.weight.dtype == torch.float32)
     for start in range(0, count, size):
         of_tokens = _TokenSums(ops, grads, start, min(start + size, count)) if of_hidden else None
-        add_tiles(start, min(start + size, count), of_tokens, grads if joint else None)
+        add_tiles(start, min(start + size, count), of_tokens, grads if joint else None, unwritten and start == 0)
         if of_tokens is not None:
             of_tokens.finish()
     if of_weight and not joint:
-        add_tiles(0, count, None, grads)
-    for name, like in (("bias", head.bias), ("lora_a", like_a), ("lora_b", like_b)):
-        if getattr(grads, name) is not None and (sums is None or getattr(sums, name) is None):
-            setattr(grads, name, getattr(grads, name).to(like.dtype))
+        add_tiles(0, count, None, grads, unwritten)
+    for name, like in small.items():
+        place = None if sums is None else getattr(sums, name)
+        found = getattr(grads, name)
+        setattr(grads, name, found.to(like.dtype) if place is None else place.add_(found))
     return grads
 
 
@@ -123,75 +128,111 @@ class _TokenSums:
 
     def __init__(self, ops: Operands, grads: Gradients, start: int, stop: int):
         self.ops, self.grads, self.start, self.stop = ops, grads, start, stop
-        fp32 = {"dtype": torch.float32, "device": ops.head.hidden.device}
-        self.dhidden = torch.zeros(stop - start, ops.hidden_size, **fp32)
-        self.dlow_rank = None if ops.lora_a is None else torch.zeros(stop - start, ops.lora_a.shape[0], **fp32)
-
-    def products(self, dz: Tensor, weight: Tensor, first: int) -> tuple[Tensor | None, Tensor | None]:
-        lora_b = self.ops.lora_b
-        dhidden = None if self.grads.hidden is None else matmul(dz, weight.T)
-        dlow_rank = None if lora_b is None else dz @ lora_b[first : first + weight.shape[0]]
-        return dhidden, dlow_rank
-
-    def add(self, products: tuple[Tensor | None, Tensor | None], token_list: Tensor | None, start: int = 0) -> None:
-        """Adds the rows of `products` to the listed int32 tokens, or to consecutive ones from `start`."""
-        for target, product in zip((self.dhidden, self.dlow_rank), products):
-            if product is None:
-                continue
-            if token_list is None:
-                target[start - self.start : start - self.start + product.shape[0]] += product
-                continue
-            source = product[: token_list.shape[0]]
-            EXTENSION.scatter_add_rows(out=target, source=source, tokens=token_list, first_token=self.start)
-
-    def finish(self) -> None:
-        ops, grads, start, stop = self.ops, self.grads, self.start, self.stop
-        if self.dlow_rank is not None:
-            # one core a piece: how a product of several is cut, and its sums with it, hangs on their number
-            size, serial = min(PIECE, ops.chunk_rows()), ops.serial()
-            pieces = ((serial, first, min(first + size, stop)) for first in range(start, stop, size))
-            for product in in_order(self._through_lora_a, pieces, ops.threads):
-                if product is not None:
-                    grads.lora_a.add_(product, alpha=ops.head.lora.scale)
+        self.dhidden = self.dlow_rank = None
         if grads.hidden is not None:
-            rows = slice(start, stop) if ops.tokens.rows is None else ops.tokens.rows[start:stop]
-            grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
+            self.dhidden = Space().take(stop - start, ops.hidden_size).zero_()
+        if ops.lora_a is not None:
+            rank = ops.lora_a.shape[0]
+            self.dlow_rank = ops.dense(start, stop, 0, num_blocks(rank), rank, Space())
+            self.dlow_rank.data.zero_()
 
-    def _through_lora_a(self, ops: Operands, first: int, last: int) -> Tensor | None:
-        """Adds these tokens' part of dhidden; returns their part of dlora_a, if it is wanted."""
-        rows = slice(first - self.start, last - self.start)
-        part = self.dlow_rank[rows]
-        self.dhidden[rows].addmm_(part, ops.lora_a)
-        return None if self.grads.lora_a is None else part.T @ ops.hidden(first, last)[0]
+    def add(self, tile: Tile, row_weight: Tensor | None = None) -> None:
+        """dz of the tile; `row_weight`: rows of weight 0 are left out."""
+        if self.dhidden is not None and tile.operands is not None:
+            weight, first = tile.operands[1], tile.first_token - self.start
+            dz = tile.data[:, : weight.shape[0]]
+            library.add_matmul(dz, weight.T, self.dhidden[first : first + dz.shape[0]])
+        elif self.dhidden is not None:
+            self._add(tile, self.dhidden, row_weight, **self.ops.weight)
+        if self.dlow_rank is not None:
+            lora_b = self.ops.lora_b
+            self._add(tile, self.dlow_rank.data[:, : lora_b.shape[1]], row_weight, factor=lora_b, rounded=0)
 
-
-class _WeightProducts(NamedTuple):
-    """What one tile adds to the rows from `first` of dweight, dbias and dlora_b."""
-
-    first: int
-    dweight: Tensor | None
-    dbias: Tensor | None
-    dlora_b: Tensor | None
-
-    @staticmethod
-    def of(grads: Gradients, first: int, dz: Tensor, hidden: Tensor, low_rank: Tensor | None) -> _WeightProducts:
-        return _WeightProducts(
-            first,
-            None if grads.weight is None else matmul(dz.T, hidden.T),
-            None if grads.bias is None else dz.sum(0),
-            None if grads.lora_b is None else dz.T @ low_rank,
+    def _add(self, tile: Tile, out: Tensor, row_weight: Tensor | None, **factor) -> None:
+        EXTENSION.add_to_tokens(
+            **tile.fields,
+            row_weight=row_weight,
+            **factor,
+            out=out,
+            out_first=self.start,
+            num_threads=self.ops.threads,
         )
 
-    def plus(self, other: _WeightProducts | None) -> _WeightProducts:
-        for mine, product in zip(self[1:], other[1:] if other is not None else ()):
-            if mine is not None:
-                mine += product
-        return self
+    def finish(self) -> None:
+        ops, grads = self.ops, self.grads
+        if self.dlow_rank is not None:
+            self.dlow_rank.data.mul_(ops.head.lora.scale)
+            if self.dhidden is not None:
+                self._add(self.dlow_rank, self.dhidden, None, factor=ops.lora_a, rounded=0)
+            if grads.lora_a is not None:
+                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **ops.hidden)
+        if self.dhidden is not None:
+            rows = slice(self.start, self.stop) if ops.tokens.rows is None else ops.tokens.rows[self.start : self.stop]
+            grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
 
-    def add_to(self, grads: Gradients) -> None:
-        for target, product in zip((grads.weight, grads.bias, grads.lora_b), self[1:]):
-            if product is not None:
-                target[self.first : self.first + product.shape[0]] += product
+
+def _add_to_columns(
+    ops: Operands,
+    tile: Tile,
+    out: Tensor | None,
+    out_first: int = 0,
+    fresh: bool = False,
+    bias: Tensor | None = None,
+    **factor,
+) -> None:
+    """dz.T @ factor into rows of `out`, which begins with column `out_first`; the sums of dz into `bias`."""
+    EXTENSION.add_to_columns(
+        **tile.fields,
+        **{"factor_first": 0} | factor,
+        out=out,
+        out_first=out_first,
+        fresh=fresh,
+        bias=bias,
+        num_threads=ops.threads,
+    )
+
+
+class _ColumnSums:
+    """dz.T @ hidden, and what else columns [first, last) of the vocabulary get: of several tiles in fp32,
+    rounded once. `unwritten`: nothing is in their rows of dweight yet, not even zeros."""
+
+    def __init__(self, ops: Operands, grads: Gradients, first: int, last: int, unwritten: bool, rounds: bool):
+        """`rounds`: adding one tile after the other, in the type of dweight, would round more than once."""
+        self.ops, self.grads, self.first, self.last = ops, grads, first, last
+        self.out, self.out_first, self.fresh = grads.weight, 0, unwritten
+        self.slab, self.unwritten = None, unwritten
+        if self.out is not None and (not _is_place(self.out) or (rounds and self.out.dtype != torch.float32)):
+            self.slab = fresh(last - first, ops.hidden_size)
+            self.out, self.out_first, self.fresh = self.slab, first, True
+
+    def add(self, tile: Tile, low_rank: Tensor | None, low_rank_first: int) -> None:
+        ops, grads, out = self.ops, self.grads, self.out
+        if out is not None and tile.operands is not None:
+            rows = out[self.first - self.out_first : self.last - self.out_first]
+            multiply = library.matmul if self.fresh else library.add_matmul
+            multiply(tile.data[:, : self.last - self.first].T, tile.operands[0].T, rows)
+            out = None
+        if out is not None or grads.bias is not None:
+            _add_to_columns(ops, tile, out, self.out_first, self.fresh, bias=grads.bias, **ops.hidden)
+        if grads.lora_b is not None:
+            factor = {"factor": low_rank, "factor_first": low_rank_first, "source_rows": None, "rounded": 0}
+            _add_to_columns(ops, tile, grads.lora_b, **factor)
+        self.fresh = False
+
+    def finish(self) -> None:
+        weight = self.grads.weight
+        if weight is not None and self.fresh:  # no tile was added
+            self.out[self.first - self.out_first : self.last - self.out_first] = 0
+        if self.slab is not None and self.unwritten:
+            weight[self.first : self.last] = self.slab
+        elif self.slab is not None:
+            weight[self.first : self.last] += self.slab
+
+
+def _is_place(x: Tensor) -> bool:
+    """Whether csrc can add to it."""
+    halves = (torch.float32, torch.bfloat16, torch.float16)
+    return x.dtype in halves and x.stride(1) == 1 and not x.is_neg() and type(x) in (Tensor, torch.nn.Parameter)
 
 
 class _Exact:
@@ -200,155 +241,111 @@ class _Exact:
     def __init__(self, ops: Operands, makes_dz: MakesDz):
         self.ops, self.makes_dz = ops, makes_dz
 
-    def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
+    def __call__(
+        self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None, unwritten: bool
+    ) -> None:
         ops, size = self.ops, self.ops.chunk_rows()
-        chunks = [slice(first, min(first + size, stop)) for first in range(start, stop, size)]
-        cols = ops.slab_cols(min(size, stop - start))
-        hidden = low_rank = None
+        chunks = [(first, min(first + size, stop)) for first in range(start, stop, size)]
+        low_rank = [ops.low_rank(*chunk) for chunk in chunks]
+        hidden = None
+        cols, several = ops.slab_cols(min(size, stop - start)), len(chunks) > 1
+        rounds = several or library.takes(stop - start)
         for first in range(0, ops.vocab_size, cols):
-            weight = ops.weight(first, min(first + cols, ops.vocab_size))
-            slab = None  # summed over the chunks in fp32, rounded once
-            for chunk in chunks:
-                if hidden is None or len(chunks) > 1:
-                    hidden, low_rank = ops.hidden(chunk.start, chunk.stop)
-                dz = ops.products(hidden, low_rank, weight, first)
-                self._to_dz(dz, chunk, first)
+            last = min(first + cols, ops.vocab_size)
+            columns = None if grads is None else _ColumnSums(ops, grads, first, last, unwritten, rounds)
+            for chunk, products in zip(chunks, low_rank):
+                if hidden is None or several:
+                    hidden = ops.hidden_rows(*chunk)
+                tile = ops.products(*chunk, first, last, hidden, products)
+                self.makes_dz.exact(tile)
                 if sums is not None:
-                    sums.add(sums.products(dz, weight, first), None, chunk.start)
-                if grads is not None:
-                    slab = _WeightProducts.of(grads, first, dz, hidden, low_rank).plus(slab)
-            if slab is not None:
-                slab.add_to(grads)
-
-    def _to_dz(self, products: Tensor, chunk: slice, first: int) -> None:
-        ops, (count, columns) = self.ops, products.shape
-        fields = self.makes_dz.fields(ops, slice(first, first + columns), chunk, count)
-        self.makes_dz.exact(**ops.tile(products, first), tokens=None, **fields, num_threads=ops.threads)
+                    sums.add(tile)
+                if columns is not None:
+                    columns.add(tile, products, chunk[0])
+            if columns is not None:
+                columns.finish()
 
 
 class _Routed:
-    """The kept pairs: per block gather its tokens' rows, recompute 128 columns, weight them by 1 / q.
-
-    A block's rows of dweight are its own, so the thread that has the block writes them. dhidden crosses blocks: the
-    calling thread adds up what the others return, in order; so it does for a block of more tokens than one piece.
-    """
+    """The kept pairs, weighted by 1 / q: rows of one token and one block each, of as many blocks as a tile holds."""
 
     def __init__(self, ops: Operands, makes_dz: MakesDz, bitmap: Tensor, routing: Routing):
         self.ops, self.makes_dz, self.routing = ops, makes_dz, routing
         # [N, bytes] of the larger set, kept at the smaller tau, and of the smaller one inside it, if there is one
         self.sets = bitmap.split(-(-ops.num_blocks // 8), 1)
-        self.counts: dict[int, Tensor] = {}  # of each set that was listed: pairs per block
 
-    def __call__(self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None) -> None:
-        ops = self.ops.serial()
-        # Tokens a thread works on at once, so that all threads together stay within a few tiles and kernels are few.
-        size = min(PIECE, max(64, ops.chunk_rows() // self.ops.threads))
+    def __call__(
+        self, start: int, stop: int, sums: _TokenSums | None, grads: Gradients | None, unwritten: bool
+    ) -> None:
+        ops = self.ops
         hidden_set = -1 if sums is None else self.routing.hidden_set
         weight_set = -1 if grads is None else self.routing.weight_set
         listed = min(which for which in (hidden_set, weight_set) if which >= 0)
-        tile = partial(self._tile, ops, hidden_set, weight_set)
-        pieces = (
-            (block, part, sums, grads, token_list.shape[0] <= size)
-            for block, token_list in self._lists(start, stop, listed)
-            for part in token_list.split(size)
-        )
-        several: _WeightProducts | None = None
-        for products, token_list, weight_products in in_order(tile, pieces, self.ops.threads):
-            if sums is not None:
-                sums.add(products, token_list)
-            if weight_products is None or several is None or weight_products.first != several.first:
-                if several is not None:
-                    several.add_to(grads)
-                several = weight_products
-            else:
-                several = several.plus(weight_products)
-        if several is not None:
-            several.add_to(grads)
+        low_rank = ops.low_rank(start, stop)
+        for first_block, last_block, parts in self._pairs(start, stop, listed):
+            columns = None
+            if grads is not None:
+                first, last = first_block * BLOCK, min(last_block * BLOCK, ops.vocab_size)
+                columns = _ColumnSums(ops, grads, first, last, unwritten, len(parts) > 1)
+            for tile in parts:
+                data = ops.of_tile.take(len(tile.tokens), BLOCK)
+                tile = ops.multiply(tile._replace(data=data), low_rank, start)
+                of_tokens, weights = self._to_dz(tile, hidden_set, weight_set)
+                if sums is not None:
+                    sums.add(of_tokens, weights)
+                if columns is not None:
+                    columns.add(tile, low_rank, start)
+            if columns is not None:
+                columns.finish()
 
-    def _tile(
-        self, ops: Operands, hidden_set: int, weight_set: int, block: int, token_list: Tensor, sums, grads, whole_block
-    ):
-        """(products for `sums`, int32 tokens of their rows, products for `grads` or None when they are in there)."""
-        routing, first = self.routing, block * BLOCK
-        weight = ops.weight(first, min(first + BLOCK, ops.vocab_size))
+    def _to_dz(self, tile: Tile, hidden_set: int, weight_set: int) -> tuple[Tile, Tensor]:
+        """(dz for dhidden, which may be another than the tile's; the weights of its rows)."""
+        ops, routing = self.ops, self.routing
         two_sets = min(hidden_set, weight_set) >= 0 and hidden_set != weight_set
-        count = token_list.shape[0]
-        padded = padded_rows(count)
-        hidden, low_rank = ops.hidden_of(token_list, padded)
-        dz = ops.products(hidden, low_rank, weight, first)
-        weights = torch.empty(2, count, dtype=torch.float32, device=dz.device)
-        dz_hidden, hidden_tokens = dz, token_list
-        if two_sets:
-            dz_hidden, hidden_tokens = torch.empty_like(dz), torch.empty_like(token_list)
         second = self.sets[1] if max(hidden_set, weight_set) == 1 else None
-        columns = slice(first, first + weight.shape[0])
-        kept = self.makes_dz.routed(
-            **ops.tile(dz[:count], first),
-            tokens=token_list,
-            **self.makes_dz.fields(ops, columns, token_list, padded),
+        hidden_weight, columns_weight = torch.empty(2, len(tile.tokens), dtype=torch.float32, device=CPU)
+        dz_hidden = ops.of_dz.take(*tile.data.shape) if two_sets else None
+        self.makes_dz.routed(
+            tile,
+            bias=ops.bias,
+            transform=ops.head.transform,
             tau=routing.taus[0],
             second_tau=-1.0 if second is None else routing.taus[1],
             second_bits=second,
             hidden_set=hidden_set,
             weight_set=weight_set,
-            row_weight=weights,
-            dz_hidden=dz_hidden if two_sets else None,
-            hidden_tokens=hidden_tokens if two_sets else None,
-            num_threads=ops.threads,
+            hidden_weight=hidden_weight,
+            columns_weight=columns_weight,
+            dz_hidden=dz_hidden,
         )
-        dz[count:] = 0
-        if two_sets:
-            dz_hidden = dz_hidden[: padded_rows(kept)]
-            dz_hidden[kept:] = 0
-            hidden_tokens = hidden_tokens[:kept]
-        weight_products = None
-        if grads is not None:
-            weight_products = _WeightProducts.of(grads, first, dz, hidden, low_rank)
-            if whole_block:
-                weight_products.add_to(grads)
-                weight_products = None
-        if sums is None or hidden_tokens.shape[0] == 0:
-            return (None, None), hidden_tokens, weight_products
-        return sums.products(dz_hidden, weight, first), hidden_tokens, weight_products
+        return (tile._replace(data=dz_hidden) if two_sets else tile), hidden_weight
 
-    def _lists(self, start: int, stop: int, which: int) -> Iterator[tuple[int, Tensor]]:
-        """(block, int32 tokens) for every block with pairs of a set among tokens [start, stop), in bounded pieces."""
-        ops, num_blocks, num_tokens = self.ops, self.ops.num_blocks, self.ops.count
+    def _pairs(self, start: int, stop: int, which: int) -> Iterator[tuple[int, int, list[Tile]]]:
+        """(first block, last, tiles without data) for every run of blocks, of the pairs of a set among tokens [start,
+        stop): one tile of several blocks, or several of one block with many pairs."""
+        ops, limit = self.ops, max(1, TILE_BYTES // (4 * BLOCK))
         kept = {
             "bitmap": self.sets[which],
             "coef": self.makes_dz.coef,
-            "num_tokens": num_tokens,
+            "first_token": start,
+            "last_token": stop,
             "num_threads": ops.threads,
         }
-        if which not in self.counts:
-            self.counts[which] = torch.empty(num_blocks, dtype=torch.int64, device=self.makes_dz.coef.device)
-            EXTENSION.count_pairs(**kept, first_block=0, num_blocks=num_blocks, counts=self.counts[which])
-        counted = self.counts[which]
-        counts = counted.tolist()
-        limit = TILE_BYTES // 4
-        first = 0
-        while first < num_blocks:
+        counted = torch.empty(ops.num_blocks, dtype=torch.int64, device=CPU)
+        EXTENSION.count_pairs(**kept, first_block=0, num_blocks=ops.num_blocks, counts=counted)
+        counts, first = counted.tolist(), 0
+        while first < ops.num_blocks:
             last, total = first, 0
-            while last < num_blocks and (last == first or total + counts[last] <= limit):
+            while last < ops.num_blocks and (last == first or total + counts[last] <= limit):
                 total += counts[last]
                 last += 1
-            # Room for all tokens' pairs: those of [start, stop) are a part of each block's list.
             offsets = counted.new_zeros(last - first + 1)
             torch.cumsum(counted[first:last], 0, out=offsets[1:])
-            pairs = torch.empty(total, dtype=torch.int32, device=counted.device)
-            EXTENSION.fill_pairs(
-                **kept,
-                first_block=first,
-                num_blocks=last - first,
-                offsets=offsets,
-                tokens=pairs,
-            )
-            ends = offsets.tolist()
-            for block in range(first, last):
-                token_list = pairs[ends[block - first] : ends[block - first + 1]]
-                if start > 0 or stop < num_tokens:
-                    bounds = torch.searchsorted(token_list, token_list.new_tensor([start, stop]))
-                    token_list = token_list[bounds[0] : bounds[1]]
-                if token_list.shape[0]:
-                    yield block, token_list
+            tokens = torch.empty(total, dtype=torch.int32, device=CPU)
+            blocks = torch.arange(first, last, dtype=torch.int32, device=CPU)
+            EXTENSION.fill_pairs(**kept, first_block=first, num_blocks=last - first, offsets=offsets, tokens=tokens)
+            parts = tokens.split(limit) if total > 0 else ()
+            ends = [offsets.clamp(max=len(part)) for part in parts]  # several parts are of one block
+            run = first, last - first, ops.vocab_size, 0, blocks
+            yield first, last, [Tile(part, *run, end, part) for part, end in zip(parts, ends)]
             first = last

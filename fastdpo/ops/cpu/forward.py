@@ -39,7 +39,7 @@ def forward(
     for start in range(0, count, size):
         stop = min(start + size, count)
         n, chunk = stop - start, slice(start, stop)
-        hidden, low_rank = ops.hidden(start, stop)
+        operands = ops.hidden_rows(start, stop), ops.low_rank(start, stop)
         labels = tokens.labels[chunk]
         block_lse = torch.empty(n, blocks, dtype=torch.float64, device=device)
         label_logit = torch.full((n,), -torch.inf, **fp32)
@@ -48,10 +48,9 @@ def forward(
             row_stats = torch.tensor(EXTENSION.NO_ROW_STATS, dtype=torch.float64, device=device).repeat(n, 1)
         cols = ops.slab_cols(n)
         for first in range(0, ops.vocab_size, cols):
-            weight = ops.weight(first, min(first + cols, ops.vocab_size))
-            tile = ops.products(hidden, low_rank, weight, first)
+            tile = ops.products(start, stop, first, min(first + cols, ops.vocab_size), *operands)
             EXTENSION.fold(
-                **ops.tile(tile, first),
+                **ops.columns(tile),
                 labels=labels,
                 block_lse=block_lse[:, first // BLOCK :],
                 label_logit=label_logit,

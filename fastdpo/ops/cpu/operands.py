@@ -1,79 +1,87 @@
-"""What the CPU engine multiplies: fp32 rows of hidden and slabs of weight, a bounded piece at a time; and which library
-multiplies.
+"""What the CPU engine multiplies: rows of hidden and weight, a tile of logits at a time.
 
-An operand is a view where the input already is fp32 and in place, otherwise a copy of at most TILE_BYTES.
+csrc/cpu/products.h reads rows of any type where they lie, picked by a list or not. For a library an operand is a view
+where the input already is fp32 and in place, otherwise a copy of at most TILE_BYTES.
 """
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ...routing import BLOCK
+from ...routing import BLOCK, num_blocks
 from ..native import EXTENSION
 from ..problem import Head, Tokens
+from . import library
 
-TILE_BYTES = 8 << 20  # one logits tile, one chunk of hidden, one slab of weight: about six such live at a time
-# oneDNN compiles a kernel per shape, about a millisecond and 300 KiB each, and every thread keeps its own: row counts
-# that vary are padded to a multiple of this, large ones by at most a quarter.
-ROW_MULTIPLE = 32
-
-
-def _find_onednn() -> bool:
-    try:
-        vendor_is_amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return vendor_is_amd and available and torch.backends.cpu.get_cpu_capability() == "AVX512"
+TILE_BYTES = 8 << 20  # one tile of logits or of dz, one copy of an operand: about five such live at a time
+CPU = torch.device("cpu")  # not the default device, which is the caller's
+_ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's DType
 
 
-# MKL keeps to AVX2 on AMD processors, where oneDNN (which torch ships too) uses AVX-512: 190 against 400 GFLOP/s on two
-# cores of an AMD EPYC 9005, November 2026. On Intel, and wherever oneDNN is missing, `torch.mm` is the better choice.
-USES_ONEDNN = _find_onednn()
+class Tile(NamedTuple):
+    """Products of rows with blocks of the vocabulary, and then dz: csrc's BlockTile. Without lists every block has all
+    rows, side by side; with them a row is of one block and one token."""
+
+    data: Tensor  # [rows, blocks * BLOCK], or [rows, BLOCK]
+    first_block: int
+    num_blocks: int
+    vocab_size: int
+    first_token: int = 0
+    blocks: Tensor | None = None  # [num_blocks] int32
+    offsets: Tensor | None = None  # [num_blocks + 1] int64
+    tokens: Tensor | None = None  # [rows] int32
+    operands: tuple[Tensor, Tensor] | None = None  # (hidden, weight) in fp32 where a library multiplies
+
+    @property
+    def fields(self) -> dict:
+        """csrc's."""
+        return {name: x for name, x in zip(self._fields, self) if name != "operands"}
+
+    @property
+    def first_column(self) -> int:
+        return self.first_block * BLOCK
 
 
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b.T of fp32 matrices [n, k] and [m, k] in any layout -> [n, m], in fp32 throughout."""
-    # A dispatch mode, such as torch's FlopCounterMode, knows mm and would pass over the oneDNN product.
-    if USES_ONEDNN and _get_current_dispatch_mode() is None:
-        return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-    return torch.mm(a, b.T)
+def fresh(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory that nothing was written to; large ones in large pages where the system has them."""
+    x = torch.empty(rows, columns, dtype=dtype, device=CPU)
+    if dtype in _ROUNDED:
+        EXTENSION.use_huge_pages(data=x)
+    return x
 
 
-def padded_rows(count: int) -> int:
-    """The row count to multiply when counts vary from call to call."""
-    if not USES_ONEDNN:
-        return count
-    multiple = max(ROW_MULTIPLE, 1 << count.bit_length() >> 3)
-    return -(-count // multiple) * multiple
+class Space:
+    """Memory that pieces of work take one after the other: the system would clear fresh pages for each."""
+
+    def __init__(self):
+        self.flat: Tensor | None = None
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """[rows, columns] of fp32, not a power of two apart: rows would fight for the same lines of a cache. It is the
+        next one's too."""
+        stride = columns + 16
+        if self.flat is None or self.flat.numel() < rows * stride:
+            self.flat = fresh(rows, stride).view(-1)
+        return self.flat.as_strided((rows, columns), (stride, 1))
 
 
 class Operands:
-    """fp32 pieces of one problem, with the low-rank head's second product; `threads` is how many a call may use."""
+    """One problem's head and tokens; `threads` is how many a call may use."""
 
     def __init__(self, head: Head, tokens: Tokens):
         self.head, self.tokens, self.count = head, tokens, tokens.labels.shape[0]
         self.threads = torch.get_num_threads()
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
-        self.num_blocks = -(-self.vocab_size // BLOCK)
+        self.num_blocks = num_blocks(self.vocab_size)
+        self.rounded = _ROUNDED[head.compute_dtype]
         self.lora_a = self.lora_b = None
         if head.lora is not None:
-            self.lora_a, self.lora_b = self._fp32(head.lora.a) * head.lora.scale, self._fp32(head.lora.b)
+            self.lora_a, self.lora_b = (x.to(head.compute_dtype).float() for x in (head.lora.a, head.lora.b))
         self.bias = None if head.bias is None else head.bias.float().contiguous()
-
-    def serial(self) -> Operands:
-        """The same pieces for one of several threads."""
-        other = copy.copy(self)
-        other.threads = 1
-        return other
-
-    def _fp32(self, x: Tensor) -> Tensor:
-        return x.to(self.head.compute_dtype).float()
+        self.of_tile, self.of_dz, self.of_hidden, self.of_weight = Space(), Space(), Space(), Space()
 
     def chunk_rows(self, bytes_per_token: int = 0) -> int:
         """Tokens per chunk such that hidden, and `bytes_per_token` beside it, stay within TILE_BYTES each."""
@@ -84,37 +92,86 @@ class Operands:
         cols = min(TILE_BYTES // (4 * num_rows), TILE_BYTES // (4 * self.hidden_size))
         return max(BLOCK, min(cols, 16384) // BLOCK * BLOCK)
 
-    def hidden(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """([stop - start, H] rows of the tokens, their low-rank products)."""
-        if self.tokens.source_rows is not None:
-            return self._gather(None, self.tokens.source_rows[start:stop], stop - start, stop - start)
-        hidden = self.head.hidden[start:stop].to(self.head.compute_dtype).float()
-        return hidden, None if self.lora_a is None else hidden @ self.lora_a.T
+    def hidden_rows(self, start: int, stop: int) -> Tensor | None:
+        """[stop - start, H] fp32, for a library; None where csrc multiplies."""
+        if not library.takes(stop - start):
+            return None
+        rows = self.tokens.source_rows
+        if rows is None:
+            return self._fp32(self.head.hidden[start:stop], self.of_hidden)
+        return self._fp32(self.head.hidden[rows[start:stop]], self.of_hidden)
 
-    def hidden_of(self, token_list: Tensor, padded: int) -> tuple[Tensor, Tensor | None]:
-        """The same of the listed int32 tokens, [padded, H], zeros behind them."""
-        return self._gather(token_list, self.tokens.source_rows, token_list.shape[0], padded)
+    def weight_rows(self, first: int, last: int) -> Tensor:
+        return self._fp32(self.head.weight[first:last], self.of_weight)
 
-    def _gather(
-        self, token_list: Tensor | None, rows: Tensor | None, count: int, padded: int
-    ) -> tuple[Tensor, Tensor | None]:
-        source = self.head.hidden
-        out = torch.empty(padded, self.hidden_size, dtype=torch.float32, device=source.device)
-        EXTENSION.gather_rows(out=out[:count], source=source, tokens=token_list, rows=rows, num_threads=self.threads)
-        out[count:] = 0
-        hidden = self._fp32(out)
-        return hidden, None if self.lora_a is None else hidden @ self.lora_a.T
+    def _fp32(self, x: Tensor, space: Space) -> Tensor:
+        x = x.to(self.head.compute_dtype)
+        return x if x.dtype == torch.float32 else space.take(*x.shape).copy_(x)
 
-    def weight(self, start: int, stop: int) -> Tensor:
-        """[stop - start, H] rows of weight."""
-        return self.head.weight[start:stop].to(self.head.compute_dtype).float()
+    def dense(self, start: int, stop: int, first_block: int, blocks: int, vocab_size: int, space: Space) -> Tile:
+        return Tile(space.take(stop - start, blocks * BLOCK), first_block, blocks, vocab_size, start)
 
-    def products(self, hidden: Tensor, low_rank: Tensor | None, weight: Tensor, start: int) -> Tensor:
-        """hidden @ weight.T, plus low_rank @ lora_b.T, for the slab of weight that starts at column `start`."""
-        tile = matmul(hidden, weight)
-        return tile if low_rank is None else tile.addmm_(low_rank, self.lora_b[start : start + weight.shape[0]].T)
+    @property
+    def hidden(self) -> dict:
+        """The fields of a factor of all tokens."""
+        return {"factor": self.head.hidden, "source_rows": self.tokens.source_rows, "rounded": self.rounded}
 
-    def tile(self, data: Tensor, start: int) -> dict:
-        """The fields of csrc's Tile: products whose first column is `start`."""
-        bias = None if self.bias is None else self.bias[start:]
-        return {"data": data, "col_start": start, "bias": bias, "transform": self.head.transform}
+    @property
+    def weight(self) -> dict:
+        return {"factor": self.head.weight, "rounded": self.rounded}
+
+    def low_rank(self, start: int, stop: int) -> Tensor | None:
+        """[stop - start, r] what lora_b is multiplied with, of the tokens from `start` on."""
+        if self.lora_a is None:
+            return None
+        rank = self.lora_a.shape[0]
+        tile = self.dense(start, stop, 0, num_blocks(rank), rank, Space())
+        self._multiply(tile, self.lora_a, None, start)
+        return tile.data[:, :rank].mul_(self.head.lora.scale)
+
+    def multiply(self, tile: Tile, low_rank: Tensor | None, low_rank_first: int) -> Tile:
+        """Fills the tile with the head's products; `low_rank` is of the tokens from `low_rank_first` on."""
+        self._multiply(tile, self.head.weight, low_rank, low_rank_first)
+        return tile
+
+    def _multiply(self, tile: Tile, weight: Tensor, low_rank: Tensor | None, low_rank_first: int) -> None:
+        EXTENSION.products(
+            **tile.fields,
+            weight=weight,
+            hidden=self.head.hidden,
+            source_rows=self.tokens.source_rows,
+            rounded=self.rounded,
+            low_rank=low_rank,
+            low_rank_first=low_rank_first,
+            lora_b=None if low_rank is None else self.lora_b,
+            rank=0 if low_rank is None else low_rank.shape[1],
+            num_threads=self.threads,
+        )
+
+    def products(
+        self,
+        start: int,
+        stop: int,
+        first: int,
+        last: int,
+        hidden: Tensor | None,
+        low_rank: Tensor | None,
+        space: Space | None = None,
+    ) -> Tile:
+        """Of tokens [start, stop) and columns [first, last); `hidden`, by hidden_rows, and `low_rank` are theirs."""
+        blocks = num_blocks(last - first)
+        tile = self.dense(start, stop, first // BLOCK, blocks, self.vocab_size, space or self.of_tile)
+        if hidden is None:
+            return self.multiply(tile, low_rank, start)
+        weight, out = self.weight_rows(first, last), tile.data[:, : last - first]
+        library.matmul(hidden, weight, out)
+        if low_rank is not None:
+            library.add_matmul(low_rank, self.lora_b[first:last], out)
+        return tile._replace(operands=(hidden, weight))
+
+    def columns(self, tile: Tile) -> dict:
+        """The fields of csrc's Tile: such columns as the vocabulary has."""
+        first = tile.first_column
+        bias = None if self.bias is None else self.bias[first:]
+        data = tile.data[:, : self.vocab_size - first]
+        return {"data": data, "col_start": first, "bias": bias, "transform": self.head.transform}

@@ -13,7 +13,7 @@ from ...head import Routing
 from ...routing import BLOCK, num_blocks
 from ..cpu.backward import gradients
 from ..cpu.forward import route
-from ..cpu.operands import TILE_BYTES, Operands
+from ..cpu.operands import TILE_BYTES, Operands, Space, Tile
 from ..native import EXTENSION
 from ..problem import Gradients, Needs, Tokens
 from .blocks import BlockSums, log_sums, results, shares
@@ -72,15 +72,15 @@ def _forward_chunk(
     sums = torch.empty(n, blocks, EXTENSION.BLOCK_DIVERGENCE_SIZE, dtype=torch.float64, device=device)
     labels = ops.tokens.labels[chunk]
     label_logits = torch.full((2, n), -torch.inf, dtype=torch.float32, device=device)
-    hidden, low_rank = ops.hidden(chunk.start, chunk.stop)
-    ref_hidden, _ = ref_ops.hidden(chunk.start, chunk.stop)
-
+    operands = ops.hidden_rows(chunk.start, chunk.stop), ops.low_rank(chunk.start, chunk.stop)
+    ref_hidden = ref_ops.hidden_rows(chunk.start, chunk.stop)
     keeps = heads.kind == "jsd" and 8 * n * ops.vocab_size <= KEPT_BYTES
-    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    kept: dict[int, tuple[Tile, Tile]] = {}
 
-    def products(first: int, last: int) -> tuple[Tensor, Tensor]:
-        tile = ops.products(hidden, low_rank, ops.weight(first, last), first)
-        return tile, ref_ops.products(ref_hidden, None, ref_ops.weight(first, last), first)
+    def products(first: int, last: int) -> tuple[Tile, Tile]:
+        where = chunk.start, chunk.stop, first, last
+        spaces = (Space(), Space()) if keeps else (ops.of_tile, ref_ops.of_tile)
+        return ops.products(*where, *operands, spaces[0]), ref_ops.products(*where, ref_hidden, None, spaces[1])
 
     def sweep(lse: Tensor | None = None, ref_lse: Tensor | None = None) -> BlockSums:
         cols = min(ops.slab_cols(n), ref_ops.slab_cols(n))
@@ -89,8 +89,8 @@ def _forward_chunk(
             if keeps:
                 kept[first] = tile, ref_tile
             EXTENSION.divergence_fold(
-                **ops.tile(tile, first),
-                **_ref_tile(ref_ops, ref_tile, first),
+                **ops.columns(tile),
+                **_ref_columns(ref_ops, ref_tile),
                 labels=labels,
                 blocks=sums.flatten(1)[:, first // BLOCK * EXTENSION.BLOCK_DIVERGENCE_SIZE :],
                 label_logit=label_logits[0],
@@ -119,52 +119,68 @@ def _forward_chunk(
             found[name].copy_(value)
 
 
-def _ref_tile(ref_ops: Operands, data: Tensor, start: int) -> dict:
+def _ref_columns(ref_ops: Operands, tile: Tile) -> dict:
     """The fields of csrc's RefTile."""
-    return {f"ref_{name}": x for name, x in ref_ops.tile(data, start).items() if name != "col_start"}
+    return {f"ref_{name}": x for name, x in ref_ops.columns(tile).items() if name != "col_start"}
 
 
 class _DivergenceDz:
     """Of the upstream gradients of the divergence, logps and entropy: a tile of the teacher's logits beside each."""
 
-    def __init__(self, heads: Heads, ref_ops: Operands, saved: DivergenceForward, upstream: DivergenceUpstream):
-        self.heads, self.ref_ops, self.saved, self.upstream = heads, ref_ops, saved, upstream
+    def __init__(
+        self, heads: Heads, ops: Operands, ref_ops: Operands, saved: DivergenceForward, upstream: DivergenceUpstream
+    ):
+        self.heads, self.ops, self.ref_ops, self.saved, self.upstream = heads, ops, ref_ops, saved, upstream
         self.coef = upstream.coef_divergence.abs() + upstream.coef.abs()
-        self.exact, self.routed = EXTENSION.divergence_grad, EXTENSION.routed_divergence_grad
         # rows without labels have none of theirs
         self.logps = torch.full_like(saved.lse, -torch.inf) if saved.logps is None else saved.logps
 
-    def fields(self, ops: Operands, columns: slice, rows: slice | Tensor, num_rows: int) -> dict:
-        listed, saved, upstream, heads = not isinstance(rows, slice), self.saved, self.upstream, self.heads
-        ref_ops = self.ref_ops if ops.threads > 1 else self.ref_ops.serial()
-        if listed:
-            ref_hidden, _ = ref_ops.hidden_of(rows, num_rows)
-        else:
-            ref_hidden, _ = ref_ops.hidden(rows.start, rows.stop)
-        tile = ref_ops.products(ref_hidden, None, ref_ops.weight(columns.start, columns.stop), columns.start)
-        tile = tile[: rows.shape[0]] if listed else tile
-        every = slice(None) if listed else rows
+    def exact(self, tile: Tile) -> None:
+        start, stop = tile.first_token, tile.first_token + tile.data.shape[0]
+        first, last = tile.first_column, min(tile.first_column + tile.data.shape[1], self.ops.vocab_size)
+        ref_tile = self.ref_ops.products(start, stop, first, last, self.ref_ops.hidden_rows(start, stop), None)
+        EXTENSION.divergence_grad(
+            **self.ops.columns(tile),
+            **_ref_columns(self.ref_ops, ref_tile),
+            tokens=None,
+            **self._fields(slice(start, stop)),
+        )
+
+    def routed(self, tile: Tile, **fields) -> None:
+        ref_ops = self.ref_ops
+        data = ref_ops.of_tile.take(*tile.data.shape)
+        EXTENSION.routed_divergence_grad(
+            **tile.fields,
+            **fields,
+            ref_data=ref_ops.multiply(tile._replace(data=data), None, 0).data,
+            ref_bias=ref_ops.bias,
+            ref_transform=ref_ops.head.transform,
+            **self._fields(slice(None)),
+        )
+
+    def _fields(self, rows: slice) -> dict:
+        saved, upstream, heads = self.saved, self.upstream, self.heads
 
         def of_rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[every]
+            return None if x is None else x[rows]
 
         return {
-            **_ref_tile(ref_ops, tile, columns.start),
-            "labels": ops.tokens.labels[every],
-            "lse": saved.lse[every],
-            "logps": self.logps[every],
-            "coef": upstream.coef[every],
+            "labels": self.ops.tokens.labels[rows],
+            "lse": saved.lse[rows],
+            "logps": self.logps[rows],
+            "coef": upstream.coef[rows],
             "entropy": of_rows(saved.entropy if upstream.coef_entropy is not None else None),
             "coef_entropy": of_rows(upstream.coef_entropy),
             "coef_lse": None,
-            "ref_lse": saved.ref_lse[every],
+            "ref_lse": saved.ref_lse[rows],
             "ref_logps": of_rows(saved.ref_logps),
             "mean": of_rows(saved.mean),
-            "coef_divergence": upstream.coef_divergence[every],
+            "coef_divergence": upstream.coef_divergence[rows],
             "total": of_rows(saved.total),
             "kind": KINDS.index(heads.kind),
             "beta": heads.beta,
             "routes_logps": heads.routes_logps,
+            "num_threads": self.ops.threads,
         }
 
 
@@ -179,5 +195,5 @@ def backward(
     sums: Gradients | None = None,
 ) -> Gradients:
     ops, ref_ops = Operands(heads.student, tokens), Operands(heads.teacher, ref_tokens)
-    makes_dz = _DivergenceDz(heads, ref_ops, saved, upstream)
+    makes_dz = _DivergenceDz(heads, ops, ref_ops, saved, upstream)
     return gradients(ops, makes_dz, saved, routing, needs, sums)

@@ -65,6 +65,30 @@ def test_only_what_is_asked_for(wanted):
             assert getattr(one, name) is None
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [0, 1, 5, N])
+@pytest.mark.parametrize("how", ["exact", "routed"])
+def test_no_row_stays_as_it_was_allocated(monkeypatch, how, count, stored):
+    """What torch.empty gives is NaN here; tokens without a gradient, and blocks without a pair, leave zeros."""
+    monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
+    routing = Routing.of(0.3, 0.3, 5) if how == "routed" else None
+    head, _ = problem(stored, stored)
+    tokens = Tokens(torch.arange(count) * 31, None, None, count)
+    head = head.replace(hidden=head.hidden[:count] * 30)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        saved = forward(head, tokens, routing=routing)
+        for coef in (torch.ones(count), torch.zeros(count)):
+            grads = cpu_backward.backward(head, tokens, saved, Upstream(coef), routing, EVERYTHING)
+            for name in Needs._fields:
+                found = getattr(grads, name)
+                assert found.isfinite().all(), name
+                assert coef.any() or not found.any(), name
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
 def test_bits_do_not_depend_on_threads(monkeypatch):
     monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
     routing, before = Routing.of(0.03, 0.01, 5), torch.get_num_threads()

@@ -1,0 +1,218 @@
+// What crosses from Python for the products of a head with its tokens, in structs.h's manner.
+#pragma once
+
+#include "structs.h"
+
+#define NAMED(...) #__VA_ARGS__, __VA_ARGS__
+
+namespace fastdpo {
+
+// Rows of a factor, of any of three types, `stride` apart; read as fp32, rounded to `rounded` on the way.
+struct Factor {
+  const void* data;
+  int64_t stride, num_cols;
+  DType dtype, rounded;
+
+  int64_t size() const { return dtype == DType::kFloat32 ? 4 : 2; }  // bytes of an element
+  const char* at(int64_t row, int64_t col) const {
+    return static_cast<const char*>(data) + (row * stride + col) * size();
+  }
+};
+
+// The factor of tokens: that of token i is row `rows[i - first]`, or i - first without a list.
+struct TokenFactor : Factor {
+  const int64_t* rows;
+  int64_t first;
+
+  const char* of(int64_t token, int64_t col) const { return at(rows ? rows[token - first] : token - first, col); }
+};
+
+// Rows of a tile whose columns are neighbours in the vocabulary.
+struct TileRows {
+  float* data;
+  int64_t count;
+  const int32_t* tokens;  // [count] or null: from `first_token` on
+  int64_t first_token;
+  int64_t column, width;  // of the vocabulary
+  int64_t offset;         // of the first row in the tile
+
+  int64_t token(int64_t row) const { return tokens ? tokens[row] : first_token + row; }
+};
+
+// A tile of logits or dz. Row i of block j is that of token tokens[i], for i from offsets[j] on, at `data + i * stride`.
+// Without lists every block has all rows, for tokens from `first_token` on, and blocks lie side by side: several can be
+// taken together.
+struct BlockTile {
+  float* data;
+  int64_t stride, num_rows, num_cols;
+  int64_t first_block, num_blocks, first_token, vocab_size;
+  const int32_t* blocks;   // [num_blocks], with the two below, or null
+  const int64_t* offsets;  // [num_blocks + 1]
+  const int32_t* tokens;   // [num_rows] ascending inside a block
+
+  template <class In> void fields(In& in) {
+    in.matrix(NAMED(data), stride, num_rows, num_cols);
+    in.numbers(NAMED(first_block, num_blocks, first_token, vocab_size));
+    in.optional(num_blocks, NAMED(blocks));
+    in.optional(num_blocks + 1, NAMED(offsets));
+    in.optional(num_rows, NAMED(tokens));
+    in.require(!blocks == !offsets && !blocks == !tokens, "blocks, offsets and tokens go together");
+    in.require(num_cols >= (blocks ? kBlock : num_blocks * kBlock), "the tile is too narrow for its blocks");
+    in.require(!blocks || num_blocks == 0 || (offsets[0] >= 0 && offsets[num_blocks] <= num_rows), "offsets are of rows");
+  }
+  // In how many parts of at most `together` blocks it can be taken, and part j of them.
+  int64_t parts(int64_t together) const { return blocks ? num_blocks : (num_blocks + together - 1) / together; }
+  TileRows part(int64_t j, int64_t together) const {
+    const int64_t column = (blocks ? blocks[j] : first_block + j * together) * kBlock;
+    const int64_t left = (blocks ? column + kBlock : (first_block + num_blocks) * kBlock);
+    const int64_t most = column + (blocks ? 1 : together) * kBlock, end = left < most ? left : most;
+    const int64_t width = (end < vocab_size ? end : vocab_size) - column;
+    if (!blocks) return {data + j * together * kBlock, num_rows, nullptr, first_token, column, width, 0};
+    const int64_t first = offsets[j];
+    return {data + first * stride, offsets[j + 1] - first, tokens + first, first_token, column, width, first};
+  }
+};
+
+// dlogp -> d(raw product), in place of the tile's kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one
+// that was kept at `tau`, 1, the smaller one inside it, or -1: not wanted.
+struct RoutedGradArgs {
+  BlockTile blocks;
+  GradArgs grad;               // its tile and tokens are those of one block's rows when a kernel is called
+  float tau, second_tau;       // the latter of set 1, if there is one
+  const uint8_t* second_bits;  // [num_tokens, bytes] of set 1, or null
+  int64_t bitmap_stride;
+  int hidden_set, weight_set;
+  float* hidden_weight;  // [num_rows], 0 where the pair is not in that set
+  float* columns_weight;
+  float* dz_hidden;  // [num_rows, kBlock], or null: then the tile serves both gradients
+  int64_t dz_hidden_stride;
+
+  template <class In> void fields(In& in) {
+    blocks.fields(in);
+    in.numbers(NAMED(tau, second_tau, hidden_set, weight_set));
+    in.optional(blocks.vocab_size, "bias", grad.tile.bias);
+    grad.tile.transform.fields(in);
+    grad.token_fields(in, 0);
+    in.optional_rows(NAMED(second_bits), bitmap_stride, grad.num_tokens, bytes_of(blocks_of(blocks.vocab_size)));
+    in.arrays(blocks.num_rows, NAMED(hidden_weight, columns_weight));
+    in.optional_rows(NAMED(dz_hidden), dz_hidden_stride, blocks.num_rows, kBlock);
+    in.numbers("num_threads", grad.num_threads);
+    const int largest_set = hidden_set > weight_set ? hidden_set : weight_set;
+    in.require(blocks.tokens, "tokens of blocks are needed");
+    in.require(largest_set == 0 || (largest_set == 1 && second_bits), "set 0 is needed, or set 1 with its second_bits");
+    in.require(!dz_hidden || (hidden_set >= 0 && weight_set >= 0), "dz_hidden is of two sets");
+  }
+  // Rows [begin, end) of block j.
+  RoutedGradArgs part(int64_t j, int64_t begin, int64_t end) const {
+    RoutedGradArgs a = *this;
+    const TileRows rows = blocks.part(j, 1);
+    const int64_t start = rows.offset + begin;
+    a.grad.tile.data = rows.data + begin * blocks.stride;
+    a.grad.tile.stride = blocks.stride;
+    a.grad.tile.num_rows = end - begin;
+    a.grad.tile.num_cols = rows.width;
+    a.grad.tile.col_start = rows.column;
+    if (a.grad.tile.bias) a.grad.tile.bias += rows.column;
+    a.grad.tokens = rows.tokens + begin;
+    a.hidden_weight += start, a.columns_weight += start;
+    if (a.dz_hidden) a.dz_hidden += start * dz_hidden_stride;
+    return a;
+  }
+};
+
+// tile = hidden @ weight.T, plus low_rank @ lora_b.T.
+struct ProductsArgs {
+  BlockTile tile;
+  TokenFactor hidden, low_rank;  // the latter of fp32, or null as lora_b is
+  Factor weight, lora_b;
+  int num_threads;
+
+  template <class In> void fields(In& in) {
+    tile.fields(in);
+    in.dtype_of("weight", weight.dtype);
+    int64_t num_rows = 0;
+    in.matrix("weight", weight.data, weight.stride, num_rows, weight.num_cols);
+    in.require(num_rows >= tile.vocab_size, "weight has fewer rows than the vocabulary");
+    in.dtype_of("hidden", hidden.dtype);
+    in.rows("hidden", hidden.data, hidden.stride, 0, weight.num_cols);
+    hidden.num_cols = weight.num_cols;
+    in.optional(0, "source_rows", hidden.rows);
+    const float *products = nullptr, *b = nullptr;
+    in.optional_rows("low_rank", products, low_rank.stride, 0, 0);
+    in.numbers("rank, low_rank_first", lora_b.num_cols, low_rank.first);
+    in.optional_rows("lora_b", b, lora_b.stride, tile.vocab_size, lora_b.num_cols);
+    in.require(!products == !b, "low_rank and lora_b go together");
+    low_rank.data = products, low_rank.num_cols = lora_b.num_cols, lora_b.data = b;
+    int rounded = 0;
+    in.numbers("rounded, num_threads", rounded, num_threads);
+    weight.rounded = hidden.rounded = static_cast<DType>(rounded);
+  }
+};
+
+// out[token - out_first] += dz @ factor, over the blocks in their order.
+struct AddToTokensArgs {
+  BlockTile tile;
+  const float* row_weight;  // [num_rows] or null: rows of weight 0 are left out
+  Factor factor;            // of the vocabulary's columns
+  float* out;  // [tokens, num_cols]
+  int64_t out_stride, out_first, num_tokens;
+  int num_threads;
+
+  template <class In> void fields(In& in) {
+    tile.fields(in);
+    in.optional(tile.num_rows, NAMED(row_weight));
+    in.dtype_of("factor", factor.dtype);
+    int64_t num_rows = 0, columns = 0;
+    in.matrix("factor", factor.data, factor.stride, num_rows, factor.num_cols);
+    in.require(num_rows >= tile.vocab_size, "factor has fewer rows than the vocabulary");
+    in.matrix(NAMED(out), out_stride, num_tokens, columns);
+    in.require(columns == factor.num_cols, "out has other columns than the factor");
+    int rounded = 0;
+    in.numbers("out_first, rounded, num_threads", out_first, rounded, num_threads);
+    factor.rounded = static_cast<DType>(rounded);
+  }
+};
+
+// out[column - out_first] += dz.T @ factor, or = if `fresh`, and bias[column] += the sum of dz; either may be null.
+struct AddToColumnsArgs {
+  BlockTile tile;
+  TokenFactor factor;
+  void* out;  // [columns, num_cols]
+  int64_t out_stride, out_first;
+  DType out_type;
+  bool fresh;   // nothing is in `out` yet
+  float* bias;  // [vocab_size]
+  int num_threads;
+
+  template <class In> void fields(In& in) {
+    tile.fields(in);
+    in.dtype_of("factor", factor.dtype);
+    int64_t num_rows = 0;
+    in.matrix("factor", factor.data, factor.stride, num_rows, factor.num_cols);
+    in.optional(0, "source_rows", factor.rows);
+    in.numbers("factor_first, out_first", factor.first, out_first);
+    in.dtype_of("out", out_type);
+    in.optional_rows(NAMED(out), out_stride, 0, factor.num_cols);
+    in.optional(tile.vocab_size, NAMED(bias));
+    in.numbers(NAMED(fresh));
+    int rounded = 0;
+    in.numbers("rounded, num_threads", rounded, num_threads);
+    factor.rounded = static_cast<DType>(rounded);
+  }
+};
+
+// Memory that was just allocated, and not yet touched.
+struct MemoryArgs {
+  const void* data;
+  int64_t stride, num_rows, num_cols;
+  DType dtype;
+
+  template <class In> void fields(In& in) {
+    in.dtype_of("data", dtype);
+    in.matrix(NAMED(data), stride, num_rows, num_cols);
+  }
+};
+
+}  // namespace fastdpo
+
+#undef NAMED
