@@ -189,6 +189,11 @@ def _devices() -> list[str]:
     return ["cpu", "cuda", *(f"cuda:{index}" for index in range(count) if count > 1)]
 
 
+def _cpu_products() -> str:
+    of_bf16 = "; bf16 MKL in the processor's units" if library.USES_BF16 else ""
+    return f"{library.NAME}{of_bf16}; few or listed rows csrc"
+
+
 def backends() -> dict:
     """What this machine has and which engine each operation uses on it, with the reason.
 
@@ -234,7 +239,7 @@ def backends() -> dict:
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "matrix products": f"{library.NAME}; of few or listed rows csrc" if extension else "torch.mm",
+            "matrix products": _cpu_products() if extension else "torch.mm",
         },
         "native": {
             "available": native.available(),

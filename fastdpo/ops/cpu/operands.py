@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     blocks: Tensor | None = None  # [num_blocks] int32
     offsets: Tensor | None = None  # [num_blocks + 1] int64
     tokens: Tensor | None = None  # [rows] int32
-    operands: tuple[Tensor, Tensor] | None = None  # (hidden, weight) in fp32 where a library multiplies
+    operands: tuple[Tensor, Tensor] | None = None  # (hidden, weight) where a library multiplies, fp32 or bf16
 
     @property
     def fields(self) -> dict:
@@ -77,6 +77,7 @@ class Operands:
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
         self.num_blocks = num_blocks(self.vocab_size)
         self.rounded = _ROUNDED[head.compute_dtype]
+        self.in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16  # what a library multiplies
         self.lora_a = self.lora_b = None
         if head.lora is not None:
             self.lora_a, self.lora_b = (x.to(head.compute_dtype).float() for x in (head.lora.a, head.lora.b))
@@ -93,20 +94,20 @@ class Operands:
         return max(BLOCK, min(cols, 16384) // BLOCK * BLOCK)
 
     def hidden_rows(self, start: int, stop: int) -> Tensor | None:
-        """[stop - start, H] fp32, for a library; None where csrc multiplies."""
+        """[stop - start, H] for a library, fp32 or where it multiplies them bf16; None where csrc multiplies."""
         if not library.takes(stop - start):
             return None
         rows = self.tokens.source_rows
         if rows is None:
-            return self._fp32(self.head.hidden[start:stop], self.of_hidden)
-        return self._fp32(self.head.hidden[rows[start:stop]], self.of_hidden)
+            return self._for_library(self.head.hidden[start:stop], self.of_hidden)
+        return self._for_library(self.head.hidden[rows[start:stop]], self.of_hidden)
 
     def weight_rows(self, first: int, last: int) -> Tensor:
-        return self._fp32(self.head.weight[first:last], self.of_weight)
+        return self._for_library(self.head.weight[first:last], self.of_weight)
 
-    def _fp32(self, x: Tensor, space: Space) -> Tensor:
+    def _for_library(self, x: Tensor, space: Space) -> Tensor:
         x = x.to(self.head.compute_dtype)
-        return x if x.dtype == torch.float32 else space.take(*x.shape).copy_(x)
+        return x if x.dtype == torch.float32 or self.in_bf16 else space.take(*x.shape).copy_(x)
 
     def dense(self, start: int, stop: int, first_block: int, blocks: int, vocab_size: int, space: Space) -> Tile:
         return Tile(space.take(stop - start, blocks * BLOCK), first_block, blocks, vocab_size, start)

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from heads import peaked_head, relative_error
 
+import fastdpo
+from fastdpo.ops import native
 from fastdpo.ops.cpu import library
+
+if not native.available():
+    pytest.skip(f"no native extension here: {native.REASON}", allow_module_level=True)
 
 
 @pytest.fixture(params=[False, True], ids=["torch.mm", "oneDNN"])
@@ -23,6 +29,49 @@ def test_products_in_any_layout(either):
         torch.testing.assert_close(out, expected.float())
         library.add_matmul(a, b, out)
         torch.testing.assert_close(out, 2 * expected.float())
+
+
+@pytest.mark.skipif(library.mkl_bf16() is None, reason="this torch has no such MKL")
+@pytest.mark.parametrize("k", [0, 1, 40])
+@pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
+def test_products_of_bf16_have_fp32_sums_in_any_layout(turned, k):
+    def matrix(rows: int, across: bool) -> torch.Tensor:
+        made = torch.randn(k, rows + 3)[:, :rows].T if across else torch.randn(rows, 2 * k + 1)[:, :k]
+        return made.bfloat16() if k % 2 else made.bfloat16()[:, torch.arange(k)]
+
+    for n, m in ((7, 11), (1, 11), (7, 1), (0, 3)):
+        a, b = matrix(n, turned[0]), matrix(m, turned[1])
+        expected = (a.double() @ b.double().T).float()
+        for out in (torch.full((n, m), torch.nan), torch.full((n, m + 9), torch.nan)[:, 2 : m + 2]):
+            library.matmul(a, b, out)
+            torch.testing.assert_close(out, expected, rtol=1e-6, atol=1e-5)
+            library.add_matmul(a, b, out)
+            torch.testing.assert_close(out, 2 * expected, rtol=1e-6, atol=2e-5)
+    strange = torch.randn(22, 14).bfloat16()[::2, ::2]
+    out = torch.empty(11, 11)
+    library.matmul(strange, strange, out)
+    torch.testing.assert_close(out, strange.float() @ strange.float().T, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="out must be fp32 with its columns side by side"):
+        library.matmul(strange, strange, torch.empty(11, 11).T)
+
+
+@pytest.mark.skipif(library.mkl_bf16() is None, reason="this torch has no such MKL")
+@pytest.mark.parametrize("backward", ["exact", "routed"])
+def test_a_head_in_bf16_units(monkeypatch, backward):
+    """As on a processor that has them: log-probs within 1e-4 nats per 512 tokens, gradients within 2e-3."""
+    monkeypatch.setattr(library, "USES_BF16", True)
+    monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
+    head = peaked_head(N=512, V=3000, H=64)
+    leaves, expected = head.leaves(torch.bfloat16), head.rounded(torch.bfloat16)
+    options = {"backward": "exact"} if backward == "exact" else {"tau": 0.0, "seed": 1}
+    logps = fastdpo.linear_logps(leaves.hidden, leaves.weight, leaves.labels, **options)
+    wanted = expected.logps()
+    assert (logps.double().sum() - wanted.sum()).abs() < 1e-4  # of a sequence of 512 tokens
+    logps.sum().backward()
+    wanted.sum().backward()
+    for name, x in leaves.tensors().items():
+        gradient = expected.tensors()[name].grad
+        assert relative_error(x.grad, gradient) < 2e-3 + relative_error(gradient.bfloat16(), gradient), name
 
 
 def test_few_rows_are_left_to_csrc():
