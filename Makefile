@@ -87,6 +87,7 @@ LOCAL = benchmarks/results/local
 
 bench: $(VENV)/installed-bench
 	$(RUN) -m benchmarks.cpu.step $(WITH_HEAD) --output $(LOCAL)-step.json
+	$(RUN) -m benchmarks.cpu.batches --rounds 3 --hidden-size 256 $(WITH_HEAD) --output $(LOCAL)-batches.json
 	$(RUN) -m benchmarks.cpu.sweep --rounds 1 --longest 2 $(WITH_HEAD) --output $(LOCAL)-sweep.json
 	$(RUN) -m benchmarks.cpu.memory --frozen --output $(LOCAL)-memory.json
 	$(RUN) -m benchmarks.cpu.memory --fits 2 --most 16384 --vocab 131072 --hidden-size 256 --output $(LOCAL)-fits.json

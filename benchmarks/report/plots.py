@@ -103,6 +103,24 @@ def plot_sweep(record: dict, output: Path) -> None:
     finish(figure, record, output)
 
 
+def plot_batches(record: dict, output: Path) -> None:
+    """Milliseconds of one backward against the number of tokens."""
+    sizes = list(dict.fromkeys(row["H"] for row in record["rows"]))
+    looks = {"eager": (DROPPED, "-"), "exact": (OURS, "--"), "default": (OURS, "-")}
+    figure, axes = plt.subplots(1, len(sizes), figsize=(4.5 * len(sizes), 3), squeeze=False)
+    for axis, size in zip(axes[0], sizes):
+        rows = [row for row in record["rows"] if row["H"] == size]
+        for path, (color, style) in looks.items():
+            label = path if path == "eager" else f"fastdpo, {path}"
+            values = [row[f"{path} ms"] for row in rows]
+            axis.plot([row["tokens"] for row in rows], values, "o", ls=style, color=color, ms=3, lw=1.4, label=label)
+        axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="one backward, ms")
+        axis.set_title(f"V = {record['notes']['V']}, H = {size}, {record['notes']['dtype']}", fontsize=9)
+        axis.grid(alpha=0.3)
+    axes[0, 0].legend(fontsize=7)
+    finish(figure, record, output)
+
+
 def plot_accuracy(record: dict, output: Path) -> None:
     """Errors against fp64 with bf16 inputs."""
     rows = [row for row in record["rows"] if row["inputs"] == "bfloat16"]
@@ -189,6 +207,7 @@ def plot_training(record: dict, output: Path) -> None:
 PLOTS = {
     "2026-11-cpu-step.json": ("step.png", plot_step),
     "2026-11-cpu-sweep.json": ("sweep.png", plot_sweep),
+    "2026-11-cpu-batches.json": ("batches.png", plot_batches),
     "2026-11-cpu-accuracy.json": ("accuracy.png", plot_accuracy),
     "2026-11-cpu-bias.json": ("bias.png", plot_bias),
     "2026-11-training.json": ("training.png", plot_training),

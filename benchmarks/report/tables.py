@@ -56,6 +56,7 @@ STEPS = {
     "fastdpo exact": 'fastdpo, `backward="exact"`',
     "fastdpo routed": "fastdpo, routed",
     "two plain GEMMs (torch.mm)": "two plain `torch.mm` GEMMs, for scale",
+    "two plain GEMMs (oneDNN)": "the same two by oneDNN",
     "two plain GEMMs (fastdpo's library)": "the same two by fastdpo's library",
 }
 
@@ -272,6 +273,16 @@ def divergence(record: dict) -> list[str]:
     return [*table(header, rows), *not_measured(record["notes"]["left out"])]
 
 
+def batches(record: dict) -> list[str]:
+    header = ["H", "tokens", "default, ms", "exact, ms", "eager's, ms", "default / exact", "default / eager"]
+    rows = []
+    for row in record["rows"]:
+        times = (f"{row[f'{path} ms']:.1f}" for path in ("default", "exact", "eager"))
+        ratios = (f"{row[f'default / {path}']:.2f}" for path in ("exact", "eager"))
+        rows.append([str(row["H"]), str(row["tokens"]), *times, *ratios])
+    return table(header, rows)
+
+
 @dataclass(frozen=True)
 class Source:
     """A table: `render` takes the records of `files`, each made by its command."""
@@ -290,6 +301,7 @@ COMMANDS = {  # result file -> what made it
     "2026-11-cpu-rules.json": "benchmarks.cpu.rules --head head.safetensors",
     "2026-11-cpu-memory.json": "benchmarks.cpu.memory --frozen",
     "2026-11-cpu-accuracy.json": "benchmarks.cpu.accuracy --head head.safetensors",
+    "2026-11-cpu-batches.json": "benchmarks.cpu.batches --head head.safetensors",
     "2026-11-cpu-divergence.json": "benchmarks.cpu.divergence --head head.safetensors",
     "2026-11-training.json": "benchmarks.models.training",
     "2026-11-triton-counts.json": "tools.count_step --head head.safetensors",
@@ -307,6 +319,7 @@ SOURCES = {
         ("2026-11-cpu-step.json", "2026-11-cpu-sweep.json", "2026-11-cpu-fits.json", "2026-11-cpu-accuracy.json"),
     ),
     "step": Source(step, ("2026-11-cpu-step.json",)),
+    "batches": Source(batches, ("2026-11-cpu-batches.json",)),
     **{
         f"sweep-{axis}": Source(partial(sweep, axis=axis, title=title), ("2026-11-cpu-sweep.json",))
         for axis, title in AXES.items()

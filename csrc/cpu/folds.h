@@ -10,11 +10,13 @@ namespace fastdpo {
 
 constexpr int64_t kDepth = 256;  // terms of a sum that are multiplied between two looks at the sums in memory
 constexpr int64_t kTogether = 4;  // blocks of a tile that share a reading of the other factor
+constexpr int64_t kStripStride = kTogether * kBlock + 16;  // of the rows of a strip, whose depth is at most that
+static_assert(kDepth <= kTogether * kBlock, "a strip has room for so many terms");
 
-// What one thread works in: 760 KiB, kept for its next piece.
+// What one thread works in: 1 MiB, kept for its next piece.
 struct Workspace {
   alignas(64) float panels[kTogether * kBlock * kDepth];
-  alignas(64) float strip[16 * 528];
+  alignas(64) float strip[16 * kStripStride];
   alignas(64) float dz[kDepth * (kBlock + 64)];
   alignas(64) float sums[kTogether * kBlock * (kBlock + 16)];
 };

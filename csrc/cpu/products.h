@@ -23,7 +23,6 @@ constexpr int kStrip = 12;  // 24 of 32 registers hold sums
 constexpr int kStrip = 6;  // 12 of 16
 #endif
 constexpr int64_t kPanel = 2 * kLanes;
-constexpr int64_t kStripStride = 512 + 16;
 
 typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
 typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));
@@ -284,7 +283,6 @@ void products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Work
 
 // Columns [col, col + kBlock) of what tokens [begin, end) get from every block.
 void add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
-  static_assert(kTogether * kBlock <= kStripStride, "a strip has room for so many columns of dz");
   const int64_t width = std::min(kBlock, a.factor.num_cols - col);
   for (int64_t j = 0; j < a.tile.parts(kTogether); ++j) {
     const TileRows rows = a.tile.part(j, kTogether);

@@ -53,7 +53,7 @@ inline float sum(Vec v) {
   return reduce(v, [](Vec a, Vec b) { return a + b; });
 }
 inline float max(Vec v) {
-  return reduce(v, [](Vec a, Vec b) { return (a < b) | (b != b) ? b : a; });
+  return reduce(v, [](Vec a, Vec b) { return ((a < b) | (b != b)) ? b : a; });
 }
 
 // exp for x <= 88, about 1 ulp: 2^n * P(r), r = x - n ln2, with ln2 in two pieces (Cody and Waite).
