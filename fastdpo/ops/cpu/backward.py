@@ -20,7 +20,7 @@ from ...routing import BLOCK, num_blocks
 from ..native import EXTENSION
 from ..problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 from . import library
-from .operands import CPU, TILE_BYTES, Operands, Space, Tile, fresh
+from .operands import CPU, TILE_BYTES, Operands, Space, Tile, allocate
 
 BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
 # Above this share of live pairs the exact backward is cheaper, which packs less. Flat distributions end here.
@@ -89,9 +89,9 @@ def gradients(
     # the first sweep writes every row of it
     unwritten = needs.weight and grads.weight is None and ops.count > 0
     if needs.hidden and grads.hidden is None:
-        grads.hidden = fresh(tokens.num_rows, ops.hidden_size, head.hidden.dtype).zero_()
+        grads.hidden = allocate(tokens.num_rows, ops.hidden_size, head.hidden.dtype).zero_()
     if needs.weight and grads.weight is None:
-        grads.weight = fresh(*head.weight.shape, head.weight.dtype)
+        grads.weight = allocate(*head.weight.shape, head.weight.dtype)
         if not unwritten:
             grads.weight.zero_()
     small = {"bias": head.bias, "lora_a": head.lora and head.lora.a, "lora_b": head.lora and head.lora.b}
@@ -204,7 +204,7 @@ class _ColumnSums:
         self.out, self.out_first, self.fresh = grads.weight, 0, unwritten
         self.slab, self.unwritten = None, unwritten
         if self.out is not None and (not _is_place(self.out) or (rounds and self.out.dtype != torch.float32)):
-            self.slab = fresh(last - first, ops.hidden_size)
+            self.slab = allocate(last - first, ops.hidden_size)
             self.out, self.out_first, self.fresh = self.slab, first, True
 
     def add(self, tile: Tile, low_rank: Tensor | None, low_rank_first: int) -> None:

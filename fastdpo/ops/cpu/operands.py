@@ -45,7 +45,7 @@ class Tile(NamedTuple):
         return self.first_block * BLOCK
 
 
-def fresh(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def allocate(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory that nothing was written to; large ones in large pages where the system has them."""
     x = torch.empty(rows, columns, dtype=dtype, device=CPU)
     if dtype in _ROUNDED:
@@ -64,7 +64,7 @@ class Space:
         next one's too."""
         stride = columns + 16
         if self.flat is None or self.flat.numel() < rows * stride:
-            self.flat = fresh(rows, stride).view(-1)
+            self.flat = allocate(rows, stride).view(-1)
         return self.flat.as_strided((rows, columns), (stride, 1))
 
 
@@ -125,10 +125,14 @@ class Operands:
         """[stop - start, r] what lora_b is multiplied with, of the tokens from `start` on."""
         if self.lora_a is None:
             return None
-        rank = self.lora_a.shape[0]
-        tile = self.dense(start, stop, 0, num_blocks(rank), rank, Space())
-        self._multiply(tile, self.lora_a, None, start)
-        return tile.data[:, :rank].mul_(self.head.lora.scale)
+        rank, space, size = self.lora_a.shape[0], Space(), 4096
+        out = allocate(stop - start, rank)
+        for first in range(start, stop, size):
+            tile = self.dense(first, min(first + size, stop), 0, num_blocks(rank), rank, space)
+            self._multiply(tile, self.lora_a, None, first)
+            rows = out[first - start : first - start + size]
+            torch.mul(tile.data[:, :rank], self.head.lora.scale, out=rows)
+        return out
 
     def multiply(self, tile: Tile, low_rank: Tensor | None, low_rank_first: int) -> Tile:
         """Fills the tile with the head's products; `low_rank` is of the tokens from `low_rank_first` on."""
