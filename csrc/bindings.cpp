@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("use_isa", &use_isa);
   m.def("parallel_backend", &parallel_backend);
   m.def("logits_splits", &logits_splits);
+  m.def("load_bf16_product", &load_bf16_product);
 
   def<FoldArgs>(m, "fold", &fold);
   def<SumBlocksArgs>(m, "sum_blocks", &sum_blocks);
@@ -82,6 +83,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   def<CountPairsArgs>(m, "count_pairs", &count_pairs);
   def<FillPairsArgs>(m, "fill_pairs", &fill_pairs);
   def<MemoryArgs>(m, "use_huge_pages", &use_huge_pages);
+  def<Bf16ProductArgs>(m, "bf16_product", &bf16_product);
   def<ProductsArgs>(m, "products", &products);
   def<AddToTokensArgs>(m, "add_to_tokens", &add_to_tokens);
   def<AddToColumnsArgs>(m, "add_to_columns", &add_to_columns);

@@ -201,6 +201,35 @@ struct AddToColumnsArgs {
   }
 };
 
+// out = a @ b.T, or += if `add`, of bf16 a [n, k] and b [m, k], each given as it is or `turned`: its transpose.
+struct Bf16ProductArgs {
+  const void *a, *b;
+  int64_t a_stride, b_stride, out_stride, n, m, k;
+  bool a_turned, b_turned, add;
+  float* out;
+
+  template <class In> void fields(In& in) {
+    int64_t a_rows = 0, a_cols = 0, b_rows = 0, b_cols = 0, out_rows = 0, out_cols = 0;
+    DType type = {}, other_type = {};
+    in.numbers(NAMED(a_turned, b_turned, add));
+    in.dtype_of("a", type);
+    in.matrix(NAMED(a), a_stride, a_rows, a_cols);
+    in.dtype_of("b", other_type);
+    in.matrix(NAMED(b), b_stride, b_rows, b_cols);
+    in.matrix(NAMED(out), out_stride, out_rows, out_cols);
+    in.require(type == DType::kBFloat16 && other_type == type, "a and b must be bf16");
+    n = a_turned ? a_cols : a_rows, k = a_turned ? a_rows : a_cols, m = b_turned ? b_cols : b_rows;
+    in.require(k == (b_turned ? b_rows : b_cols), "a and b have sums of different lengths");
+    in.require(out_rows == n && out_cols == m, "out has another shape than the product");
+    step(in, a_stride, a_rows, a_cols), step(in, b_stride, b_rows, b_cols), step(in, out_stride, out_rows, out_cols);
+  }
+  // A library's numbers are of 32 bits, and rows do not overlap; a single one has any stride.
+  template <class In> static void step(In& in, int64_t& stride, int64_t rows, int64_t cols) {
+    if (rows <= 1) stride = cols > 1 ? cols : 1;
+    in.require(stride >= cols && stride <= INT32_MAX && rows <= INT32_MAX, "rows overlap, or are too far apart");
+  }
+};
+
 // Memory that was just allocated, and not yet touched.
 struct MemoryArgs {
   const void* data;

@@ -51,6 +51,8 @@ void routed_grad(const RoutedGradArgs&);
 void count_pairs(const CountPairsArgs&);
 void fill_pairs(const FillPairsArgs&);
 void use_huge_pages(const MemoryArgs&);
+bool load_bf16_product(const char* path);
+void bf16_product(const Bf16ProductArgs&);
 void products(const ProductsArgs&);
 void add_to_tokens(const AddToTokensArgs&);
 void add_to_columns(const AddToColumnsArgs&);

@@ -6,13 +6,13 @@ csrc/cpu/products.h multiplies what a library does not do well: rows picked by a
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .. import native
 
 
 def takes(rows: int) -> bool:
@@ -34,30 +34,24 @@ def _find_onednn() -> bool:
 
 
 @functools.cache
-def mkl_bf16() -> Callable | None:
-    """MKL's cblas_gemm_bf16bf16f32, if this torch was built with it."""
-    try:
-        found = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
-    except (OSError, AttributeError):
-        return None
-    number, real, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
-    found.restype = None
-    found.argtypes = [*[number] * 6, real, pointer, number, pointer, number, real, pointer, number]
-    return found
+def has_bf16() -> bool:
+    """Whether this torch was built with MKL's cblas_gemm_bf16bf16f32."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    return native.available() and library.exists() and native.EXTENSION.load_bf16_product(str(library))
 
 
 # MKL keeps to AVX2 on AMD processors, where oneDNN (which torch ships too) uses AVX-512: 190 against 400 GFLOP/s on two
 # cores of an AMD EPYC 9005, November 2026. On Intel, and wherever oneDNN is missing, `torch.mm` is the better choice.
 USES_ONEDNN = _find_onednn()
 # 956 to 1145 GFLOP/s on one core with AMX against 190 in fp32; where MKL emulates the product it gains nothing.
-USES_BF16 = "amx_bf16" in _cpuinfo() and mkl_bf16() is not None
+USES_BF16 = "amx_bf16" in _cpuinfo() and has_bf16()
 NAME = "oneDNN" if USES_ONEDNN else "torch.mm"
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a @ b.T of matrices [n, k] and [m, k] in any layout, both fp32 or both bf16; out and all sums are fp32."""
     if a.dtype == torch.bfloat16:
-        _multiply_bf16(a, b, out, 0.0)
+        _multiply_bf16(a, b, out, add=False)
     elif USES_ONEDNN:
         out.copy_(torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
     else:
@@ -67,35 +61,25 @@ def matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
 def add_matmul(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out += a @ b.T"""
     if a.dtype == torch.bfloat16:
-        _multiply_bf16(a, b, out, 1.0)
+        _multiply_bf16(a, b, out, add=True)
     elif USES_ONEDNN:
         out += torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
     else:
         out.addmm_(a, b.T)
 
 
-_BY_ROWS, _PLAIN, _TRANSPOSED = 101, 111, 112  # of cblas.h
-
-
-def _multiply_bf16(a: Tensor, b: Tensor, out: Tensor, beta: float) -> None:
+def _multiply_bf16(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     if out.dtype != torch.float32 or out.stride(1) != 1:
         raise ValueError(f"out must be fp32 with its columns side by side; got {out.dtype}, strides {out.stride()}")
-    a, a_turned, a_stride = _as_rows(a)
-    b, b_turned, b_stride = _as_rows(b)
-    (n, k), m = a.shape, b.shape[0]
-    if 0 in (n, m, k):
-        out.mul_(beta) if beta else out.zero_()
-        return
-    how = _TRANSPOSED if a_turned else _PLAIN, _PLAIN if b_turned else _TRANSPOSED
-    sides = a.data_ptr(), a_stride, b.data_ptr(), b_stride
-    mkl_bf16()(_BY_ROWS, *how, n, m, k, 1.0, *sides, beta, out.data_ptr(), max(out.stride(0), m))
+    a, a_turned = _as_rows(a)
+    b, b_turned = _as_rows(b)
+    native.EXTENSION.bf16_product(a=a, b=b, out=out, a_turned=a_turned, b_turned=b_turned, add=add)
 
 
-def _as_rows(x: Tensor) -> tuple[Tensor, bool, int]:
-    """(x, whether its columns lie in memory as rows do, how far apart those are); a copy in other layouts."""
-    rows, columns = x.shape
-    if x.stride(1) == 1 and (x.stride(0) >= columns or rows == 1):
-        return x, False, max(x.stride(0), columns)
-    if x.stride(0) == 1 and (x.stride(1) >= rows or columns == 1):
-        return x, True, max(x.stride(1), rows)
-    return x.contiguous(), False, columns
+def _as_rows(x: Tensor) -> tuple[Tensor, bool]:
+    """x, or its transpose if its columns lie in memory as rows do, and whether they do; a copy in other layouts."""
+    for view, turned in ((x, False), (x.T, True)):
+        rows, columns = view.shape
+        if view.stride(1) == 1 and (view.stride(0) >= columns or rows == 1):
+            return view, turned
+    return x.contiguous(), False

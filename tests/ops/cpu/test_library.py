@@ -31,7 +31,7 @@ def test_products_in_any_layout(either):
         torch.testing.assert_close(out, 2 * expected.float())
 
 
-@pytest.mark.skipif(library.mkl_bf16() is None, reason="this torch has no such MKL")
+@pytest.mark.skipif(not library.has_bf16(), reason="this torch has no such MKL")
 @pytest.mark.parametrize("k", [0, 1, 40])
 @pytest.mark.parametrize("turned", [(False, False), (True, False), (False, True), (True, True)])
 def test_products_of_bf16_have_fp32_sums_in_any_layout(turned, k):
@@ -55,7 +55,30 @@ def test_products_of_bf16_have_fp32_sums_in_any_layout(turned, k):
         library.matmul(strange, strange, torch.empty(11, 11).T)
 
 
-@pytest.mark.skipif(library.mkl_bf16() is None, reason="this torch has no such MKL")
+BF16 = {"dtype": torch.bfloat16}
+PRODUCT = {
+    **{"a": torch.zeros(2, 8, **BF16), "b": torch.zeros(3, 8, **BF16), "out": torch.zeros(2, 3)},
+    **{"a_turned": False, "b_turned": False, "add": False},
+}
+MISFITS = [
+    ({"b": torch.zeros(3, 7, **BF16)}, "sums of different lengths"),
+    ({"b_turned": True}, "sums of different lengths"),
+    ({"a": torch.zeros(2, 8, dtype=torch.float16)}, "must be bf16"),
+    ({"b": torch.zeros(3, 8)}, "must be bf16"),
+    ({"out": torch.zeros(2, 4)}, "another shape than the product"),
+    ({"out": torch.zeros(3, 3)}, "another shape than the product"),
+    ({"a": torch.zeros(8, **BF16).expand(2, 8)}, "rows overlap"),
+    ({"out": torch.zeros(4).as_strided((2, 3), (1, 1))}, "rows overlap"),
+]
+
+
+@pytest.mark.parametrize("changes,why", MISFITS, ids=str)
+def test_what_does_not_go_together_never_reaches_the_library(changes, why):
+    with pytest.raises(TypeError, match=f"bf16_product: .*{why}"):
+        native.EXTENSION.bf16_product(**{**PRODUCT, **changes})
+
+
+@pytest.mark.skipif(not library.has_bf16(), reason="this torch has no such MKL")
 @pytest.mark.parametrize("backward", ["exact", "routed"])
 def test_a_head_in_bf16_units(monkeypatch, backward):
     """As on a processor that has them: log-probs within 1e-4 nats per 512 tokens, gradients within 2e-3."""
