@@ -1,6 +1,8 @@
 // What crosses from Python for the products of a head with its tokens, in structs.h's manner.
 #pragma once
 
+#include <utility>
+
 #include "structs.h"
 
 #define NAMED(...) #__VA_ARGS__, __VA_ARGS__
@@ -120,11 +122,26 @@ struct RoutedGradArgs {
   }
 };
 
+// Whether a library can be told of such rows: its numbers have 32 bits.
+inline bool fits_a_library(int64_t stride, int64_t num_rows, int64_t num_cols) {
+  return (stride >= num_cols || num_rows <= 1) && stride <= INT32_MAX && num_rows <= INT32_MAX && num_cols <= INT32_MAX;
+}
+
+// `in_bf16`: by a library, in the processor's units for it; of bf16 factors, and the rows of lists. `fits`: it can be told
+// of the factors' rows.
+template <class In>
+void in_bf16_field(In& in, bool& in_bf16, const BlockTile& tile, const Factor& factor, bool fits) {
+  in.numbers("in_bf16", in_bf16);
+  fits = fits && factor.dtype == DType::kBFloat16 && tile.blocks;
+  in.require(!in_bf16 || (fits && fits_a_library(tile.stride, tile.num_rows, kBlock)), "in_bf16 is of lists and of bf16");
+}
+
 // tile = hidden @ weight.T, plus low_rank @ lora_b.T.
 struct ProductsArgs {
   BlockTile tile;
   TokenFactor hidden, low_rank;  // the latter of fp32, or null as lora_b is
   Factor weight, lora_b;
+  bool in_bf16;
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -146,6 +163,8 @@ struct ProductsArgs {
     int rounded = 0;
     in.numbers("rounded, num_threads", rounded, num_threads);
     weight.rounded = hidden.rounded = static_cast<DType>(rounded);
+    const bool fits = hidden.dtype == weight.dtype && fits_a_library(weight.stride, num_rows, weight.num_cols);
+    in_bf16_field(in, in_bf16, tile, weight, fits);
   }
 };
 
@@ -156,6 +175,7 @@ struct AddToTokensArgs {
   Factor factor;            // of the vocabulary's columns
   float* out;  // [tokens, num_cols]
   int64_t out_stride, out_first, num_tokens;
+  bool in_bf16;
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -170,6 +190,7 @@ struct AddToTokensArgs {
     int rounded = 0;
     in.numbers("out_first, rounded, num_threads", out_first, rounded, num_threads);
     factor.rounded = static_cast<DType>(rounded);
+    in_bf16_field(in, in_bf16, tile, factor, fits_a_library(factor.stride, num_rows, factor.num_cols));
   }
 };
 
@@ -182,6 +203,7 @@ struct AddToColumnsArgs {
   DType out_type;
   bool fresh;   // nothing is in `out` yet
   float* bias;  // [vocab_size]
+  bool in_bf16;
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -198,35 +220,46 @@ struct AddToColumnsArgs {
     int rounded = 0;
     in.numbers("rounded, num_threads", rounded, num_threads);
     factor.rounded = static_cast<DType>(rounded);
+    in_bf16_field(in, in_bf16, tile, factor, true);
   }
 };
 
-// out = a @ b.T, or += if `add`, of bf16 a [n, k] and b [m, k], each given as it is or `turned`: its transpose.
+// A side of a product of bf16, as it is or `turned`: its transpose; and where the product goes.
+struct Bf16Rows {
+  const void* data;
+  int64_t stride;
+  bool turned;
+};
+struct Bf16Sums {
+  float* data;
+  int64_t stride;
+  bool add;
+};
+
+// out [n, m] = a @ b.T, or +=, of a [n, k] and b [m, k].
 struct Bf16ProductArgs {
-  const void *a, *b;
-  int64_t a_stride, b_stride, out_stride, n, m, k;
-  bool a_turned, b_turned, add;
-  float* out;
+  Bf16Rows a, b;
+  Bf16Sums out;
+  int64_t n, m, k;
 
   template <class In> void fields(In& in) {
-    int64_t a_rows = 0, a_cols = 0, b_rows = 0, b_cols = 0, out_rows = 0, out_cols = 0;
-    DType type = {}, other_type = {};
-    in.numbers(NAMED(a_turned, b_turned, add));
-    in.dtype_of("a", type);
-    in.matrix(NAMED(a), a_stride, a_rows, a_cols);
-    in.dtype_of("b", other_type);
-    in.matrix(NAMED(b), b_stride, b_rows, b_cols);
-    in.matrix(NAMED(out), out_stride, out_rows, out_cols);
-    in.require(type == DType::kBFloat16 && other_type == type, "a and b must be bf16");
-    n = a_turned ? a_cols : a_rows, k = a_turned ? a_rows : a_cols, m = b_turned ? b_cols : b_rows;
-    in.require(k == (b_turned ? b_rows : b_cols), "a and b have sums of different lengths");
+    int64_t out_rows = 0, out_cols = 0, other_k = 0;
+    in.numbers("add", out.add);
+    side(in, "a", "a_turned", a, n, k);
+    side(in, "b", "b_turned", b, m, other_k);
+    in.matrix("out", out.data, out.stride, out_rows, out_cols);
+    in.require(k == other_k, "a and b have sums of different lengths");
     in.require(out_rows == n && out_cols == m, "out has another shape than the product");
-    step(in, a_stride, a_rows, a_cols), step(in, b_stride, b_rows, b_cols), step(in, out_stride, out_rows, out_cols);
+    in.require(fits_a_library(out.stride, n, m), "rows of out overlap, or are too far apart");
   }
-  // A library's numbers are of 32 bits, and rows do not overlap; a single one has any stride.
-  template <class In> static void step(In& in, int64_t& stride, int64_t rows, int64_t cols) {
-    if (rows <= 1) stride = cols > 1 ? cols : 1;
-    in.require(stride >= cols && stride <= INT32_MAX && rows <= INT32_MAX, "rows overlap, or are too far apart");
+  template <class In> void side(In& in, const char* name, const char* turned, Bf16Rows& x, int64_t& rows, int64_t& cols) {
+    DType type = {};
+    in.numbers(turned, x.turned);
+    in.dtype_of(name, type);
+    in.matrix(name, x.data, x.stride, rows, cols);
+    in.require(type == DType::kBFloat16, "a and b must be bf16");
+    in.require(fits_a_library(x.stride, rows, cols), "rows of a or b overlap, or are too far apart");
+    if (x.turned) std::swap(rows, cols);
   }
 };
 

@@ -1,6 +1,6 @@
 """One DPO step on the CPU against every peer: interleaved rounds in one process, medians and ratios.
 
-python -m benchmarks.cpu.step --head head.safetensors [--hidden-size 1024] [--rounds 7]
+python -m benchmarks.cpu.step --head head.safetensors [--hidden-size 1024] [--dtype bfloat16] [--rounds 7]
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from benchmarks import inputs
 from benchmarks.peers import OURS, PEERS, Problem, Unavailable
 
 
-def make_problem(head: inputs.HeadInputs, sequence_length: int, prompt_share: float) -> Problem:
+def make_problem(
+    head: inputs.HeadInputs, sequence_length: int, prompt_share: float, dtype: torch.dtype = torch.float32
+) -> Problem:
     count = head.hidden.shape[0] // sequence_length // 2 * 2
     hidden = head.hidden[: count * sequence_length].view(count, sequence_length, -1)
     labels = head.labels[: count * sequence_length].view(count, sequence_length).clone()
@@ -24,12 +26,16 @@ def make_problem(head: inputs.HeadInputs, sequence_length: int, prompt_share: fl
     # The reference: the same model a few optimizer steps away.
     ref_hidden = hidden + 0.02 * hidden.std() * torch.randn(hidden.shape, generator=g)
     return Problem(
-        hidden.clone().requires_grad_(),
-        head.weight.clone().requires_grad_(),
+        hidden.to(dtype, copy=True).requires_grad_(),
+        head.weight.to(dtype, copy=True).requires_grad_(),
         labels,
-        ref_hidden,
-        head.weight.clone(),
+        ref_hidden.to(dtype),
+        head.weight.to(dtype, copy=True),
     )
+
+
+def relative(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((value.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
 def main() -> None:
@@ -38,14 +44,16 @@ def main() -> None:
     parser.add_argument("--hidden-size", type=int, default=1024)
     parser.add_argument("--sequence-length", type=int, default=512)
     parser.add_argument("--prompt-share", type=float, default=0.5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), help=f"some of {list(PEERS)}")
     args = parser.parse_args()
 
     head = inputs.lifted(inputs.load(args.head), args.hidden_size)
-    problem = make_problem(head, args.sequence_length, args.prompt_share)
+    dtype = getattr(torch, args.dtype)
+    problem = make_problem(head, args.sequence_length, args.prompt_share, dtype)
     few = inputs.HeadInputs(head.name, head.hidden[:256], head.weight, head.labels[:256])
-    warm = make_problem(few, 64, args.prompt_share)
+    warm = make_problem(few, 64, args.prompt_share, dtype)
     completion = int((problem.labels != -100).sum())
 
     def two_gemms(p: Problem):
@@ -111,7 +119,7 @@ def main() -> None:
         "prompt tokens": problem.labels.numel() - completion,
         "V": vocab_size,
         "H": args.hidden_size,
-        "dtype": "float32",
+        "dtype": args.dtype,
         "rounds": args.rounds,
         "skipped": skipped,
     }

@@ -220,8 +220,8 @@ void route_row(const RouteArgs& a, int64_t row) {
 }  // namespace FASTDPO_ISA
 }  // namespace fastdpo
 
+#include "cpu/bf16_pairs.h"
 #include "cpu/divergence_folds.h"
-#include "cpu/products.h"
 
 namespace fastdpo {
 namespace FASTDPO_ISA {
@@ -237,9 +237,9 @@ const CpuKernels kernels = {FASTDPO_STRING(FASTDPO_ISA),
                             divergence_fold_rows,
                             divergence_grad_rows,
                             routed_divergence_grad_rows,
-                            products,
-                            add_to_tokens,
-                            add_to_columns};
+                            any_products,
+                            any_add_to_tokens,
+                            any_add_to_columns};
 
 }  // namespace FASTDPO_ISA
 }  // namespace fastdpo

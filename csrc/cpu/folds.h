@@ -13,6 +13,9 @@ constexpr int64_t kTogether = 4;  // blocks of a tile that share a reading of th
 constexpr int64_t kStripStride = kTogether * kBlock + 16;  // of the rows of a strip, whose depth is at most that
 static_assert(kDepth <= kTogether * kBlock, "a strip has room for so many terms");
 
+// Of products by a library in bf16: the most rows of a piece, and columns of a hidden state taken together.
+constexpr int64_t kBf16Rows = 512, kBf16Columns = 512;
+
 // What one thread works in: 1 MiB, kept for its next piece.
 struct Workspace {
   alignas(64) float panels[kTogether * kBlock * kDepth];
@@ -32,7 +35,8 @@ struct CpuKernels {
   void (*divergence_fold_rows)(const DivergenceFoldArgs&, int64_t begin, int64_t end);
   void (*divergence_grad_rows)(const DivergenceGradArgs&, int64_t begin, int64_t end);
   void (*routed_divergence_grad_rows)(const RoutedDivergenceGradArgs&, int64_t begin, int64_t end);
-  // Rows [begin, end) of the tile's j-th part; columns [col, col + kBlock) of tokens, or of rows of the j-th part.
+  // Rows [begin, end) of the tile's j-th part; columns [col, col + kBlock) of tokens, or of rows of the j-th part; of
+  // calls `in_bf16` [col, col + kBf16Columns).
   void (*products)(const ProductsArgs&, int64_t j, int64_t begin, int64_t end, Workspace&);
   void (*add_to_tokens)(const AddToTokensArgs&, int64_t col, int64_t begin, int64_t end, Workspace&);
   void (*add_to_columns)(const AddToColumnsArgs&, int64_t j, int64_t col, Workspace&);
@@ -52,6 +56,8 @@ void count_pairs(const CountPairsArgs&);
 void fill_pairs(const FillPairsArgs&);
 void use_huge_pages(const MemoryArgs&);
 bool load_bf16_product(const char* path);
+void require_bf16_product();  // or std::runtime_error
+void bf16_gemm(Bf16Rows a, Bf16Rows b, Bf16Sums out, int64_t n, int64_t m, int64_t k);
 void bf16_product(const Bf16ProductArgs&);
 void products(const ProductsArgs&);
 void add_to_tokens(const AddToTokensArgs&);

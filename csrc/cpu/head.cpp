@@ -9,7 +9,7 @@
 namespace fastdpo {
 namespace {
 
-constexpr int64_t kPiece = 512;  // rows of a part of a tile, whose columns are packed for each piece
+constexpr int64_t kPiece = kBf16Rows;  // rows of a part of a tile, whose columns are packed for each piece
 
 Workspace& workspace() {
   static thread_local const std::unique_ptr<Workspace> own(new Workspace);
@@ -48,9 +48,16 @@ void weigh(const RoutedGradArgs& a) {
   }
 }
 
+// Columns of a hidden state that are taken together.
+int64_t columns_together(bool in_bf16) {
+  if (in_bf16) require_bf16_product();
+  return in_bf16 ? kBf16Columns : kBlock;
+}
+
 }  // namespace
 
 void products(const ProductsArgs& a) {
+  if (a.in_bf16) require_bf16_product();
   pieces_of(a.tile, kTogether, a.num_threads, [&](int64_t j, int64_t begin, int64_t end) {
     cpu_kernels().products(a, j, begin, end, workspace());
   });
@@ -73,22 +80,22 @@ void routed_divergence_grad(const RoutedDivergenceGradArgs& a) {
 }
 
 void add_to_tokens(const AddToTokensArgs& a) {
-  const int64_t groups = blocks_of(a.factor.num_cols);
+  const int64_t group = columns_together(a.in_bf16), groups = (a.factor.num_cols + group - 1) / group;
   const int64_t most = std::max<int64_t>(1, a.num_tokens / 64), wanted = (2 * a.num_threads + groups - 1) / groups;
   const int64_t parts = std::min(most, std::max<int64_t>(1, wanted));
   parallel_for(groups * parts, 1, a.num_threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       const int64_t part = i / groups, begin = a.num_tokens * part / parts, end = a.num_tokens * (part + 1) / parts;
-      cpu_kernels().add_to_tokens(a, i % groups * kBlock, a.out_first + begin, a.out_first + end, workspace());
+      cpu_kernels().add_to_tokens(a, i % groups * group, a.out_first + begin, a.out_first + end, workspace());
     }
   });
 }
 
 void add_to_columns(const AddToColumnsArgs& a) {
-  const int64_t groups = a.out ? blocks_of(a.factor.num_cols) : 1;
+  const int64_t group = columns_together(a.in_bf16), groups = a.out ? (a.factor.num_cols + group - 1) / group : 1;
   parallel_for(a.tile.parts(kTogether) * groups, 1, a.num_threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
-      cpu_kernels().add_to_columns(a, i / groups, i % groups * kBlock, workspace());
+      cpu_kernels().add_to_columns(a, i / groups, i % groups * group, workspace());
   });
 }
 

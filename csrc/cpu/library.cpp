@@ -31,16 +31,25 @@ bool load_bf16_product(const char* path) {
   return mkl_bf16 != nullptr;
 }
 
-void bf16_product(const Bf16ProductArgs& a) {
-  if (!mkl_bf16) throw std::runtime_error("bf16_product: no library with the product was found");
-  if (a.n == 0 || a.m == 0 || (a.k == 0 && a.add)) return;
-  if (a.k == 0) {
-    for (int64_t i = 0; i < a.n; ++i) std::fill_n(a.out + i * a.out_stride, a.m, 0.0f);
+void require_bf16_product() {
+  if (!mkl_bf16) throw std::runtime_error("no library with a product of bf16 was found");
+}
+
+void bf16_gemm(Bf16Rows a, Bf16Rows b, Bf16Sums out, int64_t n, int64_t m, int64_t k) {
+  if (n == 0 || m == 0 || (k == 0 && out.add)) return;
+  if (k == 0) {
+    for (int64_t i = 0; i < n; ++i) std::fill_n(out.data + i * out.stride, m, 0.0f);
     return;
   }
-  mkl_bf16(kByRows, a.a_turned ? kTransposed : kPlain, a.b_turned ? kPlain : kTransposed, static_cast<int>(a.n),
-           static_cast<int>(a.m), static_cast<int>(a.k), 1.0f, a.a, static_cast<int>(a.a_stride), a.b,
-           static_cast<int>(a.b_stride), a.add ? 1.0f : 0.0f, a.out, static_cast<int>(a.out_stride));
+  const auto step = [](int64_t stride, int64_t cols) { return static_cast<int>(std::max(stride, cols)); };  // of one row
+  mkl_bf16(kByRows, a.turned ? kTransposed : kPlain, b.turned ? kPlain : kTransposed, static_cast<int>(n),
+           static_cast<int>(m), static_cast<int>(k), 1.0f, a.data, step(a.stride, a.turned ? n : k), b.data,
+           step(b.stride, b.turned ? m : k), out.add ? 1.0f : 0.0f, out.data, step(out.stride, m));
+}
+
+void bf16_product(const Bf16ProductArgs& a) {
+  require_bf16_product();
+  bf16_gemm(a.a, a.b, a.out, a.n, a.m, a.k);
 }
 
 }  // namespace fastdpo

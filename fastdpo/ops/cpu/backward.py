@@ -4,7 +4,7 @@
     routed   the kept pairs: rows of one block and one token each, many blocks at a time
 
 dhidden is summed block by block in vocabulary order either way, and every sum belongs to one piece of work, so its bits
-do not depend on the number of threads.
+do not depend on the number of threads, as far as a library's own do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .operands import CPU, TILE_BYTES, Operands, Space, Tile, allocate
 BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
 # Above this share of live pairs the exact backward is cheaper, which packs less. Flat distributions end here.
 CROSSOVER = 0.7
-CROSSOVER_BF16 = 0.12  # where a library's products are in units for bf16, about six times as fast, and csrc's are not
+# Where dense products are in units for bf16, about six times as fast, and the pairs' are too, or not; not measured.
+CROSSOVER_BF16, CROSSOVER_DENSE_BF16 = 0.3, 0.12
 
 
 def backward(
@@ -102,7 +103,7 @@ def gradients(
     if routing is not None:
         # The share of pairs that live at most, whatever the draw: a decision that saw the draw would bias the mean.
         most = saved.most_pairs.masked_fill(makes_dz.coef == 0, 0).sum().item()
-        crossover = CROSSOVER_BF16 if ops.in_bf16 else CROSSOVER
+        crossover = CROSSOVER_BF16 if ops.pairs_in_bf16 else CROSSOVER_DENSE_BF16 if ops.in_bf16 else CROSSOVER
         if most <= crossover * max(1, ops.count * ops.num_blocks):
             add_tiles = _Routed(ops, makes_dz, saved.bitmap, routing)
 
@@ -145,7 +146,7 @@ class _TokenSums:
             dz = tile.data[:, : weight.shape[0]].to(weight.dtype)
             library.add_matmul(dz, weight.T, self.dhidden[first : first + dz.shape[0]])
         elif self.dhidden is not None:
-            self._add(tile, self.dhidden, row_weight, **self.ops.weight)
+            self._add(tile, self.dhidden, row_weight, **self.ops.weight_factor(tile))
         if self.dlow_rank is not None:
             lora_b = self.ops.lora_b
             self._add(tile, self.dlow_rank.data[:, : lora_b.shape[1]], row_weight, factor=lora_b, rounded=0)
@@ -154,7 +155,7 @@ class _TokenSums:
         EXTENSION.add_to_tokens(
             **tile.fields,
             row_weight=row_weight,
-            **factor,
+            **{"in_bf16": False} | factor,
             out=out,
             out_first=self.start,
             num_threads=self.ops.threads,
@@ -167,7 +168,7 @@ class _TokenSums:
             if self.dhidden is not None:
                 self._add(self.dlow_rank, self.dhidden, None, factor=ops.lora_a, rounded=0)
             if grads.lora_a is not None:
-                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **ops.hidden)
+                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **ops.hidden_factor(self.dlow_rank))
         if self.dhidden is not None:
             rows = slice(self.start, self.stop) if ops.tokens.rows is None else ops.tokens.rows[self.start : self.stop]
             grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
@@ -185,7 +186,7 @@ def _add_to_columns(
     """dz.T @ factor into rows of `out`, which begins with column `out_first`; the sums of dz into `bias`."""
     EXTENSION.add_to_columns(
         **tile.fields,
-        **{"factor_first": 0} | factor,
+        **{"factor_first": 0, "in_bf16": False} | factor,
         out=out,
         out_first=out_first,
         fresh=fresh,
@@ -216,7 +217,7 @@ class _ColumnSums:
             multiply(tile.data[:, : self.last - self.first].to(hidden.dtype).T, hidden.T, rows)
             out = None
         if out is not None or grads.bias is not None:
-            _add_to_columns(ops, tile, out, self.out_first, self.fresh, bias=grads.bias, **ops.hidden)
+            _add_to_columns(ops, tile, out, self.out_first, self.fresh, bias=grads.bias, **ops.hidden_factor(tile))
         if grads.lora_b is not None:
             factor = {"factor": low_rank, "factor_first": low_rank_first, "source_rows": None, "rounded": 0}
             _add_to_columns(ops, tile, grads.lora_b, **factor)
@@ -252,7 +253,7 @@ class _Exact:
         low_rank = [ops.low_rank(*chunk) for chunk in chunks]
         hidden = None
         cols, several = ops.slab_cols(min(size, stop - start)), len(chunks) > 1
-        rounds = several or library.takes(stop - start)
+        rounds = several or ops.by_library(stop - start)
         for first in range(0, ops.vocab_size, cols):
             last = min(first + cols, ops.vocab_size)
             columns = None if grads is None else _ColumnSums(ops, grads, first, last, unwritten, rounds)

@@ -15,10 +15,19 @@ from torch import Tensor
 from .. import native
 
 
-def takes(rows: int) -> bool:
+def takes(rows: int, in_bf16: bool = False) -> bool:
     """Whether a library multiplies a tile of so many rows and every column faster than csrc: 0.5 to 0.9 of the time is
-    csrc's from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with AVX-512, H of 256 and 1024, November 2026)."""
-    return rows < 4 or rows >= 96
+    csrc's from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with AVX-512, H of 256 and 1024, November 2026). csrc has
+    no products in units for bf16."""
+    return in_bf16 or rows < 4 or rows >= 96
+
+
+def takes_bf16_rows(*factors: Tensor) -> bool:
+    """Whether csrc can hand rows of them to a library as they lie."""
+    return all(
+        x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.shape[1] <= x.stride(0) < 2**31 and x.shape[0] < 2**31
+        for x in factors
+    )
 
 
 def _cpuinfo() -> str:

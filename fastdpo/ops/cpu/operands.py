@@ -77,7 +77,9 @@ class Operands:
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
         self.num_blocks = num_blocks(self.vocab_size)
         self.rounded = _ROUNDED[head.compute_dtype]
-        self.in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16  # what a library multiplies
+        # What a library multiplies, and whether it can multiply pairs where the factors lie.
+        self.in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16
+        self.pairs_in_bf16 = self.in_bf16 and library.takes_bf16_rows(head.hidden, head.weight)
         self.lora_a = self.lora_b = None
         if head.lora is not None:
             self.lora_a, self.lora_b = (x.to(head.compute_dtype).float() for x in (head.lora.a, head.lora.b))
@@ -93,9 +95,13 @@ class Operands:
         cols = min(TILE_BYTES // (4 * num_rows), TILE_BYTES // (4 * self.hidden_size))
         return max(BLOCK, min(cols, 16384) // BLOCK * BLOCK)
 
+    def by_library(self, rows: int) -> bool:
+        """Whether a library multiplies tiles of so many tokens."""
+        return library.takes(rows, self.in_bf16)
+
     def hidden_rows(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, H] for a library, fp32 or where it multiplies them bf16; None where csrc multiplies."""
-        if not library.takes(stop - start):
+        if not self.by_library(stop - start):
             return None
         rows = self.tokens.source_rows
         if rows is None:
@@ -112,14 +118,15 @@ class Operands:
     def dense(self, start: int, stop: int, first_block: int, blocks: int, vocab_size: int, space: Space) -> Tile:
         return Tile(space.take(stop - start, blocks * BLOCK), first_block, blocks, vocab_size, start)
 
-    @property
-    def hidden(self) -> dict:
-        """The fields of a factor of all tokens."""
-        return {"factor": self.head.hidden, "source_rows": self.tokens.source_rows, "rounded": self.rounded}
+    def hidden_factor(self, tile: Tile) -> dict:
+        """csrc's fields of a factor of all tokens, to be multiplied with that tile."""
+        return {"source_rows": self.tokens.source_rows, **self._factor(self.head.hidden, tile)}
 
-    @property
-    def weight(self) -> dict:
-        return {"factor": self.head.weight, "rounded": self.rounded}
+    def weight_factor(self, tile: Tile) -> dict:
+        return self._factor(self.head.weight, tile)
+
+    def _factor(self, factor: Tensor, tile: Tile) -> dict:
+        return {"factor": factor, "rounded": self.rounded, "in_bf16": self.pairs_in_bf16 and tile.blocks is not None}
 
     def low_rank(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, r] what lora_b is multiplied with, of the tokens from `start` on."""
@@ -146,6 +153,7 @@ class Operands:
             hidden=self.head.hidden,
             source_rows=self.tokens.source_rows,
             rounded=self.rounded,
+            in_bf16=self.pairs_in_bf16 and tile.blocks is not None,
             low_rank=low_rank,
             low_rank_first=low_rank_first,
             lora_b=None if low_rank is None else self.lora_b,

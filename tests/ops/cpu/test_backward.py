@@ -9,7 +9,7 @@ from heads import relative_error, small_head
 from fastdpo.head import LogitTransform, LoRA, Routing
 from fastdpo.ops import native, reference
 from fastdpo.ops.cpu import backward as cpu_backward
-from fastdpo.ops.cpu import operands
+from fastdpo.ops.cpu import library, operands
 from fastdpo.ops.cpu.forward import forward
 from fastdpo.ops.problem import Head, Needs, Tokens, Upstream
 
@@ -28,12 +28,22 @@ def problem(dtype=torch.float32, stored=torch.float32):
     return head, Tokens(leaves.labels, None, None, N)
 
 
+@pytest.fixture(params=["fp32", "bf16", "units for bf16"])
+def stored(request, monkeypatch) -> torch.dtype:
+    """The type of a head, multiplied in fp32 or in bf16."""
+    in_bf16 = request.param == "units for bf16"
+    if in_bf16 and not library.has_bf16():
+        pytest.skip("this torch has no such MKL")
+    monkeypatch.setattr(library, "USES_BF16", in_bf16)
+    for name in ("CROSSOVER", "CROSSOVER_BF16"):
+        monkeypatch.setattr(cpu_backward, name, 1.0)
+    return torch.float32 if request.param == "fp32" else torch.bfloat16
+
+
 @pytest.mark.parametrize("pieces", ["one range", "ranges", "ranges and tiles"])
 @pytest.mark.parametrize("how", ["exact", "one set", "two sets"])
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_pieces_of_any_size_give_the_definition(monkeypatch, stored, how, pieces):
     """With tau of 0 or nearly so every pair is kept with a weight of nearly 1: the exact gradient."""
-    monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
     if pieces != "one range":
         monkeypatch.setattr(cpu_backward, "BUFFER_BYTES", 4 * H * 7)
     if pieces == "ranges and tiles":
@@ -65,12 +75,10 @@ def test_only_what_is_asked_for(wanted):
             assert getattr(one, name) is None
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [0, 1, 5, N])
 @pytest.mark.parametrize("how", ["exact", "routed"])
-def test_no_row_stays_as_it_was_allocated(monkeypatch, how, count, stored):
+def test_no_row_stays_as_it_was_allocated(how, count, stored):
     """What torch.empty gives is NaN here; tokens without a gradient, and blocks without a pair, leave zeros."""
-    monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
     routing = Routing.of(0.3, 0.3, 5) if how == "routed" else None
     head, _ = problem(stored, stored)
     tokens = Tokens(torch.arange(count) * 31, None, None, count)

@@ -8,7 +8,7 @@ from heads import relative_error, small_head
 
 from fastdpo.head import LoRA
 from fastdpo.ops import native
-from fastdpo.ops.cpu import operands
+from fastdpo.ops.cpu import library, operands
 from fastdpo.ops.cpu.operands import Operands, Space, Tile
 from fastdpo.ops.problem import Head, Tokens
 
@@ -44,13 +44,20 @@ LISTS = [[0, 3, 7, 8, 30], [], list(range(31)), [5]]
 
 
 @pytest.mark.parametrize("columns", [1, 15, 37, 256, 300, 517])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_products_and_both_sums_of_listed_rows(isa, dtype, columns):
+@pytest.mark.parametrize("dtype", [*FLOATS, "units for bf16"], ids=str)
+def test_products_and_both_sums_of_listed_rows(isa, monkeypatch, dtype, columns):
     """Whatever depth is left over, whatever lies between rows, with rows in another order than tokens."""
+    in_bf16 = dtype == "units for bf16"
+    if in_bf16 and not library.has_bf16():
+        pytest.skip("this torch has no such MKL")
+    monkeypatch.setattr(library, "USES_BF16", in_bf16)
+    dtype = torch.bfloat16 if in_bf16 else dtype
     vocab_size, count, rows = 3 * 128 + 77, 31, torch.randperm(40)[:31]
     hidden, weight = rows_of(40, columns, dtype, 3), rows_of(vocab_size, columns, dtype, 5)
-    ops = Operands(Head(hidden, weight), Tokens(torch.zeros(count, dtype=torch.int64), rows, rows, 40))
+    head = Head(hidden, weight, compute_dtype=dtype)
+    ops = Operands(head, Tokens(torch.zeros(count, dtype=torch.int64), rows, rows, 40))
     tile = ops.multiply(pairs(vocab_size, LISTS), None, 0)
+    assert ops.weight_factor(tile)["in_bf16"] == in_bf16
     x, y = hidden[rows].double(), weight.double()
     row, dhidden, dweight = 0, torch.zeros_like(x), torch.zeros_like(y)
     for block, tokens in enumerate(LISTS):
@@ -59,17 +66,18 @@ def test_products_and_both_sums_of_listed_rows(isa, dtype, columns):
             dz = tile.data[row, : of_block.stop - of_block.start]
             expected = x[token] @ y[of_block].T
             torch.testing.assert_close(dz.double(), expected, rtol=1e-5, atol=1e-6 * columns)
+            dz = dz.bfloat16() if in_bf16 else dz
             dhidden[token] += dz.double() @ y[of_block]
             dweight[of_block] += dz.double()[:, None] * x[token]
             row += 1
     out = Space().take(count, columns).zero_()
     threads = {"num_threads": 2}
-    C.add_to_tokens(**tile.fields, row_weight=None, **ops.weight, out=out, out_first=0, **threads)
+    C.add_to_tokens(**tile.fields, row_weight=None, **ops.weight_factor(tile), out=out, out_first=0, **threads)
     assert relative_error(out, dhidden) < 1e-6
     for fresh, kind in ((False, torch.float32), (True, torch.float32), (True, dtype)):
         out = torch.full((vocab_size, columns), torch.nan if fresh else 0.0, dtype=kind)
         bias = torch.zeros(vocab_size)
-        fields = {**tile.fields, **ops.hidden, "factor_first": 0, "out_first": 0, **threads}
+        fields = {**tile.fields, **ops.hidden_factor(tile), "factor_first": 0, "out_first": 0, **threads}
         C.add_to_columns(**fields, out=out, fresh=fresh, bias=bias)
         assert relative_error(out, dweight) < max(1e-6, torch.finfo(kind).eps)
 
@@ -86,10 +94,12 @@ def test_blocks_side_by_side(isa, together):
     torch.testing.assert_close(found, hidden[11:677] @ weight[128:last].T, rtol=1e-5, atol=1e-4)
     dhidden, dweight = torch.zeros(700, 70), torch.zeros_like(weight)
     fields = {**tile.fields, "num_threads": 2}
-    C.add_to_tokens(**fields, row_weight=None, **ops.weight, out=dhidden, out_first=0)
+    C.add_to_tokens(**fields, row_weight=None, **ops.weight_factor(tile), out=dhidden, out_first=0)
     assert relative_error(dhidden[11:677], found.double() @ weight[128:last].double()) < 1e-6
     assert not dhidden[:11].any() and not dhidden[677:].any()
-    C.add_to_columns(**fields, **ops.hidden, factor_first=0, out=dweight, out_first=0, fresh=False, bias=None)
+    C.add_to_columns(
+        **fields, **ops.hidden_factor(tile), factor_first=0, out=dweight, out_first=0, fresh=False, bias=None
+    )
     assert relative_error(dweight[128:last], found.T.double() @ hidden[11:677].double()) < 1e-6
     assert not dweight[:128].any() and not dweight[last:].any()
 

@@ -1,0 +1,132 @@
+// The products of picked rows in a processor's units for bf16, by a library's product: rows are gathered, what is
+// multiplied is rounded to bf16, sums are fp32. In the manner of products.h, for pieces of the same tiles.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/products.h"
+
+namespace fastdpo {
+namespace FASTDPO_ISA {
+namespace {
+
+constexpr int64_t kRows = 256;  // of a product whose results are then added to rows that lie apart
+
+// Where a workspace keeps what a library multiplies.
+struct Gathered {
+  BFloat16 *rows, *dz;
+  float* sums;
+  static constexpr int64_t kRowsSize = sizeof(Workspace::panels) / (sizeof(BFloat16));
+
+  explicit Gathered(Workspace& ws)
+      : rows(reinterpret_cast<BFloat16*>(ws.panels)), dz(reinterpret_cast<BFloat16*>(ws.dz)), sums(ws.sums) {}
+};
+static_assert(sizeof(Workspace::dz) >= kBf16Rows * kBlock * sizeof(BFloat16), "dz of a piece");
+static_assert(sizeof(Workspace::sums) >= kBlock * kBf16Columns * sizeof(float), "sums of a block's columns");
+static_assert(sizeof(Workspace::panels) >= kRows * kBf16Columns * sizeof(float), "products to be added");
+static_assert(Gathered::kRowsSize >= kBf16Rows * kBf16Columns, "rows of a piece");
+
+// Rows [begin, end) of a list, their `count` columns from `start` on, side by side.
+void gather(const TokenFactor& factor, const TileRows& rows, int64_t begin, int64_t end, int64_t start, int64_t count,
+            BFloat16* to) {
+  for (int64_t row = begin; row < end; ++row, to += count) {
+    if (row + kAhead < end) prefetch(factor.of(rows.token(row + kAhead), start), count * sizeof(BFloat16));
+    std::memcpy(to, factor.of(rows.token(row), start), count * sizeof(BFloat16));
+  }
+}
+
+void round_row(const float* from, int64_t count, BFloat16* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    const HalfVec half = __builtin_convertvector(bits_of(rounded<DType::kBFloat16>(load(from + i))) >> 16, HalfVec);
+    std::memcpy(to + i, &half, sizeof half);
+  }
+  for (; i < count; ++i) from_float(from[i], to + i);
+}
+
+void bf16_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Workspace& ws) {
+  const TileRows rows = a.tile.part(j, 1);
+  const Gathered space(ws);
+  const int64_t size = a.weight.num_cols, most = Gathered::kRowsSize / (end - begin);
+  for (int64_t start = 0, depth; start < size || start == 0; start += depth) {
+    depth = std::min(most, size - start);
+    gather(a.hidden, rows, begin, end, start, depth, space.rows);
+    bf16_gemm({space.rows, depth, false}, {a.weight.at(rows.column, start), a.weight.stride, false},
+              {rows.data + begin * a.tile.stride, a.tile.stride, start > 0}, end - begin, rows.width, depth);
+    if (depth == 0) break;
+  }
+  if (a.low_rank.data) add_products(a.low_rank, a.lora_b, rows, a.tile.stride, begin, end, true, ws);
+}
+
+// Columns [col, col + kBf16Columns) of what tokens [begin, end) get from every block.
+void bf16_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
+  const Gathered space(ws);
+  const int64_t width = std::min(kBf16Columns, a.factor.num_cols - col);
+  float* products = ws.panels;
+  for (int64_t j = 0; j < a.tile.num_blocks; ++j) {
+    const TileRows rows = a.tile.part(j, 1);
+    int64_t row = std::lower_bound(rows.tokens, rows.tokens + rows.count, begin) - rows.tokens;
+    const int64_t last = std::lower_bound(rows.tokens, rows.tokens + rows.count, end) - rows.tokens;
+    while (row < last) {
+      float* out[kRows];
+      int64_t size = 0;
+      for (; row < last && size < kRows; ++row) {
+        if (a.row_weight && a.row_weight[rows.offset + row] == 0.0f) continue;
+        round_row(rows.data + row * a.tile.stride, rows.width, space.dz + size * kBlock);
+        out[size++] = a.out + (rows.token(row) - a.out_first) * a.out_stride + col;
+      }
+      if (size == 0) continue;
+      bf16_gemm({space.dz, kBlock, false}, {a.factor.at(rows.column, col), a.factor.stride, true},
+                {products, width, false}, size, width, rows.width);
+      for (int64_t r = 0; r < size; ++r)
+        for (int64_t i = 0; i < width; ++i) out[r][i] += products[r * width + i];
+    }
+  }
+}
+
+// Columns [col, col + kBf16Columns) of what the rows of part j get from all its tokens.
+void bf16_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace& ws) {
+  const TileRows rows = a.tile.part(j, 1);
+  const int64_t width = std::min(kBf16Columns, a.factor.num_cols - col);
+  if (rows.count == 0 || !a.out) {  // nothing to multiply
+    for (int64_t i = 0; i < width; i += kBlock) add_to_columns(a, j, col + i, ws);
+    return;
+  }
+  const Gathered space(ws);
+  const int64_t first = (rows.column - a.out_first) * a.out_stride + col;
+  const bool direct = a.out_type == DType::kFloat32 && fits_a_library(a.out_stride, rows.width, width);
+  float* to = direct ? static_cast<float*>(a.out) + first : space.sums;
+  for (int64_t start = 0; start < rows.count; start += kBf16Rows) {
+    const int64_t end = std::min(start + kBf16Rows, rows.count);
+    gather(a.factor, rows, start, end, col, width, space.rows);
+    for (int64_t row = start; row < end; ++row)
+      round_row(rows.data + row * a.tile.stride, rows.width, space.dz + (row - start) * kBlock);
+    bf16_gemm({space.dz, kBlock, true}, {space.rows, width, true},
+              {to, direct ? a.out_stride : width, start > 0 || (direct && !a.fresh)}, rows.width, width, end - start);
+    if (!a.bias || col > 0) continue;
+    float sum[kBlock] = {};
+    for (int64_t row = start; row < end; ++row)
+      for (int64_t i = 0; i < rows.width; ++i) sum[i] += rows.data[row * a.tile.stride + i];
+    for (int64_t i = 0; i < rows.width; ++i) a.bias[rows.column + i] += sum[i];
+  }
+  if (direct) return;
+  by_type(a.out_type, [&](auto x) {
+    auto* out = static_cast<decltype(x)*>(a.out) + first;
+    for (int64_t i = 0; i < rows.width; ++i) add_rounded(out + i * a.out_stride, to + i * width, width, a.fresh);
+  });
+}
+
+// By either.
+void any_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Workspace& ws) {
+  (a.in_bf16 ? bf16_products : products)(a, j, begin, end, ws);
+}
+void any_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
+  (a.in_bf16 ? bf16_add_to_tokens : add_to_tokens)(a, col, begin, end, ws);
+}
+void any_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace& ws) {
+  (a.in_bf16 ? bf16_add_to_columns : add_to_columns)(a, j, col, ws);
+}
+
+}  // namespace
+}  // namespace FASTDPO_ISA
+}  // namespace fastdpo
