@@ -1,5 +1,5 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
-# make test    set up .venv and run the tests
+# make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 -m ''" runs all, in four processes
 # make sanitize    the CUDA kernels executed on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
@@ -18,6 +18,8 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 TRITON = 3.6.0
+# Processes of one thread each: more threads than cores wait for each other.
+TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
 .PHONY: demo test sanitize test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
@@ -40,7 +42,7 @@ demo: $(VENV)/installed-demo
 	$(RUN) -m fastdpo.demo --output demo_output $(DEMO_ARGS)
 
 test: $(VENV)/installed-test
-	$(RUN) -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(TEST_ARGS)
 
 sanitize: $(VENV)/installed-test
 	$(RUN) -m tests.cuda_on_cpu $(TEST_ARGS)

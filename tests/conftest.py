@@ -21,6 +21,21 @@ import fastdpo
 ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    """Files in an order of the run's own, and in each the tests: none may need what another left behind."""
+    interpreted = not torch.cuda.is_available()
+    for item in items:
+        engine = getattr(item, "callspec", None) and item.callspec.params.get("engine")
+        if interpreted and engine == "triton" and item.get_closest_marker("slow_in_the_interpreter"):
+            item.add_marker(pytest.mark.slow)
+    worker = getattr(
+        config, "workerinput", {"testrunuid": os.urandom(8).hex()}
+    )  # one order for all of a run's processes
+    order = random.Random(os.environ.get("FASTDPO_TEST_SEED", worker["testrunuid"]))
+    files = {item.path: order.random() for item in items}
+    items.sort(key=lambda item: (files[item.path], order.random()))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if interpreter_problem():
         terminalreporter.write_line(f"not run: tests of the Triton engine: {interpreter_problem()}")

@@ -37,6 +37,7 @@ def build_wheel(tmp_path: Path, **environment) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
+@pytest.mark.slow
 def test_isolated_build_holds_the_extension(tmp_path):
     if not native.available():
         pytest.skip(f"no native extension here: {native.REASON}")
@@ -85,6 +86,7 @@ def test_a_broken_compiler_fails_only_where_the_extension_is_required(tmp_path):
     assert "this compiler is broken" in json.loads(wheel.read("fastdpo/_build.json"))["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["FASTDPO_CUDA_ARCHS is empty", "cannot compile for 35", "this nvcc is broken"])
 def test_without_cuda_kernels_the_rest_is_built(tmp_path, why):
     if not native.available():

@@ -50,6 +50,7 @@ def dry_run(tmp_path_factory) -> dict:
     return {**json.loads((folder / "result.json").read_text()), "printed": done.stdout}
 
 
+@pytest.mark.slow
 def test_a_dry_run_walks_every_stage(dry_run):
     from benchmarks.gpu.cases import GROUPS
     from benchmarks.gpu.shapes import GRID

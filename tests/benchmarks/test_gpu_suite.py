@@ -81,6 +81,7 @@ def until(holds, folder: Path, seconds: float = 60.0) -> dict:
     raise AssertionError(f"never: {(folder / 'log.txt').read_text()}")
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_contender_leaves_all_others(environment, tmp_path, capfd):
     from benchmarks.gpu.processes import run
     from benchmarks.gpu.results import Results
@@ -111,6 +112,7 @@ def test_a_fault_of_one_contender_leaves_all_others(environment, tmp_path, capfd
     assert 'raise ValueError("bad shape")' in printed
 
 
+@pytest.mark.slow
 def test_what_was_measured_outlives_a_kill_and_a_second_run_goes_on(tmp_path):
     options = "--stages", "first", "target"
     killed = suite(tmp_path, *options)

@@ -46,6 +46,7 @@ def expected() -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_ranks_train_as_one_process_with_logits(script, expected):
     script, *options = script.split()

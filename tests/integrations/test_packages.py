@@ -36,6 +36,7 @@ def outcomes() -> dict:
     return dict(zip(CASES, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_one_package_at_a_time(case, outcomes):
     assert outcomes[case] == ""

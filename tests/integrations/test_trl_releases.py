@@ -65,6 +65,7 @@ def unpatched():
     assert {key for key, value in originals.items() if now[key] is not value} == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_parity(case, train):
     kind, dataset, config = CASES[case]
@@ -114,6 +115,7 @@ KINDS = ("DPO", "CPO")
 LIVES = [(life, kind) for life in LIFE for kind in KINDS if life != "torch.compile" or kind == "CPO"]  # 20 s
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("life", "kind"), LIVES)
 def test_life(life, kind, train):
     config = LIFE[life]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,6 +60,8 @@ class Tile:
 
 # What every kernel is compiled with: Triton's defaults change, and what is checked ahead of time is what runs.
 OPTIONS = {"enable_fp_fusion": True}
+# Triton's interpreter, which knows one program at a time, of whichever thread
+_TURN = threading.Lock() if triton.knobs.runtime.interpret else contextlib.nullcontext()
 
 
 @functools.cache
@@ -109,7 +112,8 @@ def launch(kernel, grid: tuple[int, ...], tile: Tile | None = None, *, warps: in
     if Recorder.active is not None:
         Recorder.active.launches.append((kernel, grid, arguments, warps, stages))
         return
-    kernel[grid](**arguments, num_warps=warps, num_stages=stages, **OPTIONS)
+    with _TURN:
+        kernel[grid](**arguments, num_warps=warps, num_stages=stages, **OPTIONS)
 
 
 def are_aligned(*tensors: Tensor) -> bool:

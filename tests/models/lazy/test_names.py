@@ -246,6 +246,7 @@ def worth_comparing(home: str) -> list:
 @pytest.mark.parametrize(
     ("dtype", "grad", "taken"), [(torch.float32, True, TAKEN), (torch.float32, False, 1), (torch.bfloat16, True, 1)]
 )
+@pytest.mark.slow
 def test_every_name(home, dtype, grad, taken):
     differences = []
     for name, operation, takes in worth_comparing(home):

@@ -21,6 +21,7 @@ COMPILERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", COMPILERS)
 def test_values_and_gradients_of_the_baseline(which, tmp_path):
     compiler, runner = COMPILERS[which]

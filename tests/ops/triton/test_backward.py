@@ -13,6 +13,7 @@ from fastdpo.ops.triton import backward, memory
 from fastdpo.ops.triton.forward import forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ROUTED)
 @pytest.mark.parametrize("crossover", [1.0, 0.0])
 def test_many_ranges_rounds_and_slabs(small_workspaces, monkeypatch, how, crossover):
@@ -42,6 +43,7 @@ def test_many_ranges_rounds_and_slabs(small_workspaces, monkeypatch, how, crosso
     case.check(torch.randn(300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("crossover", [1.0, 0.0])
 def test_tokens_that_ranges_and_chunks_do_not_divide(monkeypatch, crossover, trained):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from heads import peaked_head, relative_error, small_head
 from triton_case import DEVICE, Case
@@ -11,6 +12,7 @@ from fastdpo.ops.triton import call as triton_call
 from fastdpo.ops.triton.launch import Target
 
 
+@pytest.mark.slow
 def test_deterministic_algorithms_add_dhidden_in_order(monkeypatch, deterministic):
     """Whatever the groups of tokens that the programs have: 1, 2 or 4 of the 4 x 128. (A row's bits depend on its place
     in a product of the interpreter's, so there only equal groups give equal bits.)"""

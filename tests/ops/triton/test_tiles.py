@@ -57,6 +57,7 @@ def on(monkeypatch):
     return architecture
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ROUTED)
 @pytest.mark.parametrize("architecture, operands", differing(""))
 def test_one_head(on, architecture, operands, how):
@@ -72,6 +73,7 @@ def test_one_head(on, architecture, operands, how):
     case.check(torch.randn(70), coef_entropy, tolerance=5e-6 if dtype == torch.float32 else 2e-3, roundings=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ROUTED)
 @pytest.mark.parametrize("architecture, operands", differing("divergence"))
 def test_two_heads(on, architecture, operands, how):

@@ -50,6 +50,7 @@ def test_logps_that_are_not_routed():
     case.check(upstream)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["exact", "routed"])
 @pytest.mark.parametrize("crossover", [1.0, 0.0])
 def test_many_ranges_rounds_and_slabs(small_workspaces, monkeypatch, how, crossover):
@@ -99,6 +100,7 @@ def test_repeats_bit_for_bit(deterministic):
     assert torch.equal(first.hidden, second.hidden) and torch.equal(first.weight, second.weight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_mean_over_draws_is_the_exact_gradient(kind):
     """16 tokens of one row, whose draws are independent, 12 times."""

@@ -1,0 +1,172 @@
+"""What a call takes for granted about the process around it: memory, threads, forks, repetition, sizes past 32 bits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from heads import small_head
+
+import fastdpo
+
+OPTIONS = {"softcap": 5.0, "temperature": 1.3, "tau": 0.3, "seed": 5}
+
+
+def step(head, **options):
+    """The log-probs, an entropy, and every gradient, of fresh leaves."""
+    leaves = head.leaves(torch.float32)
+    given = leaves.hidden, leaves.weight, leaves.labels, leaves.bias
+    stats = fastdpo.linear_token_stats(*given, stats=("entropy",), lora=leaves.lora, **{**OPTIONS, **options})
+    (stats.logps * 2 + stats.entropy).sum().backward()
+    return [stats.logps.detach(), stats.entropy.detach(), *(x.grad for x in leaves.tensors().values())]
+
+
+def same(found, expected) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_gradcheck_of_log_probs_and_statistics():
+    head = small_head(N=3, V=131, H=3, bias=True, lora=True)
+
+    def outputs(hidden, weight, bias, a, b, backward):
+        options = {"lora": (a, b, head.lora[2]), "backward": backward, "softcap": 3.0, "logit_scale": 0.9}
+        options |= {} if backward == "exact" else {"tau": 0.0, "seed": 1}
+        found = fastdpo.linear_token_stats(
+            hidden, weight, torch.tensor([130, -100, 7]), bias, stats=("entropy",), **options
+        )
+        return found.logps, found.entropy
+
+    for backward in ("exact", "routed"):
+        leaves = head.leaves(torch.float64).tensors().values()
+        assert torch.autograd.gradcheck(lambda *x, how=backward: outputs(*x, how), tuple(leaves))
+
+
+def test_the_same_bits_again_and_again(engine):
+    head = small_head(N=9, V=300, H=16, bias=True, lora=True, masked=True)
+    first = step(head)
+    for _ in range({"cpu": 1000, "reference": 100, "triton": 3}[engine]):
+        assert same(step(head), first)
+
+
+def test_nothing_is_read_before_it_is_written(engine):
+    """What torch.empty gives is NaN under deterministic algorithms."""
+    head = small_head(N=9, V=300, H=16, bias=True, lora=True, masked=True)
+    logits, labels = torch.randn(9, 300), head.labels
+    first = step(head), fastdpo.selective_log_softmax(logits, labels)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        second = step(head), fastdpo.selective_log_softmax(logits, labels)
+    finally:
+        torch.use_deterministic_algorithms(before)
+    for found, expected in zip((*second[0], second[1]), (*first[0], first[1])):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_at_once_get_what_each_gets_alone(engine):
+    heads = [small_head(N=5 + i, V=130 + 64 * i, H=8 + 4 * i, bias=True, masked=i % 2 == 0) for i in range(4)]
+    alone = [step(head) for head in heads]
+    barrier = threading.Barrier(len(heads))
+
+    def work(i: int) -> bool:
+        barrier.wait()
+        return all(same(step(heads[i]), alone[i]) for _ in range(2 if engine == "triton" else 30))
+
+    with ThreadPoolExecutor(len(heads)) as pool:
+        assert all(pool.map(work, range(len(heads))))
+
+
+class Scored(torch.utils.data.Dataset):
+    """Log-probs that a loader's workers compute: processes that were forked after the parent had computed."""
+
+    def __init__(self, head):
+        self.head = head
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        return torch.stack([step(self.head)[0], torch.full_like(step(self.head)[0], torch.get_num_threads())])
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_loaders_workers_compute_too(monkeypatch, context):
+    monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
+    head = small_head(N=200, V=300, H=16, masked=True, bias=True)
+    expected = step(head)[0]
+    loader = torch.utils.data.DataLoader(
+        Scored(head), batch_size=None, num_workers=2, multiprocessing_context=context, timeout=120
+    )
+    for logps, threads in loader:
+        torch.testing.assert_close(logps, expected)
+        assert (threads == 1).all()  # torch's own rule for workers, which the kernels keep
+    assert same(step(head)[:1], [expected])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [3, 5])
+def test_rows_whose_elements_lie_past_32_bits(monkeypatch, count, dtype):
+    """Memory that nobody touches costs nothing: three rows are 2 ** 30 + 3 elements apart, five of them 2 ** 29 + 5."""
+    monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
+    apart, columns = {3: 2**30 + 3, 5: 2**29 + 5}[count], 24
+    weight, labels = torch.randn(260, columns).to(dtype), torch.tensor([3, 259, 128, 0, 77])[:count]
+    try:
+        far = torch.empty((count - 1) * apart + columns, dtype=dtype).as_strided((count, columns), (apart, 1))
+        far_weight = torch.empty(259 * 2**23 + columns, dtype=dtype).as_strided(weight.shape, (2**23, 1))
+    except RuntimeError:
+        pytest.skip("not so much address space")
+    assert far.stride(0) * (count - 1) >= 2**31 and far_weight.stride(0) * 259 >= 2**31
+    near = far.copy_(torch.randn(count, columns)).clone()
+    far_weight.copy_(weight)
+    results = []
+    for x, y in ((near, weight), (far, weight), (near, far_weight), (far, far_weight)):
+        x, y = x.detach().requires_grad_(), y.detach().requires_grad_()
+        logps = fastdpo.linear_logps(x, y, labels, tau=0.0, seed=1)
+        dx, dy = torch.autograd.grad(logps.sum(), (x, y))
+        results.append((logps.detach(), dx.contiguous(), dy.contiguous()))
+    for other in results[1:]:
+        for found, expected in zip(other, results[0]):
+            torch.testing.assert_close(found, expected)
+    if dtype == torch.float32:
+        logits = far  # rows of a vocabulary of `columns`
+        torch.testing.assert_close(
+            fastdpo.selective_log_softmax(logits, labels.clamp(max=columns - 1)),
+            fastdpo.selective_log_softmax(near, labels.clamp(max=columns - 1)),
+        )
+
+
+class Scores(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(16, 300)
+
+    def forward(self, hidden, labels):
+        return fastdpo.linear_logps(hidden, self.head.weight, labels, self.head.bias)
+
+
+def test_an_exported_program_computes_the_same_after_its_file(monkeypatch):
+    monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
+    model, labels = Scores(), torch.randint(0, 300, (7,))
+    hidden, batch = torch.randn(7, 16), torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(model, (hidden, labels), dynamic_shapes=({0: batch}, {0: batch}))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for count in (7, 40):
+        hidden, labels = torch.randn(count, 16), torch.randint(0, 300, (count,))
+        torch.testing.assert_close(loaded(hidden, labels), model(hidden, labels))
+
+
+def test_a_loss_module_is_copied_and_pickled():
+    loss = fastdpo.LinearDPOLoss(beta=0.3, loss_type="ipo")
+    head = small_head(N=12, V=300, H=16).leaves(torch.float32, False)
+    given = head.hidden.view(4, 3, 16), head.weight, head.labels.view(4, 3)
+    expected = loss(*given, ref_logps=torch.zeros(4)).loss
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(other(*given, ref_logps=torch.zeros(4)).loss, expected)
