@@ -45,7 +45,7 @@ test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(TEST_ARGS)
 
 sanitize: $(VENV)/installed-test
-	$(RUN) -m tests.cuda_on_cpu $(TEST_ARGS)
+	$(RUN) -m tests.cuda_on_cpu $(SANITIZE_ARGS)
 
 models: $(VENV)/installed-test
 	$(RUN) tests/model_matrix.py $(MODELS_ARGS)
