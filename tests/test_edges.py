@@ -14,16 +14,73 @@ from heads import small_head
 
 import fastdpo
 
-OPTIONS = {"softcap": 5.0, "temperature": 1.3, "tau": 0.3, "seed": 5}
+ROUTED = {"tau": 0.3, "seed": 5}
 
 
-def step(head, **options):
-    """The log-probs, an entropy, and every gradient, of fresh leaves."""
-    leaves = head.leaves(torch.float32)
-    given = leaves.hidden, leaves.weight, leaves.labels, leaves.bias
-    stats = fastdpo.linear_token_stats(*given, stats=("entropy",), lora=leaves.lora, **{**OPTIONS, **options})
-    (stats.logps * 2 + stats.entropy).sum().backward()
-    return [stats.logps.detach(), stats.entropy.detach(), *(x.grad for x in leaves.tensors().values())]
+def leaves_of(head):
+    return head.leaves(torch.float32)
+
+
+def log_probs(head):
+    x = leaves_of(head)
+    given, options = (x.hidden, x.weight, x.labels, x.bias), {"softcap": 5.0, "temperature": 1.3, **ROUTED}
+    stats = fastdpo.linear_token_stats(*given, stats=("entropy",), lora=x.lora, **options)
+    return x, (stats.logps, stats.entropy)
+
+
+def divergence(head, **options):
+    x = leaves_of(head)
+    found = fastdpo.linear_divergence(
+        x.hidden, x.weight, x.hidden.detach() + 0.1, x.weight.detach(), x.labels, x.bias, x.bias.detach(), **options
+    )
+    return x, (found.divergence,)
+
+
+def topk(head):
+    x = leaves_of(head)
+    ids = torch.arange(4) * 30 + torch.arange(len(x.labels))[:, None] % 7
+    teacher = (torch.ones(ids.shape) / 5).log()
+    return x, (fastdpo.topk_divergence(x.hidden, x.weight, ids, teacher, x.bias, **ROUTED),)
+
+
+def dpo(head):
+    x = leaves_of(head)
+    count = len(x.labels) // 2 * 2
+    hidden, labels = x.hidden[:count].view(2, count // 2, -1), x.labels[:count].view(2, -1)
+    found = fastdpo.linear_dpo_loss(hidden, x.weight, labels, bias=x.bias, ref_logps=torch.zeros(2), **ROUTED)
+    return x, (found.loss, found.chosen_rewards)
+
+
+def selective(head):
+    logits = torch.linspace(-3, 3, len(head.labels) * 300).view(-1, 300).sin().requires_grad_()
+    x = type(head)(logits, logits.detach(), head.labels)
+    return x, fastdpo.selective_log_softmax(logits, head.labels % 300, return_entropy=True)
+
+
+def preference(head):
+    x = leaves_of(head)
+    chosen, rejected = x.hidden.sum(1), x.hidden.sin().sum(1)
+    found = fastdpo.preference_loss(chosen, rejected, chosen.detach() / 2, rejected.detach() / 3)
+    return x, (found.loss, found.losses)
+
+
+CALLS = {
+    "log-probs": log_probs,
+    "divergence": lambda head: divergence(head, **ROUTED),
+    "jsd": lambda head: divergence(head, kind="jsd", backward="exact"),
+    "top-k": topk,
+    "dpo": dpo,
+    "selective": selective,
+    "preference": preference,
+}
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+def step(head, call: str = "log-probs"):
+    """What a call returns, and every gradient, of fresh leaves."""
+    x, outputs = CALLS[call](head)
+    sum((i + 1) * y.sum() for i, y in enumerate(outputs) if y.requires_grad).backward()
+    return [*(y.detach() for y in outputs), *(leaf.grad for leaf in x.tensors().values() if leaf.grad is not None)]
 
 
 def same(found, expected) -> bool:
@@ -46,36 +103,40 @@ def test_gradcheck_of_log_probs_and_statistics():
         assert torch.autograd.gradcheck(lambda *x, how=backward: outputs(*x, how), tuple(leaves))
 
 
-def test_the_same_bits_again_and_again(engine):
+@every_call
+@pytest.mark.slow_in_the_interpreter
+def test_the_same_bits_again_and_again(engine, call):
     head = small_head(N=9, V=300, H=16, bias=True, lora=True, masked=True)
-    first = step(head)
-    for _ in range({"cpu": 1000, "reference": 100, "triton": 3}[engine]):
-        assert same(step(head), first)
+    first = step(head, call)
+    for _ in range({"cpu": 1000 if call == "log-probs" else 100, "reference": 30, "triton": 2}[engine]):
+        assert same(step(head, call), first)
 
 
-def test_nothing_is_read_before_it_is_written(engine):
+@every_call
+def test_nothing_is_read_before_it_is_written(engine, call):
     """What torch.empty gives is NaN under deterministic algorithms."""
     head = small_head(N=9, V=300, H=16, bias=True, lora=True, masked=True)
-    logits, labels = torch.randn(9, 300), head.labels
-    first = step(head), fastdpo.selective_log_softmax(logits, labels)
+    first = step(head, call)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        second = step(head), fastdpo.selective_log_softmax(logits, labels)
+        second = step(head, call)
     finally:
         torch.use_deterministic_algorithms(before)
-    for found, expected in zip((*second[0], second[1]), (*first[0], first[1])):
+    for found, expected in zip(second, first, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_threads_at_once_get_what_each_gets_alone(engine):
+@every_call
+@pytest.mark.slow_in_the_interpreter
+def test_threads_at_once_get_what_each_gets_alone(engine, call):
     heads = [small_head(N=5 + i, V=130 + 64 * i, H=8 + 4 * i, bias=True, masked=i % 2 == 0) for i in range(4)]
-    alone = [step(head) for head in heads]
+    alone = [step(head, call) for head in heads]
     barrier = threading.Barrier(len(heads))
 
     def work(i: int) -> bool:
         barrier.wait()
-        return all(same(step(heads[i]), alone[i]) for _ in range(2 if engine == "triton" else 30))
+        return all(same(step(heads[i], call), alone[i]) for _ in range(1 if engine == "triton" else 20))
 
     with ThreadPoolExecutor(len(heads)) as pool:
         assert all(pool.map(work, range(len(heads))))

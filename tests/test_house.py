@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -62,6 +63,16 @@ def test_every_module_has_the_test_file_of_its_name():
         if not (folder / f"test_{path.stem.strip('_')}.py").exists():
             missing.append(name)
     assert not missing, f"modules without a test file of their name: {', '.join(missing)}"
+
+
+def test_every_test_that_the_matrix_names_exists():
+    tests = ROOT / "tests"
+    named = re.findall(r"`(\w+)::(\w+)`", (tests / "README.md").read_text())
+    files = {path.stem.removeprefix("test_"): "" for path in tests.rglob("test_*.py")}
+    for path in tests.rglob("test_*.py"):  # several folders have files of one name
+        files[path.stem.removeprefix("test_")] += path.read_text()
+    missing = [f"{file}::{name}" for file, name in named if f"def test_{name}(" not in files.get(file, "")]
+    assert len(named) > 100 and not missing, missing
 
 
 @pytest.mark.parametrize("folder", ["fastdpo", "csrc", "benchmarks", "tools"])
