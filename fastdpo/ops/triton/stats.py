@@ -96,12 +96,15 @@ def store_block(product, transform, block, i, exists, label, is_plain, label_log
     where = i * num_blocks + block  # a chunk's sums are far fewer than 2^31
     exists = exists & (i * 0 + block < num_blocks)  # a scalar comparison would lose its type in the interpreter
     is_plain = is_plain & (scale > 0)
+    # A mask changes no bit of what other rows of the program get: a row must not see its neighbours' labels.
     if is_plain:
         if sums.sum is not None:
             tl.store(sums.sum + where, tl.sum(x, 1) * scale, mask=exists)
     else:
-        x = _masked(x * scale, block, where, i, exists, label, label_logit, sums, V)
-        scale = tl.cast(1.0, tl.float32)
+        if scale <= 0:  # the largest x is not of the largest logit
+            x *= scale
+            scale = tl.cast(1.0, tl.float32)
+        x = _masked(x, scale, block, where, i, exists, label, label_logit, sums, V)
     s2 = scale * LOG2E
     top = tl.max(x, 1)
     largest = tl.maximum(top, LOWEST)
@@ -128,19 +131,20 @@ def store_block(product, transform, block, i, exists, label, is_plain, label_log
 
 
 @triton.jit
-def _masked(z, block, where, i, exists, label, label_logit, sums, V):
-    """Logits without the labels' own and without columns from V on; stores what needs to tell them apart."""
+def _masked(x, scale, block, where, i, exists, label, label_logit, sums, V):
+    """`x`, a logit's part of `scale`, without the labels' own and without columns from V on; stores what needs to tell
+    them apart."""
     column = block * BLOCK + tl.arange(0, BLOCK)
     here = exists & (label >= block * BLOCK) & (label < tl.minimum((block + 1) * BLOCK, V))
-    tl.store(label_logit + i, tl.sum(tl.where(column[None, :] == label[:, None], z, 0.0), 1), mask=here)
+    tl.store(label_logit + i, tl.sum(tl.where(column[None, :] == label[:, None], x, 0.0), 1) * scale, mask=here)
     if sums.sum is not None:
-        tl.store(sums.sum + where, tl.sum(tl.where((column < V)[None, :], z, 0.0), 1), mask=exists)
+        tl.store(sums.sum + where, tl.sum(tl.where((column < V)[None, :], x, 0.0), 1) * scale, mask=exists)
     if sums.before is not None:
-        left = tl.where(column[None, :] < tl.minimum(label, V)[:, None], z, float("-inf"))
-        tl.store(sums.before + where, tl.max(left, 1), mask=exists)
-        right = tl.where((column[None, :] > label[:, None]) & (column < V)[None, :], z, float("-inf"))
-        tl.store(sums.after + where, tl.max(right, 1), mask=exists)
-    return tl.where((column[None, :] != label[:, None]) & (column < V)[None, :], z, float("-inf"))
+        left = tl.where(column[None, :] < tl.minimum(label, V)[:, None], x, float("-inf"))
+        tl.store(sums.before + where, tl.max(left, 1) * scale, mask=exists)
+        right = tl.where((column[None, :] > label[:, None]) & (column < V)[None, :], x, float("-inf"))
+        tl.store(sums.after + where, tl.max(right, 1) * scale, mask=exists)
+    return tl.where((column[None, :] != label[:, None]) & (column < V)[None, :], x, float("-inf"))
 
 
 @triton.jit
