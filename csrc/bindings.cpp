@@ -51,6 +51,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   Torch::get();  // here, where no other thread can wait for it with the GIL in its hands
 
   m.attr("BLOCK") = kBlock;
+  m.attr("BLOCKS_TOGETHER") = kTogether;
   m.attr("ONE") = kOne;
   m.attr("ROW_STATS") = py::cast(std::vector<std::string>(std::begin(kRowStatsNames), std::end(kRowStatsNames)));
   m.attr("ROW_STATS_SIZE") = kRowStatsSize;

@@ -99,14 +99,16 @@ def linear_logps(
         Logits are never rounded below fp32 before the log-sum-exp; all sums are fp32 or wider; gradients are rounded
         once. Tensors may have any strides; one that does not keep its values in strided memory (quantized, sparse,
         nested, subclasses with operations of their own) is refused. On the CPU results are bitwise repeatable
-        for one seed. Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add
-        nothing to the other gradients; of K labels, NaN in their own place of the result. With K > 1 a weight in a half
-        type has its gradient's rows of the labels rounded twice (the others, and all other gradients, once), a call
-        takes some 40 bytes more for each label, a head that is sharded over ranks with tokens of their own is always
-        gathered, and what is sampled is the tail of a row's likeliest label. Gradients are computed only for tensors
-        that require them. Without
-        `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a GPU on the way
-        to its engine.
+        for one seed. A token's log-prob has the same bits whatever other tokens are in the call, as where training must
+        match inference: on a GPU always, on the CPU under ``torch.use_deterministic_algorithms(True)``, where otherwise
+        the last bits depend on how many there are (fp64 inputs, and the reference engine, do not promise it).
+        Out-of-range labels give NaN in their own row of the result and of `hidden`'s gradient and add nothing to the
+        other gradients; of K labels, NaN in their own place of the result. With K > 1 a weight in a half type has its
+        gradient's rows of the labels rounded twice (the others, and all other gradients, once), a call takes some 40
+        bytes more for each label, a head that is sharded over ranks with tokens of their own is always gathered, and
+        what is sampled is the tail of a row's likeliest label. Gradients are computed only for tensors that require
+        them. Without `check_labels` and `vocab_group` a call is one operator to torch.compile, and nothing waits for a
+        GPU on the way to its engine.
 
     Source: DPO's per-token log-probabilities, Rafailov et al., arXiv 2305.18290; routed: fastdpo/routing.py.
     """

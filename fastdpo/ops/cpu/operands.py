@@ -77,8 +77,12 @@ class Operands:
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
         self.num_blocks = num_blocks(self.vocab_size)
         self.rounded = _ROUNDED[head.compute_dtype]
+        # A library's sums hang on how many rows it is given; csrc's, by which a token has the same bits in every batch,
+        # on nothing but their length.
+        self.batch_invariant = torch.are_deterministic_algorithms_enabled()
         # What a library multiplies, and whether it can multiply pairs where the factors lie.
-        self.in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16
+        in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16
+        self.in_bf16 = in_bf16 and not self.batch_invariant
         self.pairs_in_bf16 = self.in_bf16 and library.takes_bf16_rows(head.hidden, head.weight)
         self.lora_a = self.lora_b = None
         if head.lora is not None:
@@ -92,12 +96,16 @@ class Operands:
 
     def slab_cols(self, num_rows: int) -> int:
         """Vocabulary columns per tile, a multiple of BLOCK."""
-        cols = min(TILE_BYTES // (4 * num_rows), TILE_BYTES // (4 * self.hidden_size))
-        return max(BLOCK, min(cols, 16384) // BLOCK * BLOCK)
+        cols = min(TILE_BYTES // (4 * num_rows), TILE_BYTES // (4 * self.hidden_size), 16384)
+        # Those blocks that csrc adds to a token's dhidden at once: the same ones, however many rows a tile has, up to
+        # the 4096 of chunk_rows.
+        unit = EXTENSION.BLOCKS_TOGETHER * BLOCK if self.batch_invariant else BLOCK
+        unit = unit if cols >= unit else BLOCK
+        return max(BLOCK, cols // unit * unit)
 
     def by_library(self, rows: int) -> bool:
         """Whether a library multiplies tiles of so many tokens."""
-        return library.takes(rows, self.in_bf16)
+        return not self.batch_invariant and library.takes(rows, self.in_bf16)
 
     def hidden_rows(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, H] for a library, fp32 or where it multiplies them bf16; None where csrc multiplies."""

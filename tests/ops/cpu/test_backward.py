@@ -77,7 +77,8 @@ def test_only_what_is_asked_for(wanted):
 
 @pytest.mark.parametrize("count", [0, 1, 5, N])
 @pytest.mark.parametrize("how", ["exact", "routed"])
-def test_no_row_stays_as_it_was_allocated(how, count, stored):
+@pytest.mark.parametrize("by_library", [False, True])
+def test_no_row_stays_as_it_was_allocated(monkeypatch, by_library, how, count, stored):
     """What torch.empty gives is NaN here; tokens without a gradient, and blocks without a pair, leave zeros."""
     routing = Routing.of(0.3, 0.3, 5) if how == "routed" else None
     head, _ = problem(stored, stored)
@@ -85,6 +86,8 @@ def test_no_row_stays_as_it_was_allocated(how, count, stored):
     head = head.replace(hidden=head.hidden[:count] * 30)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
+    if by_library:  # what asks in Python leaves the products to csrc
+        monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     try:
         saved = forward(head, tokens, routing=routing)
         for coef in (torch.ones(count), torch.zeros(count)):
