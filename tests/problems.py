@@ -46,11 +46,14 @@ class Problem:
     coef: Tensor
     seed: int
 
-    def __repr__(self) -> str:  # what hypothesis shows
+    def __repr__(self) -> str:
         head, kinds = self.head, [name for name in ("bias", "lora") if getattr(self.head, name) is not None]
         (n, hidden_size), vocab_size = head.hidden.shape, len(head.weight)
         shape = f"N={n}, V={vocab_size}, H={hidden_size}, ignored={int((head.labels == -100).sum())}"
         return f"Problem({shape}, {self.dtype}, {kinds}, {self.transform}, {self.backward}, seed={self.seed})"
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(repr(self))
 
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)

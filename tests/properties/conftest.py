@@ -29,7 +29,7 @@ else:
     }
     fixed = "FASTDPO_TEST_SEED" not in os.environ
     hypothesis.settings.register_profile("ci", max_examples=12, derandomize=fixed, **common)
-    hypothesis.settings.register_profile("long", max_examples=50, **common)
+    hypothesis.settings.register_profile("long", max_examples=10, **common)
     hypothesis.settings.load_profile("long" if MINUTES else "ci")
 
 

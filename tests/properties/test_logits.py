@@ -27,6 +27,9 @@ class Logits:
     def __repr__(self) -> str:
         return f"Logits({list(self.logits.shape)}, {self.logits.dtype}, temperature={self.temperature})"
 
+    def _repr_pretty_(self, printer, cycle: bool) -> None:
+        printer.text(repr(self))
+
     def run(self, logits=None, index=None, coef=None):
         """(logps, dlogits)"""
         logits = (self.logits if logits is None else logits).detach().requires_grad_()

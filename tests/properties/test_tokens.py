@@ -9,7 +9,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import (
-    DTYPES,
     ENGINES,
     EPS,
     EVERY_PAIR,
@@ -17,16 +16,12 @@ from problems import (
     SEEDS,
     Problem,
     assert_close,
-    assert_equal,
     assert_times,
     computed_by,
-    gradients,
     problems,
 )
 
 import fastdpo
-from fastdpo.ops.cpu import backward as cpu_backward
-from fastdpo.ops.cpu import operands
 
 engines = pytest.mark.parametrize("engine", ENGINES)
 NO_CAP = st.fixed_dictionaries({}, optional={"logit_scale": st.sampled_from([0.5, 1.7])})
@@ -55,9 +50,9 @@ def test_a_permutation_of_tokens(engine, problem):
     assert_close(problem.rows(order), ours, (logps[order], grads), 2)
 
 
-@given(problems(backwards=(EXACT,)))
-def test_a_permutation_of_tokens_bit_for_bit(problem):
-    order = permutation(problem, len(problem.coef))
+@given(problems(backwards=(EXACT,)), st.integers(1, 200))
+def test_some_tokens_in_any_order_bit_for_bit(problem, size):
+    order = permutation(problem, len(problem.coef))[:size]
     with computed_by("cpu", deterministic=True):
         (logps, grads), (ours, our_grads) = problem.run(), problem.rows(order).run()
     assert torch.equal(ours, logps[order]) and torch.equal(our_grads["hidden"], grads["hidden"][order])
@@ -152,97 +147,6 @@ def test_powers_of_two_between_hidden_and_weight(engine, problem, exponent):
         assert_times(ours[1][name], grad, factors[name])
 
 
-LAYOUTS = {
-    "every other": lambda x: torch.stack((x, x + 1), -1)[..., 0],
-    "transposed": lambda x: x.mT.contiguous().mT if x.ndim > 1 else x,
-    "offset": lambda x: torch.cat((x.new_ones(3), x.reshape(-1)))[3:].view(x.shape),
-    "rows apart": lambda x: torch.nn.functional.pad(x, (2, 3))[..., 2 : 2 + x.shape[-1]],
-    "rows far apart": lambda x: torch.stack((x, x), 0).transpose(0, 1)[:, 0] if x.ndim > 1 else x,
-}
-LAYOUT = st.sampled_from(list(LAYOUTS))
-
-
-@engines
-@given(problems(), st.tuples(LAYOUT, LAYOUT, LAYOUT, LAYOUT))
-def test_layouts(engine, problem, layouts):
-    plain, bit_for_bit = problem.head.leaves(problem.dtype), engine == "cpu"
-    hidden, weight, labels, coef = (
-        LAYOUTS[layout](x) for layout, x in zip(layouts, (plain.hidden, plain.weight, plain.labels, problem.coef))
-    )
-    options = {"lora": plain.lora, **problem.transform, **problem.backward}
-    with computed_by(engine, bit_for_bit):
-        logps = fastdpo.linear_logps(hidden, weight, labels, plain.bias, **options)
-        ours = logps.detach(), gradients(logps, coef, plain.tensors())
-        expected = problem.run()
-    if bit_for_bit:
-        assert_equal(ours, expected)
-    assert_close(problem, ours, expected, 2)
-
-
-@engines
-@given(problems())
-def test_one_upstream_gradient_expanded(engine, problem):
-    with computed_by(engine):
-        expected = problem.but(coef=torch.full_like(problem.coef, 0.7)).run()
-        assert_equal(problem.but(coef=torch.tensor(0.7).expand(len(problem.coef))).run(), expected)
-
-
-@engines
-@given(problems(dtypes=(torch.bfloat16, torch.float16)), st.sampled_from(DTYPES), st.sampled_from(DTYPES))
-def test_types_of_operands(engine, problem, of_weight, of_bias):
-    """Values that every type holds: of the problem's, the first bits."""
-    coarse = problem.head.leaves(torch.bfloat16, False).leaves(torch.float16, False)
-    head = coarse.leaves(torch.bfloat16, False).leaves(torch.float64, False)
-    fits = all(
-        torch.equal(x, y)
-        for x, y in zip(head.tensors().values(), coarse.leaves(torch.float64, False).tensors().values())
-    )
-    assume(fits)
-    problem = problem.but(hidden=head.hidden, weight=head.weight, bias=head.bias, lora=None)
-    leaves = problem.head.leaves(problem.dtype)
-    leaves.weight = leaves.weight.detach().to(of_weight).requires_grad_()
-    if leaves.bias is not None:
-        leaves.bias = leaves.bias.detach().to(of_bias).requires_grad_()
-    with computed_by(engine):
-        logps = fastdpo.linear_logps(
-            leaves.hidden, leaves.weight, leaves.labels, leaves.bias, **problem.transform, **problem.backward
-        )
-        ours = logps.detach(), gradients(logps, problem.coef, leaves.tensors())
-    assert all(ours[1][name].dtype == x.dtype for name, x in leaves.tensors().items())
-    coarsest = problem.but(dtype=torch.bfloat16)
-    assert_close(coarsest, ours, problem.definition(), 2)
-
-
-@given(problems(), st.sampled_from([1 << 12, 1 << 15, 1 << 18]), st.sampled_from([1, 1 << 10, 1 << 14]))
-def test_sizes_of_tiles_and_buffers(problem, tile_bytes, buffer_bytes):
-    with computed_by("cpu", deterministic=True):
-        expected = problem.run()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(operands, "TILE_BYTES", tile_bytes)
-            patch.setattr(cpu_backward, "TILE_BYTES", tile_bytes)
-            patch.setattr(cpu_backward, "BUFFER_BYTES", buffer_bytes)
-            ours = problem.run()
-    assert torch.equal(ours[0], expected[0])
-    assert_close(problem, ours, expected, 2)
-
-
-@given(problems(backwards=(EXACT, EVERY_PAIR, SAMPLED)), st.booleans(), st.integers(2, 5))
-def test_threads_change_no_bit(problem, deterministic, threads):
-    before = torch.get_num_threads()
-    with computed_by("cpu", deterministic):
-        try:
-            torch.set_num_threads(1)
-            expected = problem.run()
-            torch.set_num_threads(threads)
-            ours = problem.run()
-        finally:
-            torch.set_num_threads(before)
-    if deterministic:  # a library's own products may depend on its threads
-        assert_equal(ours, expected)
-    if problem.backward is not SAMPLED:
-        assert_close(problem, ours, expected, 2)
-
-
 @engines
 @given(problems(backwards=(EXACT, EVERY_PAIR)))
 def test_rows_left_out_are_never_read(engine, problem):
@@ -257,13 +161,6 @@ def test_rows_left_out_are_never_read(engine, problem):
     assert not logps[ignored].any() and not grads["hidden"][ignored].any()
     grads["hidden"] = grads["hidden"][kept]
     assert_close(problem.rows(kept), (logps[kept], grads), expected, 2)
-
-
-@engines
-@given(problems())
-def test_labels_of_either_type(engine, problem):
-    with computed_by(engine):
-        assert_equal(problem.but(labels=problem.head.labels.int()).run(), problem.run())
 
 
 @engines
