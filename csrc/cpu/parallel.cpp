@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <exception>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -41,10 +43,14 @@ GompParallel gomp_parallel() {
 GompParallel gomp_parallel() { return nullptr; }
 #endif
 
+constexpr int kMostThreads = 256;  // where there are fewer processors: a runtime that cannot start them all gives up
+
 struct Work {
   const std::function<void(int64_t, int64_t)>* body;
   int64_t count, grain;
   std::atomic<int64_t> next{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;  // the first
 };
 
 void run_pieces(void* argument) {
@@ -52,8 +58,23 @@ void run_pieces(void* argument) {
   for (;;) {
     const int64_t begin = work.next.fetch_add(work.grain);
     if (begin >= work.count) return;
-    (*work.body)(begin, std::min(begin + work.grain, work.count));
+    try {
+      (*work.body)(begin, std::min(begin + work.grain, work.count));
+    } catch (...) {  // may not leave a thread
+      if (!work.failed.test_and_set()) work.error = std::current_exception();
+      work.next = work.count;
+    }
   }
+}
+
+void run_on_threads(Work& work, int threads) {
+  std::vector<std::thread> pool;
+  try {
+    for (int i = 1; i < threads; ++i) pool.emplace_back(run_pieces, &work);
+  } catch (const std::system_error&) {  // as many as there are do the work
+  }
+  run_pieces(&work);
+  for (std::thread& thread : pool) thread.join();
 }
 
 }  // namespace
@@ -62,20 +83,16 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
   const int64_t pieces = (count + grain - 1) / grain;
-  const int threads = static_cast<int>(std::min<int64_t>(std::max(num_threads, 1), pieces));
+  static const int most = std::max(kMostThreads, static_cast<int>(std::thread::hardware_concurrency()));
+  const int threads = static_cast<int>(std::min<int64_t>(std::clamp(num_threads, 1, most), pieces));
   if (threads == 1) return body(0, count);
   Work work;
   work.body = &body;
   work.count = count;
   work.grain = grain;
-  if (const GompParallel parallel = gomp_parallel()) {
-    parallel(run_pieces, &work, static_cast<unsigned>(threads), 0);
-    return;
-  }
-  std::vector<std::thread> pool;
-  for (int i = 1; i < threads; ++i) pool.emplace_back(run_pieces, &work);
-  run_pieces(&work);
-  for (std::thread& thread : pool) thread.join();
+  if (const GompParallel parallel = gomp_parallel()) parallel(run_pieces, &work, static_cast<unsigned>(threads), 0);
+  else run_on_threads(work, threads);
+  if (work.error) std::rethrow_exception(work.error);
 }
 
 const char* parallel_backend() { return gomp_parallel() ? "openmp" : "threads"; }
