@@ -12,19 +12,10 @@ namespace {
 
 constexpr int64_t kRows = 256;  // of a product whose results are then added to rows that lie apart
 
-// Where a workspace keeps what a library multiplies.
-struct Gathered {
-  BFloat16 *rows, *dz;
-  float* sums;
-  static constexpr int64_t kRowsSize = sizeof(Workspace::panels) / (sizeof(BFloat16));
-
-  explicit Gathered(Workspace& ws)
-      : rows(reinterpret_cast<BFloat16*>(ws.panels)), dz(reinterpret_cast<BFloat16*>(ws.dz)), sums(ws.sums) {}
-};
-static_assert(sizeof(Workspace::dz) >= kBf16Rows * kBlock * sizeof(BFloat16), "dz of a piece");
+constexpr int64_t kRowsSize = sizeof(Workspace::rows) / sizeof(BFloat16);
+static_assert(kRows <= kBf16Rows, "dz of a product");
 static_assert(sizeof(Workspace::sums) >= kBlock * kBf16Columns * sizeof(float), "sums of a block's columns");
 static_assert(sizeof(Workspace::panels) >= kRows * kBf16Columns * sizeof(float), "products to be added");
-static_assert(Gathered::kRowsSize >= kBf16Rows * kBf16Columns, "rows of a piece");
 
 // Rows [begin, end) of a list, their `count` columns from `start` on, side by side.
 void gather(const TokenFactor& factor, const TileRows& rows, int64_t begin, int64_t end, int64_t start, int64_t count,
@@ -46,12 +37,11 @@ void round_row(const float* from, int64_t count, BFloat16* to) {
 
 void bf16_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Workspace& ws) {
   const TileRows rows = a.tile.part(j, 1);
-  const Gathered space(ws);
-  const int64_t size = a.weight.num_cols, most = Gathered::kRowsSize / (end - begin);
+  const int64_t size = a.weight.num_cols, most = kRowsSize / (end - begin);
   for (int64_t start = 0, depth; start < size || start == 0; start += depth) {
     depth = std::min(most, size - start);
-    gather(a.hidden, rows, begin, end, start, depth, space.rows);
-    bf16_gemm({space.rows, depth, false}, {a.weight.at(rows.column, start), a.weight.stride, false},
+    gather(a.hidden, rows, begin, end, start, depth, ws.rows);
+    bf16_gemm({ws.rows, depth, false}, {a.weight.at(rows.column, start), a.weight.stride, false},
               {rows.data + begin * a.tile.stride, a.tile.stride, start > 0}, end - begin, rows.width, depth);
     if (depth == 0) break;
   }
@@ -60,7 +50,6 @@ void bf16_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end,
 
 // Columns [col, col + kBf16Columns) of what tokens [begin, end) get from every block.
 void bf16_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
-  const Gathered space(ws);
   const int64_t width = std::min(kBf16Columns, a.factor.num_cols - col);
   float* products = ws.panels;
   for (int64_t j = 0; j < a.tile.num_blocks; ++j) {
@@ -72,11 +61,11 @@ void bf16_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, in
       int64_t size = 0;
       for (; row < last && size < kRows; ++row) {
         if (a.row_weight && a.row_weight[rows.offset + row] == 0.0f) continue;
-        round_row(rows.data + row * a.tile.stride, rows.width, space.dz + size * kBlock);
+        round_row(rows.data + row * a.tile.stride, rows.width, ws.rounded_dz + size * kBlock);
         out[size++] = a.out + (rows.token(row) - a.out_first) * a.out_stride + col;
       }
       if (size == 0) continue;
-      bf16_gemm({space.dz, kBlock, false}, {a.factor.at(rows.column, col), a.factor.stride, true},
+      bf16_gemm({ws.rounded_dz, kBlock, false}, {a.factor.at(rows.column, col), a.factor.stride, true},
                 {products, width, false}, size, width, rows.width);
       for (int64_t r = 0; r < size; ++r)
         for (int64_t i = 0; i < width; ++i) out[r][i] += products[r * width + i];
@@ -92,16 +81,15 @@ void bf16_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Work
     for (int64_t i = 0; i < width; i += kBlock) add_to_columns(a, j, col + i, ws);
     return;
   }
-  const Gathered space(ws);
   const int64_t first = (rows.column - a.out_first) * a.out_stride + col;
   const bool direct = a.out_type == DType::kFloat32 && fits_a_library(a.out_stride, rows.width, width);
-  float* to = direct ? static_cast<float*>(a.out) + first : space.sums;
+  float* to = direct ? static_cast<float*>(a.out) + first : ws.sums;
   for (int64_t start = 0; start < rows.count; start += kBf16Rows) {
     const int64_t end = std::min(start + kBf16Rows, rows.count);
-    gather(a.factor, rows, start, end, col, width, space.rows);
+    gather(a.factor, rows, start, end, col, width, ws.rows);
     for (int64_t row = start; row < end; ++row)
-      round_row(rows.data + row * a.tile.stride, rows.width, space.dz + (row - start) * kBlock);
-    bf16_gemm({space.dz, kBlock, true}, {space.rows, width, true},
+      round_row(rows.data + row * a.tile.stride, rows.width, ws.rounded_dz + (row - start) * kBlock);
+    bf16_gemm({ws.rounded_dz, kBlock, true}, {ws.rows, width, true},
               {to, direct ? a.out_stride : width, start > 0 || (direct && !a.fresh)}, rows.width, width, end - start);
     if (!a.bias || col > 0) continue;
     float sum[kBlock] = {};

@@ -2,7 +2,8 @@
 // results do not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cpu/folds.h"
@@ -48,9 +49,9 @@ std::vector<const char*> supported_isas() {
   return names;
 }
 
-bool use_isa(const char* name) {
+bool use_isa(const std::string& name) {
   for (const CpuKernels* kernels : supported_kernels()) {
-    if (std::strcmp(kernels->isa, name)) continue;
+    if (name != kernels->isa) continue;
     chosen_kernels() = kernels;
     return true;
   }
@@ -122,7 +123,7 @@ void route(const RouteArgs& a) {
 
 void count_pairs(const CountPairsArgs& a) {
   const PairSet& set = a.set;
-  std::memset(a.counts, 0, set.num_blocks * sizeof(int64_t));
+  std::fill_n(a.counts, set.num_blocks, int64_t{0});
   const int64_t first = set.first_block / 8, bytes = bytes_of(set.first_block + set.num_blocks) - first;
   pieces(bytes, set.last_token - set.first_token, set.num_threads, [&](int64_t begin, int64_t end) {
     for (int64_t token = set.first_token; token < set.last_token; ++token) {
@@ -140,11 +141,14 @@ void fill_pairs(const FillPairsArgs& a) {
   const PairSet& set = a.set;
   each_row(set.num_blocks, set.last_token - set.first_token, set.num_threads, [&](int64_t i) {
     const int64_t block = set.first_block + i;
-    int32_t* out = a.tokens + a.offsets[i];
+    int32_t *out = a.tokens + a.offsets[i], *const end = a.tokens + a.offsets[i + 1];
     for (int64_t token = set.first_token; token < set.last_token; ++token) {
       const bool kept = set.bitmap[token * set.bitmap_stride + (block >> 3)] >> (block & 7) & 1;
-      if (kept && set.coef[token] != 0.0f) *out++ = static_cast<int32_t>(token);
+      if (!kept || set.coef[token] == 0.0f) continue;
+      if (out == end) throw std::invalid_argument("fill_pairs: a block has more tokens than its offsets say");
+      *out++ = static_cast<int32_t>(token);
     }
+    if (out != end) throw std::invalid_argument("fill_pairs: a block has fewer tokens than its offsets say");
   });
 }
 

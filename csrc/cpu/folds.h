@@ -1,6 +1,7 @@
 // The vectorised loops over logits tiles, one table per instruction set; `cpu_kernels()` picks at run time.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "divergence_structs.h"
@@ -16,12 +17,15 @@ static_assert(kDepth <= kTogether * kBlock, "a strip has room for so many terms"
 // Of products by a library in bf16: the most rows of a piece, and columns of a hidden state taken together.
 constexpr int64_t kBf16Rows = 512, kBf16Columns = 512;
 
-// What one thread works in: 1 MiB, kept for its next piece.
+// What one thread works in, kept for its next piece: 1 MiB, and of products by a library in bf16 as much. No memory is read
+// as two types.
 struct Workspace {
   alignas(64) float panels[kTogether * kBlock * kDepth];
   alignas(64) float strip[16 * kStripStride];
   alignas(64) float dz[kDepth * (kBlock + 64)];
   alignas(64) float sums[kTogether * kBlock * (kBlock + 16)];
+  alignas(64) BFloat16 rows[kBf16Rows * kBf16Columns];
+  alignas(64) BFloat16 rounded_dz[kBf16Rows * kBlock];
 };
 
 struct CpuKernels {
@@ -44,7 +48,7 @@ struct CpuKernels {
 
 const CpuKernels& cpu_kernels();
 std::vector<const char*> supported_isas();
-bool use_isa(const char* name);  // for tests of every instruction set on one machine; not while a call runs
+bool use_isa(const std::string& name);  // for tests of every instruction set on one machine; not while a call runs
 
 void fold(const FoldArgs&);
 void sum_blocks(const SumBlocksArgs&);
@@ -55,7 +59,7 @@ void routed_grad(const RoutedGradArgs&);
 void count_pairs(const CountPairsArgs&);
 void fill_pairs(const FillPairsArgs&);
 void use_huge_pages(const MemoryArgs&);
-bool load_bf16_product(const char* path);
+bool load_bf16_product(const std::string& path);
 void require_bf16_product();  // or std::runtime_error
 void bf16_gemm(Bf16Rows a, Bf16Rows b, Bf16Sums out, int64_t n, int64_t m, int64_t k);
 void bf16_product(const Bf16ProductArgs&);

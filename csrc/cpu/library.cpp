@@ -22,9 +22,9 @@ MklBf16 mkl_bf16 = nullptr;
 }  // namespace
 
 // Finds it in the library at that path, which stays loaded.
-bool load_bf16_product(const char* path) {
+bool load_bf16_product(const std::string& path) {
 #if !defined(_WIN32)
-  if (void* library = dlopen(path, RTLD_NOW)) {
+  if (void* library = dlopen(path.c_str(), RTLD_NOW)) {
     mkl_bf16 = reinterpret_cast<MklBf16>(dlsym(library, "cblas_gemm_bf16bf16f32"));
   }
 #endif
