@@ -1,41 +1,22 @@
 // Keywords of a Python call -> the members of a struct, by the names in structs.h. The one way from a tensor to a
-// pointer: type, device, layout and size are looked at here, by the tensor's own attributes, since the extension knows
-// no torch.
+// pointer: type, device, layout, size and alignment are looked at here, by the tensor's own attributes, since the
+// extension knows no torch. What is written (a pointer to non-const) overlaps neither itself nor another argument.
+// That a tensor lies within its storage is torch's promise; only storage that was released is noticed.
 #pragma once
-
-#include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
+#include "preference_structs.h"
 #include "structs.h"
+#include "torch_names.h"
 
 namespace fastdpo {
-
-namespace py = pybind11;
-
-// torch's types, and the names of what a tensor is asked; made once and never freed: the interpreter may be gone before.
-struct Torch {
-  py::module_ torch = py::module_::import("torch");
-  py::object float32 = torch.attr("float32"), float64 = torch.attr("float64"), bfloat16 = torch.attr("bfloat16"),
-             float16 = torch.attr("float16"), int64 = torch.attr("int64"), int32 = torch.attr("int32"),
-             uint8 = torch.attr("uint8"), boolean = torch.attr("bool");
-  py::object dtype = name("dtype"), shape = name("shape"), is_cpu = name("is_cpu"), is_cuda = name("is_cuda"),
-             data_ptr = name("data_ptr"), is_contiguous = name("is_contiguous"), is_neg = name("is_neg"),
-             numel = name("numel"), stride = name("stride");
-
-  static py::object name(const char* text) {
-    return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(text));
-  }
-  static const Torch& get() {
-    static const Torch* torch = new Torch();
-    return *torch;
-  }
-};
 
 class Arguments {
  public:
@@ -43,11 +24,21 @@ class Arguments {
   Arguments(const char* function, const py::kwargs& given, int cuda_device = -1)
       : function_(function), given_(given), cuda_device_(cuda_device), torch_(Torch::get()) {
     names_.reserve(32);
+    memory_.reserve(32);
   }
 
   template <class... T>
   void numbers(const char* names, T&... members) {
     each(names, [&](py::handle x, auto& member) { number(x, member); }, members...);
+  }
+
+  // That count or place something: sums, and products with small constants, fit 64 bits.
+  template <class... T>
+  void sizes(const char* names, T&... members) {
+    each(names, [&](py::handle x, auto& member) {
+      number(x, member);
+      member = size(member);
+    }, members...);
   }
 
   template <class... T>
@@ -66,11 +57,16 @@ class Arguments {
   }
 
   template <class T>
+  void optional_vector(const char* name, T*& pointer, int64_t& size) {
+    size = contiguous(take(name), pointer, 0);
+  }
+
+  template <class T>
   void matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols) {
     const py::handle x = required(take(name));
     const py::object sizes = tuple_of(x, attribute(x, torch_.shape));
     if (PyTuple_GET_SIZE(sizes.ptr()) != 2) throw py::type_error(here() + " must have two dimensions");
-    num_rows = item(sizes, 0), num_cols = item(sizes, 1);
+    num_rows = size(item(sizes, 0)), num_cols = size(item(sizes, 1));
     in_rows(x, pointer, stride, num_rows, num_cols);
   }
 
@@ -84,12 +80,21 @@ class Arguments {
     in_rows(take(name), pointer, stride, num_rows, num_cols);
   }
 
+  template <class T>
+  void optional_matrix(const char* name, T*& pointer, int64_t& stride, int64_t& num_rows, int64_t& num_cols) {
+    const bool given = !take(name).is_none();
+    names_.pop_back();
+    num_rows = num_cols = 0;
+    given ? matrix(name, pointer, stride, num_rows, num_cols) : optional_rows(name, pointer, stride, 0, 0);
+  }
+
   // Of any of three types, which is then that of every `void*` of the call.
   void dtype_of(const char* name, DType& dtype) {
     const py::handle x = take(name);
     const py::object type = x.is_none() ? torch_.float32 : attribute(x, torch_.dtype);
     names_.pop_back();  // to be taken as a tensor too
     dtype = type.is(torch_.bfloat16) ? DType::kBFloat16 : type.is(torch_.float16) ? DType::kFloat16 : DType::kFloat32;
+    any_size_ = dtype == DType::kFloat32 ? 4 : 2;
     any_ = dtype == DType::kBFloat16 ? &torch_.bfloat16 : dtype == DType::kFloat16 ? &torch_.float16 : &torch_.float32;
   }
 
@@ -115,6 +120,7 @@ class Arguments {
     const py::handle x = take(name);
     are_int32 = !x.is_none() && attribute(x, torch_.dtype).is(torch_.int32);
     any_ = are_int32 ? &torch_.int32 : &torch_.int64;
+    any_size_ = are_int32 ? 4 : 8;
     contiguous(x, pointer, count);
   }
 
@@ -128,26 +134,45 @@ class Arguments {
     (number(PyTuple_GET_ITEM(values.ptr(), i++), members), ...);
   }
 
+  // A DType by its number.
+  void type_id(const char* name, DType& dtype) {
+    int id = 0;
+    number(take(name), id);
+    dtype = static_cast<DType>(known(id, 3));
+  }
+
+  // One of `count` kinds by its number.
+  void kind(const char* name, int& id, int count) {
+    number(take(name), id);
+    known(id, count);
+  }
+
   // [(id, weight), ...]
   void terms(const char* name, LossTerm (&terms)[kMaxTerms], int& count) {
     const py::sequence given = py::reinterpret_borrow<py::sequence>(take(name));
-    if (py::len(given) > kMaxTerms) throw py::value_error(here() + " has too many losses");
     count = 0;
     for (const py::handle term : given) {
-      const auto [id, weight] = term.cast<std::pair<int, double>>();
-      terms[count++] = {static_cast<PreferenceLoss>(id), weight};
+      if (count == kMaxTerms) throw py::value_error(here() + " has too many losses");
+      std::pair<int, double> read;
+      number(term, read);
+      const int id = known(read.first, static_cast<int>(std::size(kPreferenceLosses)));
+      terms[count++] = {static_cast<PreferenceLoss>(id), read.second};
     }
   }
 
   // {name: number}, of every option, and the divergence's id
   void options(const char* name, PreferenceOptions& options) {
-    const py::dict given = py::reinterpret_borrow<py::dict>(take(name));
-    const auto entry = [&](const char* key) {
+    const py::handle x = take(name);
+    if (!PyDict_Check(x.ptr())) throw cannot_be(x);
+    const py::dict given = py::reinterpret_borrow<py::dict>(x);
+    const auto entry = [&](const char* key, auto& member) {
       if (!given.contains(key)) throw py::type_error(here() + " lacks " + key);
-      return given[key];
+      number(given[key], member);
     };
-    options.divergence = static_cast<Divergence>(entry("divergence").cast<int>());
-    for (const auto& field : kPreferenceOptionFields) options.*(field.field) = entry(field.name).cast<double>();
+    int divergence = 0;
+    entry("divergence", divergence);
+    options.divergence = static_cast<Divergence>(known(divergence, static_cast<int>(std::size(kDivergences))));
+    for (const auto& field : kPreferenceOptionFields) entry(field.name, options.*(field.field));
     if (given.size() != std::size(kPreferenceOptionFields) + 1) throw py::type_error(here() + " has unknown entries");
   }
 
@@ -156,8 +181,24 @@ class Arguments {
     if (!holds) throw py::type_error(std::string(function_) + ": " + what);
   }
 
-  // TypeError for what no field has taken.
+  // ValueError for numbers that a field points with, and that point outside of another.
+  void require_value(bool holds, const char* what) const {
+    if (!holds) throw py::value_error(std::string(function_) + ": " + what);
+  }
+
+  // These two may begin at one address.
+  void may_share(const char* one, const char* other) { shared_ = {one, other}; }
+
+  // TypeError for what no field has taken, ValueError for what would be written over.
   void done() const {
+    for (const Memory& x : memory_) {
+      if (!x.written) continue;
+      for (const Memory& y : memory_) {
+        if (&x == &y || x.end <= y.begin || y.end <= x.begin || (x.begin == y.begin && share(x.name, y.name))) continue;
+        throw py::value_error(std::string(function_) + ": " + std::string(x.name) + " is written over " +
+                              std::string(y.name));
+      }
+    }
     if (names_.size() == given_.size()) return;
     for (const auto& given : given_) {
       const auto name = given.first.cast<std::string>();
@@ -168,6 +209,17 @@ class Arguments {
   }
 
  private:
+  struct Memory {
+    std::string_view name;
+    uintptr_t begin, end;
+    bool written;
+  };
+
+  bool share(std::string_view one, std::string_view other) const {  // both sides of a packed batch are one array
+    return one == other || (one == shared_.first && other == shared_.second) ||
+           (other == shared_.first && one == shared_.second);
+  }
+
   std::string here() const { return std::string(function_) + ": " + std::string(names_.back()); }
 
   // What a tensor answers; TypeError where it is none.
@@ -189,8 +241,20 @@ class Arguments {
   py::type_error cannot_be(py::handle x) const {
     return py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
   }
-  static int64_t item(const py::object& sizes, py::ssize_t i) {
-    return PyLong_AsLongLong(PyTuple_GET_ITEM(sizes.ptr(), i));
+  static int64_t item(const py::object& sizes, py::ssize_t i) { return integer(PyTuple_GET_ITEM(sizes.ptr(), i)); }
+  static int64_t integer(py::handle x) {
+    const int64_t value = PyLong_AsLongLong(x.ptr());
+    if (value == -1 && PyErr_Occurred()) throw py::error_already_set();
+    return value;
+  }
+
+  int64_t size(int64_t x) const {
+    if (x < 0 || x > kMostElements) throw py::value_error(here() + " cannot be of size " + std::to_string(x));
+    return x;
+  }
+  int known(int id, int count) const {
+    if (id < 0 || id >= count) throw py::value_error(here() + " knows no " + std::to_string(id));
+    return id;
   }
 
   py::handle take(std::string_view name) {
@@ -241,32 +305,71 @@ class Arguments {
     else if constexpr (std::is_same_v<T, int32_t>) return torch_.int32;
     else return torch_.uint8;  // bits, flags, and the bytes of sums
   }
+  // Bytes of an element, and of what an address is a multiple of.
+  template <class T>
+  int64_t size_of() const {
+    if constexpr (std::is_void_v<T>) return any_size_;
+    else if constexpr (std::is_same_v<T, RowStats>) return sizeof(double);
+    else if constexpr (std::is_same_v<T, PairSums>) return 1;
+    else return sizeof(T);
+  }
+  template <class T>
+  uintptr_t alignment_of() const {
+    if constexpr (std::is_void_v<T>) return any_size_;
+    else return alignof(T);
+  }
 
   template <class T>
-  int64_t contiguous(py::handle x, T*& to, int64_t count) const {
+  int64_t contiguous(py::handle x, T*& to, int64_t count) {
+    using Element = std::remove_const_t<T>;
     if (x.is_none()) return 0;
-    if (std::is_same_v<std::remove_const_t<T>, RowStats>) count *= kRowStatsSize;
-    if (std::is_same_v<std::remove_const_t<T>, PairSums>) count *= static_cast<int64_t>(sizeof(PairSums));
-    const int64_t elements = PyLong_AsLongLong(method(x, torch_.numel).ptr());
+    of_a_tensor(x);
+    if (std::is_same_v<Element, RowStats>) count = product_of(count, kRowStatsSize);
+    if (std::is_same_v<Element, PairSums>) count = product_of(count, sizeof(PairSums));
+    const int64_t elements = integer(method(x, torch_.numel));
     const bool fits = elements >= count && method(x, torch_.is_contiguous).ptr() == Py_True;
-    to = static_cast<T*>(pointer(x, type_of<std::remove_const_t<T>>(), fits, elements == 0));
+    to = static_cast<T*>(pointer(x, type_of<Element>(), fits, elements == 0));
+    keep<T>(to, elements);
     return elements;
   }
 
   // `flat_too`: one dimension is num_rows rows of one column.
   template <class T>
-  void in_rows(py::handle x, T*& to, int64_t& stride, int64_t num_rows, int64_t num_cols, bool flat_too = false) const {
+  void in_rows(py::handle x, T*& to, int64_t& stride, int64_t num_rows, int64_t num_cols, bool flat_too = false) {
+    using Element = std::remove_const_t<T>;
     if (x.is_none()) return;
+    of_a_tensor(x);
     const py::object sizes = tuple_of(x, attribute(x, torch_.shape)), strides = tuple_of(x, method(x, torch_.stride));
     const py::ssize_t dims = PyTuple_GET_SIZE(sizes.ptr());
     bool fits = dims == 2 || (dims == 1 && flat_too), empty = false;
+    int64_t reach = 0;  // elements from the first to the last
     if (fits) {
       const int64_t rows = item(sizes, 0), cols = dims == 2 ? item(sizes, 1) : 1;
       stride = item(strides, 0);
       fits = rows >= num_rows && cols >= num_cols && (dims == 2 ? cols <= 1 || item(strides, 1) == 1 : stride == 1);
-      empty = rows * cols == 0;
+      empty = rows == 0 || cols == 0;
+      if (empty) stride = 0;  // of any size: no address is made of it
+      if (!std::is_const_v<T> && rows > 1 && stride < cols && !empty) {
+        throw py::type_error(here() + ": its rows overlap, and are written");
+      }
+      if (fits && !empty) reach = (rows - 1) * stride + cols;
     }
-    to = static_cast<T*>(pointer(x, type_of<std::remove_const_t<T>>(), fits, empty));
+    to = static_cast<T*>(pointer(x, type_of<Element>(), fits, empty));
+    keep<T>(to, reach);
+  }
+
+  void of_a_tensor(py::handle x) const {
+    if (!PyObject_TypeCheck(x.ptr(), reinterpret_cast<PyTypeObject*>(torch_.tensor.ptr()))) throw cannot_be(x);
+  }
+
+  template <class T>
+  void keep(const void* pointer, int64_t elements) {
+    using Element = std::remove_const_t<T>;
+    const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    if (begin % alignment_of<Element>() != 0) {
+      throw std::runtime_error(here() + ": its address is no multiple of an element's size; clone() has one that is");
+    }
+    if (elements > 0) memory_.push_back({names_.back(), begin, begin + elements * size_of<Element>(), !std::is_const_v<T>});
   }
 
   // RuntimeError for what would be misread there.
@@ -287,8 +390,11 @@ class Arguments {
   const py::dict given_;
   const int cuda_device_;
   const Torch& torch_;
-  const py::object* any_ = nullptr;      // the type of `void*`
+  const py::object* any_ = nullptr;  // the type of `void*`
+  int64_t any_size_ = 4;
   std::vector<std::string_view> names_;  // taken
+  std::vector<Memory> memory_;           // and where they lie
+  std::pair<std::string_view, std::string_view> shared_;
 };
 
 }  // namespace fastdpo

@@ -37,7 +37,7 @@ struct DivergenceFoldArgs {
   int num_threads;
 
   template <class In> void fields(In& in) {
-    tile.fields(in);
+    tile.fields(in, true);
     ref.fields(in, tile.num_rows, tile.num_cols, tile.num_cols);
     in.arrays(tile.num_rows, NAMED(labels, label_logit, ref_label_logit));
     in.rows(NAMED(blocks), blocks_stride, tile.num_rows, kBlockDivergenceSize * blocks_of(tile.num_cols));
@@ -61,11 +61,15 @@ struct DivergenceTerms {
   double beta;
   bool routes_logps;
 
-  template <class In> void fields(In& in, int64_t num_tokens) {
+  // Of so many tokens, with those labels.
+  template <class In> void fields(In& in, int64_t num_tokens, const int64_t* labels) {
     in.arrays(num_tokens, NAMED(ref_lse, coef_divergence));
     in.optional(num_tokens, NAMED(ref_logps, mean, total));
-    in.numbers(NAMED(kind, beta, routes_logps));
+    in.kind(NAMED(kind), 3);
+    in.numbers(NAMED(beta, routes_logps));
     in.require(mean || kind == 0, "only forward KL has no mean");
+    const bool any_label = !ref_logps && std::any_of(labels, labels + num_tokens, [](int64_t x) { return x >= 0; });
+    in.require(!any_label, "labels need ref_logps");
   }
 };
 
@@ -76,7 +80,7 @@ struct DivergenceGradArgs {
   template <class In> void fields(In& in) {
     grad.fields(in);
     terms.ref.fields(in, grad.tile.num_rows, grad.tile.num_cols, grad.tile.num_cols);
-    terms.fields(in, grad.num_tokens);
+    terms.fields(in, grad.num_tokens, grad.labels);
   }
 };
 
@@ -87,7 +91,7 @@ struct RoutedDivergenceGradArgs {
   template <class In> void fields(In& in) {
     routed.fields(in);
     terms.ref.fields(in, routed.blocks.num_rows, kBlock, routed.blocks.vocab_size);
-    terms.fields(in, routed.grad.num_tokens);
+    terms.fields(in, routed.grad.num_tokens, routed.grad.labels);
     in.require(terms.total, "total is needed");
   }
   RoutedDivergenceGradArgs part(int64_t j, int64_t begin, int64_t end) const {

@@ -1,6 +1,7 @@
 // What crosses from Python for the products of a head with its tokens, in structs.h's manner.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "structs.h"
@@ -41,6 +42,13 @@ struct TileRows {
   int64_t token(int64_t row) const { return tokens ? tokens[row] : first_token + row; }
 };
 
+// Numbers from `first` on, before `end`.
+struct Between {
+  int64_t first, end;
+
+  bool has(int64_t x) const { return x >= first && x < end; }
+};
+
 // A tile of logits or dz. Row i of block j is that of token tokens[i], for i from offsets[j] on, at `data + i * stride`.
 // Without lists every block has all rows, for tokens from `first_token` on, and blocks lie side by side: several can be
 // taken together.
@@ -54,13 +62,47 @@ struct BlockTile {
 
   template <class In> void fields(In& in) {
     in.matrix(NAMED(data), stride, num_rows, num_cols);
-    in.numbers(NAMED(first_block, num_blocks, first_token, vocab_size));
+    in.sizes(NAMED(first_block, num_blocks, first_token, vocab_size));
     in.optional(num_blocks, NAMED(blocks));
     in.optional(num_blocks + 1, NAMED(offsets));
     in.optional(num_rows, NAMED(tokens));
     in.require(!blocks == !offsets && !blocks == !tokens, "blocks, offsets and tokens go together");
     in.require(num_cols >= (blocks ? kBlock : num_blocks * kBlock), "the tile is too narrow for its blocks");
-    in.require(!blocks || num_blocks == 0 || (offsets[0] >= 0 && offsets[num_blocks] <= num_rows), "offsets are of rows");
+    if (blocks) lists_fields(in);
+    const int64_t last = blocks ? (num_blocks > 0 ? blocks[num_blocks - 1] : -1) : first_block + num_blocks - 1;
+    in.require_value(num_blocks == 0 || last < blocks_of(vocab_size), "blocks must be of the vocabulary");
+  }
+  // Blocks ascend, so that none is two threads' at once, and the tokens of one, which are looked up by bisection.
+  template <class In> void lists_fields(In& in) {
+    require_offsets(in, offsets, num_blocks, num_rows);
+    bool ascending = true;
+    for (int64_t j = 0; j < num_blocks; ++j) {
+      ascending &= blocks[j] >= 0 && (j == 0 || blocks[j - 1] < blocks[j]);
+      for (int64_t i = offsets[j] + 1; i < offsets[j + 1]; ++i) ascending &= tokens[i - 1] < tokens[i];
+    }
+    in.require_value(ascending, "blocks, and the tokens of a block, must ascend");
+  }
+  // Those of the rows that are read; of lists [0, 0) where there are none.
+  Between token_range() const {
+    if (!blocks) return {first_token, first_token + (num_blocks > 0 ? num_rows : 0)};
+    Between all = {INT32_MAX, 0};
+    for (int64_t j = 0; j < num_blocks; ++j) {
+      if (offsets[j] == offsets[j + 1]) continue;
+      all.first = std::min<int64_t>(all.first, tokens[offsets[j]]);
+      all.end = std::max<int64_t>(all.end, tokens[offsets[j + 1] - 1] + int64_t{1});
+    }
+    return all.end == 0 && all.first == INT32_MAX ? Between{0, 0} : all;
+  }
+  // Columns of the vocabulary, of which a caller's rows are written.
+  Between column_range() const {
+    if (num_blocks == 0) return {0, 0};
+    const int64_t first = blocks ? blocks[0] : first_block, last = blocks ? blocks[num_blocks - 1] : first + num_blocks - 1;
+    return {first * kBlock, std::min((last + 1) * kBlock, vocab_size)};
+  }
+  // ValueError where a token that is read is none of those.
+  template <class In> void require_tokens(In& in, Between allowed, const char* what) const {
+    const Between read = token_range();
+    in.require_value(read.first >= read.end || (read.first >= allowed.first && read.end <= allowed.end), what);
   }
   // In how many parts of at most `together` blocks it can be taken, and part j of them.
   int64_t parts(int64_t together) const { return blocks ? num_blocks : (num_blocks + together - 1) / together; }
@@ -74,6 +116,26 @@ struct BlockTile {
     return {data + first * stride, offsets[j + 1] - first, tokens + first, first_token, column, width, first};
   }
 };
+
+// ValueError where a token that is read has no row among a factor's `num_rows`; `num_listed` are in its list.
+template <class In>
+void require_rows(In& in, const BlockTile& tile, const TokenFactor& factor, int64_t num_rows, int64_t num_listed) {
+  constexpr const char* kWhat = "tokens must be of the factor's rows";
+  tile.require_tokens(in, {factor.first, factor.first + (factor.rows ? num_listed : num_rows)}, kWhat);
+  if (!factor.rows) return;
+  const Between read = tile.token_range(), rows = {0, num_rows};
+  bool within = true;
+  for (int64_t token = read.first; token < read.end; ++token) within &= rows.has(factor.rows[token - factor.first]);
+  in.require_value(within, "source_rows must be of the factor's rows");
+}
+
+// The list of a factor's rows, if it has one, and how many are in it.
+template <class In>
+int64_t listed(In& in, TokenFactor& factor) {
+  int64_t size = 0;
+  in.optional_vector("source_rows", factor.rows, size);
+  return size;
+}
 
 // dlogp -> d(raw product), in place of the tile's kept pairs, weighted by 1 / q. A gradient's set is 0, the larger one
 // that was kept at `tau`, 1, the smaller one inside it, or -1: not wanted.
@@ -101,6 +163,7 @@ struct RoutedGradArgs {
     in.numbers("num_threads", grad.num_threads);
     const int largest_set = hidden_set > weight_set ? hidden_set : weight_set;
     in.require(blocks.tokens, "tokens of blocks are needed");
+    blocks.require_tokens(in, {0, grad.num_tokens}, "tokens must be of the arrays that they index");
     in.require(largest_set == 0 || (largest_set == 1 && second_bits), "set 0 is needed, or set 1 with its second_bits");
     in.require(!dz_hidden || (hidden_set >= 0 && weight_set >= 0), "dz_hidden is of two sets");
   }
@@ -147,22 +210,24 @@ struct ProductsArgs {
   template <class In> void fields(In& in) {
     tile.fields(in);
     in.dtype_of("weight", weight.dtype);
-    int64_t num_rows = 0;
+    int64_t num_rows = 0, num_tokens = 0, num_low_rank = 0;
     in.matrix("weight", weight.data, weight.stride, num_rows, weight.num_cols);
     in.require(num_rows >= tile.vocab_size, "weight has fewer rows than the vocabulary");
     in.dtype_of("hidden", hidden.dtype);
-    in.rows("hidden", hidden.data, hidden.stride, 0, weight.num_cols);
-    hidden.num_cols = weight.num_cols;
-    in.optional(0, "source_rows", hidden.rows);
+    in.matrix("hidden", hidden.data, hidden.stride, num_tokens, hidden.num_cols);
+    in.require(hidden.num_cols == weight.num_cols, "hidden has other columns than the weight");
+    require_rows(in, tile, hidden, num_tokens, listed(in, hidden));
     const float *products = nullptr, *b = nullptr;
-    in.optional_rows("low_rank", products, low_rank.stride, 0, 0);
-    in.numbers("rank, low_rank_first", lora_b.num_cols, low_rank.first);
+    in.optional_matrix("low_rank", products, low_rank.stride, num_low_rank, low_rank.num_cols);
+    in.sizes("rank, low_rank_first", lora_b.num_cols, low_rank.first);
     in.optional_rows("lora_b", b, lora_b.stride, tile.vocab_size, lora_b.num_cols);
     in.require(!products == !b, "low_rank and lora_b go together");
-    low_rank.data = products, low_rank.num_cols = lora_b.num_cols, lora_b.data = b;
-    int rounded = 0;
-    in.numbers("rounded, num_threads", rounded, num_threads);
-    weight.rounded = hidden.rounded = static_cast<DType>(rounded);
+    low_rank.data = products, lora_b.data = b;
+    in.require(!products || low_rank.num_cols == lora_b.num_cols, "low_rank has another rank");
+    if (products) require_rows(in, tile, low_rank, num_low_rank, 0);
+    in.numbers(NAMED(num_threads));
+    in.type_id("rounded", weight.rounded);
+    hidden.rounded = weight.rounded;
     const bool fits = hidden.dtype == weight.dtype && fits_a_library(weight.stride, num_rows, weight.num_cols);
     in_bf16_field(in, in_bf16, tile, weight, fits);
   }
@@ -187,9 +252,10 @@ struct AddToTokensArgs {
     in.require(num_rows >= tile.vocab_size, "factor has fewer rows than the vocabulary");
     in.matrix(NAMED(out), out_stride, num_tokens, columns);
     in.require(columns == factor.num_cols, "out has other columns than the factor");
-    int rounded = 0;
-    in.numbers("out_first, rounded, num_threads", out_first, rounded, num_threads);
-    factor.rounded = static_cast<DType>(rounded);
+    in.sizes(NAMED(out_first));
+    in.numbers(NAMED(num_threads));
+    tile.require_tokens(in, {out_first, out_first + num_tokens}, "tokens must have rows in out");
+    in.type_id("rounded", factor.rounded);
     in_bf16_field(in, in_bf16, tile, factor, fits_a_library(factor.stride, num_rows, factor.num_cols));
   }
 };
@@ -211,15 +277,18 @@ struct AddToColumnsArgs {
     in.dtype_of("factor", factor.dtype);
     int64_t num_rows = 0;
     in.matrix("factor", factor.data, factor.stride, num_rows, factor.num_cols);
-    in.optional(0, "source_rows", factor.rows);
-    in.numbers("factor_first, out_first", factor.first, out_first);
+    in.sizes("factor_first, out_first", factor.first, out_first);
+    require_rows(in, tile, factor, num_rows, listed(in, factor));
     in.dtype_of("out", out_type);
-    in.optional_rows(NAMED(out), out_stride, 0, factor.num_cols);
+    int64_t out_rows = 0, out_cols = 0;
+    in.optional_matrix(NAMED(out), out_stride, out_rows, out_cols);
+    in.require(!out || out_cols == factor.num_cols, "out has other columns than the factor");
+    const Between written = tile.column_range();
+    const bool inside = written.first >= out_first && written.end <= out_first + out_rows;
+    in.require_value(!out || written.first >= written.end || inside, "blocks must have rows in out");
     in.optional(tile.vocab_size, NAMED(bias));
-    in.numbers(NAMED(fresh));
-    int rounded = 0;
-    in.numbers("rounded, num_threads", rounded, num_threads);
-    factor.rounded = static_cast<DType>(rounded);
+    in.numbers(NAMED(fresh, num_threads));
+    in.type_id("rounded", factor.rounded);
     in_bf16_field(in, in_bf16, tile, factor, true);
   }
 };

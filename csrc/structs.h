@@ -3,6 +3,7 @@
 //
 // `fields` of a struct is the list of the keywords that a Python call gives, all of them; arguments.h reads them.
 //   in.numbers(NAMED(x, y))                        numbers
+//   in.sizes(NAMED(n, first))                      numbers from 0 to kMostElements
 //   in.arrays(count, NAMED(a, b))                  contiguous tensors of the pointers' types, `count` elements or more
 //   in.optional(count, NAMED(a, b))                ... or None, which is null
 //   in.vector(count, NAMED(a), size)               one such tensor; sets how many there are
@@ -15,7 +16,6 @@
 #include <limits>
 
 #include "shared/half.h"
-#include "shared/preference_loss.h"
 
 #define NAMED(...) #__VA_ARGS__, __VA_ARGS__
 
@@ -24,6 +24,17 @@ namespace fastdpo {
 constexpr int64_t kBlock = 128;  // vocabulary columns per block: the unit of routing
 constexpr int64_t blocks_of(int64_t num_cols) { return (num_cols + kBlock - 1) / kBlock; }
 constexpr int64_t bytes_of(int64_t num_bits) { return (num_bits + 7) / 8; }
+
+constexpr int64_t kMostElements = int64_t{1} << 48;  // more than there is memory for: sums of some still fit 64 bits
+// Of sizes; one that does not fit 64 bits is the largest, which no tensor has.
+inline int64_t product_of(int64_t a, int64_t b) {
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? std::numeric_limits<int64_t>::max() : product;
+}
+// How far to the right of `start` a column lies that may be any number; not between 0 and a size where it is left of it.
+constexpr int64_t columns_past(int64_t column, int64_t start) {
+  return static_cast<int64_t>(static_cast<uint64_t>(column) - static_cast<uint64_t>(start));
+}
 
 // z = inv_temperature * softcap * tanh(scale * (product + bias) / softcap); softcap == 0 means none.
 struct LogitTransform {
@@ -46,9 +57,14 @@ struct Tile {
   const float* bias;  // [num_cols] or null
   LogitTransform transform;
 
-  template <class In> void fields(In& in) {
-    in.matrix(NAMED(data), stride, num_rows, num_cols);
-    in.numbers(NAMED(col_start));
+  // A fold only reads it: rows may overlap then.
+  template <class In> void fields(In& in, bool only_read = false) {
+    const float* read = nullptr;
+    if (only_read) in.matrix("data", read, stride, num_rows, num_cols);
+    else in.matrix(NAMED(data), stride, num_rows, num_cols);
+    if (only_read) data = const_cast<float*>(read);
+    in.sizes(NAMED(col_start));
+    in.require_value(col_start % kBlock == 0, "col_start must begin a block");
     in.optional(num_cols, NAMED(bias));
     transform.fields(in);
   }
@@ -82,7 +98,7 @@ struct FoldArgs {
   int num_threads;
 
   template <class In> void fields(In& in) {
-    tile.fields(in);
+    tile.fields(in, true);
     in.arrays(tile.num_rows, NAMED(labels, label_logit));
     in.rows(NAMED(block_lse), block_lse_stride, tile.num_rows, blocks_of(tile.num_cols));
     in.optional(tile.num_rows, NAMED(stats));
@@ -119,7 +135,8 @@ struct FinishArgs {
   int num_threads;
 
   template <class In> void fields(In& in) {
-    in.numbers(NAMED(num_rows, vocab_size, num_threads));
+    in.sizes(NAMED(num_rows, vocab_size));
+    in.numbers(NAMED(num_threads));
     in.arrays(num_rows, NAMED(rest_lse, label_logit, logps, lse));
     in.optional(num_rows, NAMED(stats, entropy, mean_logit, is_top1, log_sum_sq_probs));
     in.require(stats || !(entropy || mean_logit || is_top1 || log_sum_sq_probs), "a statistic needs stats");
@@ -145,7 +162,8 @@ struct RouteArgs {
 
   template <class In> void fields(In& in) {
     in.matrix(NAMED(block_lse), stride, num_rows, num_blocks);
-    in.numbers(NAMED(first_row, tau, second_tau, seed, num_threads));
+    in.sizes(NAMED(first_row));
+    in.numbers(NAMED(tau, second_tau, seed, num_threads));
     in.arrays(num_rows, NAMED(rest_lse, labels, most_pairs));
     in.optional(2 * num_rows, NAMED(before, sums));
     set_bytes = bytes_of(num_blocks);
@@ -171,6 +189,9 @@ struct GradArgs {
     in.optional(tile.num_rows, NAMED(tokens));
     token_fields(in, tokens ? 0 : tile.num_rows);
     in.numbers(NAMED(num_threads));
+    for (int64_t i = 0; tokens && i < tile.num_rows; ++i) {
+      in.require_value(tokens[i] >= 0 && tokens[i] < num_tokens, "tokens must be of the arrays that they index");
+    }
   }
   // Of `count` tokens or more.
   template <class In> void token_fields(In& in, int64_t count) {
@@ -180,6 +201,14 @@ struct GradArgs {
     in.require(!entropy == !coef_entropy, "entropy and coef_entropy go together");
   }
 };
+
+// Of so many lists, side by side or apart, in so many places.
+template <class In>
+void require_offsets(In& in, const int64_t* offsets, int64_t count, int64_t num_places) {
+  bool ascending = offsets[0] >= 0 && offsets[count] <= num_places;
+  for (int64_t i = 0; i < count; ++i) ascending &= offsets[i] <= offsets[i + 1];
+  in.require_value(ascending, "offsets must ascend, and be of rows");
+}
 
 // A set of pairs whose tokens have a gradient: coef == 0 leaves a token out.
 struct PairSet {
@@ -191,7 +220,8 @@ struct PairSet {
   int num_threads;
 
   template <class In> void fields(In& in) {
-    in.numbers(NAMED(first_token, last_token, first_block, num_blocks, num_threads));
+    in.sizes(NAMED(first_token, last_token, first_block, num_blocks));
+    in.numbers(NAMED(num_threads));
     in.rows(NAMED(bitmap), bitmap_stride, last_token, bytes_of(first_block + num_blocks));
     in.arrays(last_token, NAMED(coef));
   }
@@ -213,16 +243,20 @@ struct FillPairsArgs {
   PairSet set;
   const int64_t* offsets;  // [num_blocks + 1]
   int32_t* tokens;         // ascending inside a block, whatever the threads
+  int64_t num_places;
 
   template <class In> void fields(In& in) {
     set.fields(in);
     in.arrays(set.num_blocks + 1, NAMED(offsets));
-    in.arrays(0, NAMED(tokens));
+    in.vector(0, NAMED(tokens), num_places);
+    in.require_value(set.last_token <= INT32_MAX, "tokens have 32 bits");
+    require_offsets(in, offsets, set.num_blocks, num_places);
   }
 };
 
 constexpr int64_t kLeftOut = -2;       // in `labels` of given logits
 constexpr int64_t kPartialFloats = 3;  // of one part of a row in `partials`
+constexpr int64_t kMostSplits = 65535;
 
 // Given logits of any of the three types -> log p of one column per row, and back. On both machines.
 struct LogitsArgs {
@@ -241,7 +275,9 @@ struct LogitsArgs {
     in.matrix(NAMED(logits), logits_stride, num_rows, vocab_size);
     in.arrays(num_rows, NAMED(labels, logps, lse));
     in.optional(num_rows, NAMED(entropy));
-    in.numbers(NAMED(inv_temperature, splits));
+    in.numbers(NAMED(inv_temperature));
+    in.sizes(NAMED(splits));
+    in.require_value(splits >= 1 && splits <= kMostSplits, "splits must be the second size of a grid");
   }
 };
 
@@ -250,7 +286,8 @@ struct LogitsForwardArgs : LogitsArgs {
 
   template <class In> void fields(In& in) {
     LogitsArgs::fields(in);
-    in.optional(num_rows * splits * kPartialFloats, NAMED(partials));
+    in.optional(product_of(num_rows, splits * kPartialFloats), NAMED(partials));
+    in.require(partials || splits == 1 || num_rows == 0, "splits need partials");
   }
 };
 
@@ -264,123 +301,10 @@ struct LogitsBackwardArgs : LogitsArgs {
     LogitsArgs::fields(in);
     in.arrays(num_rows, NAMED(coef));
     in.optional(num_rows, NAMED(coef_entropy));
+    in.require(!coef_entropy || entropy, "coef_entropy needs the entropy");
     in.rows(NAMED(dlogits), dlogits_stride, num_rows, vocab_size);
-  }
-};
-
-constexpr int kMaxTerms = 24;
-
-struct LossTerm {
-  PreferenceLoss loss;
-  double weight;
-};
-
-// Sequence i of side 0 is the i-th chosen one, of side 1 the i-th rejected one. Padded: [num_pairs, num_tokens] per
-// side. Packed (`offsets`): num_tokens in all, sequence s = side * num_pairs + i at [offsets[s], offsets[s + 1]).
-// One log-prob per sequence is num_tokens == 1 without labels.
-template <class T>
-struct PreferenceBatch {
-  const T* logps[2];
-  const T* ref[2];               // or null: zeros, the loss is reference-free
-  const T* kl[2];                // KL(reference || policy), like `logps`; or null
-  const T* log_sum_sq_probs[2];  // per token, for WPO's weights; or null
-  const int64_t* labels[2];      // or null: every token counts
-  const int64_t* lengths[2];     // [num_pairs], where there are no labels; or null: 1
-  const void* offsets;           // [2 num_pairs + 1]; or null: padded
-  const double* kto_kl;          // or null: the option's number
-  int64_t label_stride;          // between padded rows of labels; the other arrays are contiguous
-  int64_t ignore_index;
-  int64_t num_pairs, num_tokens;
-  bool offsets_are_int32, ref_per_token, average, reward_per_token, reward_with_kl;
-  double ld_alpha;    // of tokens past the shorter length; negative: none
-  double sft_weight;  // of -sum(chosen) / sum(tokens) over the batch, which has no expression per pair
-  LossTerm terms[kMaxTerms];
-  int num_terms;
-  PreferenceOptions options;
-
-  int64_t side_size() const { return offsets ? num_tokens : num_pairs * num_tokens; }
-  int64_t ref_size() const { return ref_per_token ? side_size() : num_pairs; }
-
-  // What both ways read; the rest is the forward's alone.
-  template <class In> void layout_fields(In& in) {
-    in.numbers(NAMED(num_pairs, num_tokens, ignore_index, ref_per_token, average, ld_alpha, sft_weight));
-    in.offsets(2 * num_pairs + 1, NAMED(offsets), offsets_are_int32);
-    in.pair_of_rows(NAMED(labels), label_stride, offsets ? num_tokens : num_pairs, offsets ? 1 : num_tokens);
-  }
-  template <class In> void fields(In& in) {
-    layout_fields(in);
-    in.pairs(side_size(), NAMED(logps, kl, log_sum_sq_probs));
-    in.pairs(ref_size(), NAMED(ref));
-    in.pairs(num_pairs, NAMED(lengths));
-    in.optional(1, NAMED(kto_kl));
-    in.numbers(NAMED(reward_per_token, reward_with_kl));
-    in.terms(NAMED(terms), num_terms);
-    in.options(NAMED(options));
-  }
-};
-
-struct PairSums {
-  double policy[2], ref[2], kl[2];  // as the loss reads them
-  double plain_chosen;              // without weights, for sft
-  double weight;                    // WPO's
-  int64_t tokens[2];
-};
-
-constexpr int kPartials = kPreferenceInputs + 1;
-
-template <class T>
-struct PreferenceResults {
-  PairSums* sums;     // [num_pairs] scratch
-  int32_t* finished;  // [1] scratch of a GPU
-  T* loss;            // [1]
-  T* losses;          // [num_pairs], as the six below
-  T* rewards[2];
-  T* logps[2];
-  double* partials;  // [kPartials, num_pairs]: d losses[i] / d (both of policy, ref and kl; the plain sums)
-};
-
-// From log-probs to the loss.
-template <class T>
-struct PreferenceForwardArgs {
-  PreferenceBatch<T> batch;
-  PreferenceResults<T> out;
-
-  template <class In> void fields(In& in) {
-    batch.fields(in);
-    in.arrays(batch.num_pairs, "sums, losses", out.sums, out.losses);
-    in.arrays(kPartials * batch.num_pairs, "partials", out.partials);
-    in.arrays(1, "loss, finished", out.loss, out.finished);
-    in.pairs(batch.num_pairs, "rewards, out_logps", out.rewards, out.logps);
-  }
-};
-
-template <class T>
-struct PreferenceUpstream {
-  const double* partials;
-  const PairSums* sums;
-  const T* dloss;      // [1], or null as the three below
-  const T* dlosses;    // [num_pairs]
-  const T* dlogps[2];  // [num_pairs], of PreferenceResults::logps
-  T* dtokens[2];       // like `logps`, or null as dref
-  T* dref[2];          // like `ref`
-  T* dkl[2];           // like `logps`
-};
-
-// And back.
-template <class T>
-struct PreferenceBackwardArgs {
-  PreferenceBatch<T> batch;
-  PreferenceUpstream<T> up;
-
-  template <class In> void fields(In& in) {
-    batch.layout_fields(in);
-    in.arrays(batch.num_pairs, "sums", up.sums);
-    in.arrays(kPartials * batch.num_pairs, "partials", up.partials);
-    in.optional(1, "dloss", up.dloss);
-    in.optional(batch.num_pairs, "dlosses", up.dlosses);
-    in.pairs(batch.num_pairs, "dlogps", up.dlogps);
-    in.pairs(batch.side_size(), "dtokens, dkl", up.dtokens, up.dkl);
-    in.pairs(batch.ref_size(), "dref", up.dref);
+    in.may_share("logits", "dlogits");
+    in.require(dlogits != logits || dlogits_stride == logits_stride || num_rows <= 1, "in place of other rows");
   }
 };
 

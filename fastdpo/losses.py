@@ -169,7 +169,7 @@ def _check_kl(name: str, value) -> float | Tensor:
 # How an option is checked where it is not the default.
 _ANY, _CHECK_KL = {"check": check_number}, {"check": _check_kl}
 _POSITIVE, _NOT_NEGATIVE = {"check": partial(check_number, low=0, above=True)}, {"check": partial(check_number, low=0)}
-MAX_TERMS = 24  # of csrc/structs.h
+MAX_TERMS = 24  # of csrc/preference_structs.h
 
 
 @dataclass(frozen=True)

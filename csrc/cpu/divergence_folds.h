@@ -98,9 +98,9 @@ void divergence_fold_rows(const DivergenceFoldArgs& a, int64_t begin, int64_t en
   const RefTile& ref = a.ref;
   alignas(64) float z[kBlock], w[kBlock];
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t label = a.labels[row] - tile.col_start;
+    const int64_t label = columns_past(a.labels[row], tile.col_start);
     for (int64_t col = 0; col < tile.num_cols; col += kBlock) {
-      const int64_t cols = std::min(kBlock, tile.num_cols - col), in_block = label - col;
+      const int64_t cols = std::min(kBlock, tile.num_cols - col), in_block = columns_past(label, col);
       logits_of(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr, tile.transform, cols, z,
                 nullptr);
       logits_of(ref.ref_data + row * ref.ref_stride + col, ref.ref_bias ? ref.ref_bias + col : nullptr,
@@ -135,7 +135,7 @@ inline BlockGrad divergence_grad_block(const GradArgs& a, const DivergenceTerms&
   logits_of(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr, tile.transform, cols, z, slope);
   logits_of(ref.ref_data + row * ref.ref_stride + col, ref.ref_bias ? ref.ref_bias + col : nullptr, ref.ref_transform,
             cols, w, nullptr);
-  const int64_t label = a.labels[token] - tile.col_start - col;
+  const int64_t label = columns_past(a.labels[token], tile.col_start + col);
   const bool has_label = label >= 0 && label < cols;
   if (has_label) z[label] = w[label] = -kInf;
   const float constant_slope = tile.transform.scale * tile.transform.inv_temperature;
@@ -216,7 +216,7 @@ void routed_divergence_grad_rows(const RoutedDivergenceGradArgs& a, int64_t begi
   const Tile& tile = grad.tile;
   alignas(64) float dz[kBlock];
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t token = grad.tokens[row], label = grad.labels[token] - tile.col_start;
+    const int64_t token = grad.tokens[row], label = columns_past(grad.labels[token], tile.col_start);
     const BlockGrad found = divergence_grad_block(grad, a.terms, row, token, 0, tile.num_cols, dz);
     const bool own = label >= 0 && label < tile.num_cols;
     float share = a.terms.total[token] == 0.0f ? 0.0f : found.bound / a.terms.total[token];

@@ -63,7 +63,7 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
   const Tile& tile = a.tile;
   alignas(64) float z[kBlock], maxima[kLanes] = {}, sums[kLanes] = {};
   for (int64_t row = begin; row < end; ++row) {
-    const int64_t label = a.labels[row] - tile.col_start;  // may lie outside this tile
+    const int64_t label = columns_past(a.labels[row], tile.col_start);  // may lie outside this tile
     double* block_lse = a.block_lse + row * a.block_lse_stride;
     int waiting = 0;  // blocks whose sums have no logarithm yet: kLanes of them cost what one does
     for (int64_t col = 0; col < tile.num_cols; col += kBlock) {
@@ -71,7 +71,7 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
       transform_block<kSoftcap, false>(tile.data + row * tile.stride + col, tile.bias ? tile.bias + col : nullptr,
                                        tile.transform, cols, z, nullptr);
       if (kStats) add_logits(a.stats[row], z, cols);
-      const int64_t in_block = label - col;
+      const int64_t in_block = columns_past(label, col);
       if (in_block >= 0 && in_block < cols) {
         a.label_logit[row] = z[in_block];
         z[in_block] = -kInf;
@@ -113,7 +113,7 @@ inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t c
   const Vec lse = splat(a.lse[token]), coef = splat(a.coef[token] - coef_lse);  // d(lse) = p
   const Vec coef_entropy = splat(a.coef_entropy ? a.coef_entropy[token] : 0.0f);
   const Vec entropy = splat(a.entropy ? a.entropy[token] : 0.0f);
-  const int64_t label = a.labels[token] - tile.col_start - col;
+  const int64_t label = columns_past(a.labels[token], tile.col_start + col);
   const bool has_label = label >= 0 && label < cols;
   Vec mass{};
   for (int64_t i = 0; i < kBlock; i += kLanes) {
@@ -172,7 +172,7 @@ void routed_grad_rows(const RoutedGradArgs& a, int64_t begin, int64_t end) {
     const float mass = tile.transform.softcap != 0.0f
                            ? grad_block<true>(a.grad, row, token, 0, tile.num_cols, dz)
                            : grad_block<false>(a.grad, row, token, 0, tile.num_cols, dz);
-    const int64_t label = a.grad.labels[token] - tile.col_start;
+    const int64_t label = columns_past(a.grad.labels[token], tile.col_start);
     weigh_row(a, row, token, label >= 0 && label < tile.num_cols, mass / -std::expm1(a.grad.logps[token]));
     std::memcpy(tile.data + row * tile.stride, dz, tile.num_cols * sizeof(float));
   }
@@ -183,7 +183,7 @@ void route_row(const RouteArgs& a, int64_t row) {
   const bool two_sets = a.second_tau >= 0.0f;
   uint8_t* bits = a.bitmap + row * a.bitmap_stride;
   uint8_t* second_bits = bits + a.set_bytes;
-  std::memset(bits, 0, two_sets ? 2 * a.set_bytes : a.set_bytes);
+  std::fill_n(bits, two_sets ? 2 * a.set_bytes : a.set_bytes, uint8_t{0});
   const double rest_lse = a.rest_lse[row];
   const int64_t label_block = a.labels[row] >= 0 ? a.labels[row] / kBlock : -1;
   const Philox4 draw = philox(a.seed, a.first_row + row);

@@ -81,7 +81,9 @@ void routed_divergence_grad(const RoutedDivergenceGradArgs& a) {
 
 void add_to_tokens(const AddToTokensArgs& a) {
   const int64_t group = columns_together(a.in_bf16), groups = (a.factor.num_cols + group - 1) / group;
-  const int64_t most = std::max<int64_t>(1, a.num_tokens / 64), wanted = (2 * a.num_threads + groups - 1) / groups;
+  if (groups == 0) return;
+  const int64_t most = std::max<int64_t>(1, a.num_tokens / 64);
+  const int64_t wanted = (2 * int64_t{a.num_threads} + groups - 1) / groups;
   const int64_t parts = std::min(most, std::max<int64_t>(1, wanted));
   parallel_for(groups * parts, 1, a.num_threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {

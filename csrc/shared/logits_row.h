@@ -27,8 +27,8 @@ constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.69314718055994531;
 
 // Blocks that share a row, `splits` of both structs: as many as run at once, no more than have a batch for each thread.
-inline int64_t logits_splits(int64_t num_rows, int64_t vocab_size, int64_t num_multiprocessors) {
-  const int64_t wanted = num_multiprocessors * kBlocksPerMultiprocessor / (num_rows > 0 ? num_rows : 1);
+inline int64_t logits_splits(int64_t num_rows, int64_t vocab_size, int num_multiprocessors) {
+  const int64_t wanted = int64_t{num_multiprocessors} * kBlocksPerMultiprocessor / (num_rows > 0 ? num_rows : 1);
   const int64_t most = vocab_size / kShortRow;
   return wanted < 2 || most < 2 ? 1 : wanted < most ? wanted : most;
 }
@@ -217,7 +217,10 @@ FASTDPO_HD inline void finish_row(const LogitsForwardArgs& a, int64_t row, const
   const int64_t label = a.labels[row];
   LabelLogp result = {};
   double entropy = 0.0;
-  if (label != kLeftOut) {
+  if (label >= a.vocab_size) {  // callers leave such rows out
+    result = {NAN, NAN, NAN};
+    entropy = NAN;
+  } else if (label != kLeftOut) {
     const double z = a.inv_temperature, log_sum = log(static_cast<double>(total.sum));
     result = label_logp(total.max * z, log_sum, label < 0 ? -INFINITY : to_float(logits[label]) * z);
     if (kEntropy) entropy = row_entropy(result, log_sum, total.sum_d * kLn2 / total.sum);

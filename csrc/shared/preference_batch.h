@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <limits>
 
-#include "structs.h"
+#include "preference_structs.h"
 
 namespace fastdpo {
 
@@ -260,7 +260,8 @@ FASTDPO_HD inline void spread_pair(const PreferenceBatch<T>& a, const Preference
     const double scale = token_scale(a, n.tokens[side]), sft = side == 0 ? plain : 0.0;
     T *dtokens = up.dtokens[side], *dref = up.dref[side], *dkl = up.dkl[side];
     machine.each([&](int lane) {
-      const Span mine = stretch(whole[side], lane);
+      const bool any = dtokens != nullptr || dkl != nullptr || (dref != nullptr && a.ref_per_token);
+      const Span mine = any ? stretch(whole[side], lane) : Span{0, 0};
       int64_t place = a.ld_alpha >= 0.0 ? n.before[side][lane] : 0;
       for (int64_t at = mine.begin; at < mine.end; ++at) {
         const bool counted = counts(a, side, pair, at);

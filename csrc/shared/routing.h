@@ -38,7 +38,7 @@ FASTDPO_HD static inline uint64_t pair_odds(float share, float tau) {
   if (!(share < tau)) return kOne;
   if (share == 0.0f) return 0;
   const float q = share / tau * 4294967296.0f;
-  return q < 1.0f ? 1 : static_cast<uint64_t>(q);
+  return q >= 1.0f ? static_cast<uint64_t>(q) : 1;  // 1 of NaN too: -inf / inf
 }
 
 // The same for a pair of the larger set, given that it is in there: P(in the smaller set, of the larger `second_tau`).

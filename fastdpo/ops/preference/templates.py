@@ -185,7 +185,7 @@ class _Layout:
     def run(
         self, name: str, like: Tensor, labels, cu_seqlens, ignore_index, average, ld_alpha, sft_weight, **fields
     ) -> None:
-        """Of the layout_fields of csrc/structs.h, and `fields`."""
+        """Of the layout_fields of csrc/preference_structs.h, and `fields`."""
         fields.update(
             num_pairs=self.num_pairs,
             num_tokens=self.num_tokens,
