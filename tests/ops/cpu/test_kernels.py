@@ -23,7 +23,8 @@ COMPILERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", COMPILERS)
-def test_values_and_gradients_of_the_baseline(which, tmp_path):
+@pytest.mark.parametrize("test", ["kernels_test", "pairs_test"])
+def test_values_and_gradients_of_the_baseline(test, which, tmp_path):
     compiler, runner = COMPILERS[which]
     needed = [compiler[0], *runner[:1], *(["aarch64-linux-gnu-g++"] if "aarch64" in which else [])]
     missing = [tool for tool in needed if not shutil.which(tool)]
@@ -39,6 +40,6 @@ def test_values_and_gradients_of_the_baseline(which, tmp_path):
     run(*compiler, *FLAGS, "-DFASTDPO_ISA=baseline", "-c", ROOT / "csrc/cpu/folds.cpp", "-o", folds)
     sources = [source for source in (ROOT / "csrc/cpu").glob("*.cpp") if source.stem not in ("folds", "preference")]
     program = tmp_path / "kernels"
-    test = Path(__file__).with_name("kernels_test.cpp")
-    run(*compiler, *FLAGS, folds, *sources, test, "-o", program, "-lpthread", "-ldl")
-    assert run(*runner, program) == "baseline: 0 failures\n"
+    source = Path(__file__).with_name(f"{test}.cpp")
+    run(*compiler, *FLAGS, "-rdynamic", folds, *sources, source, "-o", program, "-lpthread", "-ldl")
+    assert run(*runner, program, *(["emulated"] if runner else [])) == "baseline: 0 failures\n"
