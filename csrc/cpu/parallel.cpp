@@ -49,26 +49,27 @@ struct Work {
   const std::function<void(int64_t, int64_t)>* body;
   int64_t count, grain;
   std::atomic<int64_t> next{0};
-  std::atomic_flag failed = ATOMIC_FLAG_INIT;
-  std::exception_ptr error;  // the first
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // the first one's
 };
 
+// An error that left a thread of the pool would end the process: it is the caller's, who gets it when all have stopped.
 void run_pieces(void* argument) {
   Work& work = *static_cast<Work*>(argument);
-  for (;;) {
-    const int64_t begin = work.next.fetch_add(work.grain);
-    if (begin >= work.count) return;
-    try {
+  try {
+    while (!work.failed) {
+      const int64_t begin = work.next.fetch_add(work.grain);
+      if (begin >= work.count) return;
       (*work.body)(begin, std::min(begin + work.grain, work.count));
-    } catch (...) {  // may not leave a thread
-      if (!work.failed.test_and_set()) work.error = std::current_exception();
-      work.next = work.count;
     }
+  } catch (...) {
+    if (!work.failed.exchange(true)) work.error = std::current_exception();
   }
 }
 
 void run_on_threads(Work& work, int threads) {
   std::vector<std::thread> pool;
+  pool.reserve(threads);
   try {
     for (int i = 1; i < threads; ++i) pool.emplace_back(run_pieces, &work);
   } catch (const std::system_error&) {  // as many as there are do the work

@@ -3,9 +3,11 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <vector>
 
 #include "cpu/folds.h"
+#include "cpu/parallel.h"
 
 using namespace fastdpo;
 
@@ -115,9 +117,30 @@ void test(int64_t num_tokens, int64_t vocab_size, int64_t size, bool halves, int
   for (size_t i = 0; i < dbias.size(); ++i) check(dbias[i], exact_dbias[i], 1e-4, "dbias");
 }
 
+// What is thrown in one thread, a bad_alloc say, comes to the caller, and the next call is as ever.
+void test_errors(int threads) {
+  for (int64_t thrower = 0; thrower < 40; thrower += 13) {
+    bool caught = false;
+    try {
+      parallel_for(40, 1, threads, [&](int64_t begin, int64_t end) {
+        if (begin <= thrower && thrower < end) throw std::bad_alloc();
+      });
+    } catch (const std::bad_alloc&) {
+      caught = true;
+    }
+    check(caught, 1, 0, "a bad_alloc of a piece");
+    std::vector<double> done(40);
+    parallel_for(40, 3, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) done[i] += 1;
+    });
+    for (const double times : done) check(times, 1, 0, "pieces after an error");
+  }
+}
+
 }  // namespace
 
 int main() {
+  for (const int threads : {1, 3}) test_errors(threads);
   for (const char* isa : supported_isas()) {
     use_isa(isa);
     for (int halves = 0; halves < 2; ++halves)
