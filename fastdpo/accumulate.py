@@ -2,6 +2,9 @@
 
 "grad"        what autograd adds to; the first gradient of all is returned, and becomes `weight.grad` as it is
 "main_grad"   Megatron's fp32 sums; nothing is returned, so that `weight.grad` stays as it was
+
+A backward that fails in the middle, out of memory say, has added a part by then: who tries the batch again puts back
+what was there, or begins the step anew.
 """
 
 from __future__ import annotations

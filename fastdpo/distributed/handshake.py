@@ -272,7 +272,10 @@ def _compared(tickets: Tensor, phase: str, seed: int | None) -> tuple[int, ...]:
     tickets = tickets.cpu()
     error = _error(tickets, phase, seed)
     if error is not None:
-        raise error
+        try:
+            raise error
+        finally:
+            del error  # a frame whose error holds the frame would keep the callers' tensors until a collection
     return tuple(tickets[:, _HEADER.index("columns")].tolist())
 
 

@@ -177,8 +177,8 @@ def admitting_padding(init, _):
         rows, ref_rows = student.vocab_size, teacher.vocab_size
         if rows == ref_rows or not is_padding(rows, ref_rows):
             return init(self, *args, **kwargs)
-        teacher.vocab_size = rows
         try:
+            teacher.vocab_size = rows
             init(self, *args, **kwargs)
         finally:
             teacher.vocab_size = ref_rows

@@ -68,8 +68,9 @@ def _telling(model: nn.Module, function, *args, **kwargs):
 
 @torch._disable_dynamo  # it cannot write to a threading.local
 def _during(head: nn.Module, function, *args, **kwargs):
-    outer, _STATE.head = _STATE.head, head
+    outer = _STATE.head
     try:
+        _STATE.head = head
         return function(*args, **kwargs)
     finally:
         _STATE.head = outer
@@ -99,13 +100,13 @@ def in_forward_of(head: nn.Module, hidden: Tensor, score: Callable[[Tensor, Tens
         return tuple(filter(_takes_gradient, scored[0]))
 
     before = module.__dict__.get("forward")
-    module.forward = forward
     try:
+        module.__dict__["forward"] = forward
         head(hidden)
     finally:
-        del module.forward
+        module.__dict__.pop("forward", None)
         if before is not None:
-            module.forward = before
+            module.__dict__["forward"] = before
     return scored[0]
 
 

@@ -158,8 +158,8 @@ def calling(call: HeadCall, function, *args, **kwargs):
     """``function(*args, **kwargs)``, during which `call` is what this thread is doing."""
     state = _TRACED if torch.compiler.is_dynamo_compiling() else _STATE
     outer = state.call
-    state.call = call
     try:
+        state.call = call
         return function(*args, **kwargs)
     finally:
         state.call = outer

@@ -88,11 +88,11 @@ def patch_model(model, **options):
     patched = _PatchedForward(causal, settings)
     try:
         patched.seen = probe(causal, patched.call_original, patched.run)
-    except Exception:
+    except BaseException:  # an interruption, too
         remove_hooks(causal)
         raise
-    causal.__dict__[STATE] = causal.forward = patched
-    causal._replicate_for_data_parallel = _refuse_data_parallel
+    # at once: an interruption comes before or after
+    causal.__dict__.update({STATE: patched, "forward": patched, "_replicate_for_data_parallel": _refuse_data_parallel})
     return model
 
 
@@ -106,12 +106,13 @@ def unpatch_model(model):
     if patched is None:
         return model
     if own is patched or isinstance(getattr(own, "__func__", None), _Unbound):
-        del causal.forward, causal.__dict__[STATE]
-        if patched.own is not None:
-            causal.forward = patched.own
+        own = patched.own
+        causal.__dict__.pop("forward") if own is None else causal.__dict__.update(forward=own)
     patched.settings = None
     causal.__dict__.pop("_replicate_for_data_parallel", None)
     remove_hooks(causal)
+    if own is patched.own:  # last: until then, whoever was interrupted can call again
+        del causal.__dict__[STATE]
     return model
 
 

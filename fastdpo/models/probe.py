@@ -60,8 +60,8 @@ def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[Log
 
     with _undisturbed(causal), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(0)
-        hook = head.register_forward_pre_hook(amplify)
         try:
+            head.register_forward_pre_hook(amplify)
             ids, logits = _first_logits(causal, forward, generator)
             gain = max(1.0, ANSWER / max(float(logits.abs().max()), 1e-6))
             logits = whole(logits_of(forward(input_ids=ids)))[:, :8]
@@ -88,8 +88,9 @@ def probe(causal: nn.Module, forward: Callable, run: Callable) -> tuple[list[Log
                 return TokenStats(torch.stack(each), *(None,) * 4)
 
             call, _ = run(LogitTransform(), score, input_ids=ids)
-        finally:
-            hook.remove()
+        finally:  # also where registering it was interrupted
+            for key in [key for key, hook in head._forward_pre_hooks.items() if hook is amplify]:
+                del head._forward_pre_hooks[key]
         expected = logits[0].double().log_softmax(-1).gather(1, labels.T).T
         allowed = call.tolerance(logits, PROBE_TOLERANCE) * max(1.0, float(logits.abs().max()))
         smallest, like = math.inf, None
@@ -152,8 +153,8 @@ def _undisturbed(model: nn.Module):
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
-        model.eval()
         try:
+            model.eval()
             yield
         finally:
             for module, training in modes:

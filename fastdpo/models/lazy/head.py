@@ -55,40 +55,44 @@ def lazy_logits(*models, **options) -> Iterator[None]:
         through ``.data``: NaN). Calls from other threads, and of copies of the model, have logits as before.
     """
     given = head_options("lazy_logits", options, TRAINER_OPTIONS)
-    hooks = [_installed(head) for head in dict.fromkeys(_output_layer(model) for model in models)]
-    before = _ACTIVE.__dict__.get("options", {})
-    _ACTIVE.options = {**before, **dict.fromkeys(hooks, given)}
+    heads = list(dict.fromkeys(_output_layer(model) for model in models))
+    before, hooks, user = _ACTIVE.__dict__.get("options", {}), [], object()
     try:
+        for head in heads:
+            _install(head, hooks, user)
+        _ACTIVE.options = {**before, **dict.fromkeys(hooks, given)}
         yield
     finally:
         _ACTIVE.options = before
         for hook in hooks:
-            _remove(hook)
+            _remove(hook, user)
 
 
 _ACTIVE = threading.local()  # .options: of the hooks that are in force for this thread
 _LOCK = threading.Lock()
 
 
-def _installed(head: nn.Module) -> _LazyHead:
+def _install(head: nn.Module, hooks: list[_LazyHead], user: object) -> None:
+    """Adds the head's hook to `hooks`. Wherever this is interrupted, `_remove` of what is in there takes it back."""
     with _LOCK:
         hook = _LAZY_HEADS.setdefault(head, _LazyHead(head))
-        if hook.users == 0:
+        hooks.append(hook)
+        hook.users.add(user)
+        if len(hook.users) == 1:
             hook.previous = head.__dict__.get("forward")
-            head.forward = hook
-        hook.users += 1
-    return hook
+            head.__dict__["forward"] = hook
 
 
-def _remove(hook: _LazyHead) -> None:
+def _remove(hook: _LazyHead, user: object) -> None:
     head = hook.head()
     with _LOCK:
-        hook.users -= 1
-        if hook.users == 0 and head is not None and head.__dict__.get("forward") is hook:
-            del head.forward
-            if hook.previous is not None:
-                head.forward = hook.previous
-        if hook.users == 0:
+        hook.users.discard(user)
+        if not hook.users and head is not None and head.__dict__.get("forward") is hook:
+            if hook.previous is None:
+                del head.__dict__["forward"]
+            else:
+                head.__dict__["forward"] = hook.previous
+        if not hook.users:
             hook.previous = None
 
 
@@ -134,7 +138,7 @@ class _LazyHead:
 
     def __init__(self, head: nn.Module):
         self.head = weakref.ref(head)
-        self.users = 0
+        self.users: set[object] = set()
         self.previous = None  # the head's own `forward`, where it is not its class's
         self.wanted: set[str] = set()  # statistics that were asked for: from then on computed with the log-probs
 

@@ -71,11 +71,12 @@ _dropped: dict[str, str] = {}  # kernel: why
 @contextlib.contextmanager
 def forced(form: str | None) -> Iterator[None]:
     """Inside, the special kernel serves all that it can in this form, measured or not, uncompared; None: nothing."""
-    _forced.append(form)
+    before = list(_forced)
     try:
+        _forced.append(form)
         yield
     finally:
-        _forced.pop()
+        _forced[:] = before
 
 
 def fold_of(call, low_rank, sums, plain: Callable) -> Callable:
