@@ -1,6 +1,9 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
 # make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 -m ''" runs all, in four processes
-# make sanitize    the CUDA kernels executed on the CPU under AddressSanitizer and UndefinedBehaviorSanitizer
+# make sanitize    all of csrc on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
+# make fuzz    half an hour each of arguments that no caller gives to native functions, and of properties of the public ones
+# make soak    ten thousand random steps, which must leave memory, files, threads and caches as they were
+# make test-peers   the peers' own tests, fetched at pinned versions, with fastdpo in the place of their functions
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
 # make test-trainers   the tests of other trainers, each in an environment with the real package; TRAINERS="ms-swift"
@@ -22,7 +25,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
+.PHONY: demo test sanitize fuzz soak test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -45,7 +48,17 @@ test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(TEST_ARGS)
 
 sanitize: $(VENV)/installed-test
-	$(RUN) -m tests.cuda_on_cpu $(SANITIZE_ARGS)
+	$(RUN) -m tests.sanitized $(SANITIZE_ARGS)
+
+fuzz: $(VENV)/installed-test
+	$(RUN) -m tests.fuzz_bindings --minutes 30
+	FASTDPO_PROPERTIES_MINUTES=30 $(RUN) -m pytest -q tests/properties
+
+soak: $(VENV)/installed-test
+	$(RUN) -m tests.soak
+
+test-peers: $(VENV)/installed-bench $(VENV)/installed-test
+	$(RUN) -m tests.peers.run
 
 models: $(VENV)/installed-test
 	$(RUN) tests/model_matrix.py $(MODELS_ARGS)

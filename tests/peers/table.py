@@ -107,13 +107,13 @@ PEERS = {
         known=(
             Known(
                 r".*TestSelectiveLogSoftmax.*dtype[23]\]",
-                "they ask for the bits of torch's log_softmax in the half type, off by a unit in the last place in 19% of "
-                "its values; fastdpo's, rounded, are fp64's, rounded",
+                "they ask for the bits of torch's log_softmax in the half type, off by a unit in the last place in 19% "
+                "of its values; fastdpo's, rounded, are fp64's, rounded",
             ),
             Known(
                 r".*TestEntropyFromLogits.*\[dtype[23]-.*",
-                "they compare to 1e-5 with a sum of products in the half type, off by up to 1.4e-2 nats in fp16 and 1.1e-1 "
-                "in bf16; fastdpo's by 3e-7",
+                "they compare to 1e-5 with a sum of products in the half type, off by up to 1.4e-2 nats in fp16 and "
+                "1.1e-1 in bf16; fastdpo's by 3e-7",
             ),
             Known(
                 r".*TestChunkedLogProbFunction::test_backward_bfloat16.*", "their reference rounds the logits to bf16"

@@ -78,8 +78,8 @@ class Operands:
         self.num_blocks = num_blocks(self.vocab_size)
         self.rounded = _ROUNDED[head.compute_dtype]
         # A library's sums hang on how many rows it is given; csrc's, by which a token has the same bits in every batch,
-        # on nothing but their length. That takes 1.0 to 1.2 of the time, of a single token 1.5 to 1.8 in fp32 (Intel Xeon
-        # with AVX-512, H of 1024 and 2048, November 2026); where there are units for bf16, more.
+        # on nothing but their length. That takes 1.0 to 1.2 of the time, of a single token 1.5 to 1.8 in fp32 (Intel
+        # Xeon with AVX-512, H of 1024 and 2048, November 2026); where there are units for bf16, more.
         self.batch_invariant = torch.are_deterministic_algorithms_enabled()
         # What a library multiplies, and whether it can multiply pairs where the factors lie.
         in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16

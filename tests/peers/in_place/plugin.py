@@ -1,5 +1,5 @@
-"""A pytest plugin for a peer's own tests. FASTDPO_PEERS, a JSON object, tells it which peer, whether fastdpo stands in its
-place, whether vocabularies are raised to several blocks, and where the outcome of every case goes.
+"""A pytest plugin for a peer's own tests. FASTDPO_PEERS, a JSON object, tells it which peer, whether fastdpo stands in
+its place, whether vocabularies are raised to several blocks, and where the outcome of every case goes.
 """
 
 from __future__ import annotations
