@@ -15,11 +15,12 @@ import time
 
 import pytest
 
+MINUTES = float(os.environ.get("FASTDPO_PROPERTIES_MINUTES", 0))
+
 if importlib.util.find_spec("hypothesis") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
     import hypothesis
-    from problems import MINUTES
 
     common = {
         "deadline": None,
@@ -31,7 +32,6 @@ else:
     hypothesis.settings.register_profile("ci", max_examples=12, derandomize=fixed, **common)
     hypothesis.settings.register_profile("long", max_examples=10, **common)
     hypothesis.settings.load_profile("long" if MINUTES else "ci")
-
 
 _share: dict[str, float] = {}  # seconds for each test
 
