@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,9 +50,14 @@ def run_tests(peer: Peer, folder: Path, mode: str, patched: bool) -> dict:
     }
     packages = [str(folder / peer.source.packages)] if isinstance(peer.source, Repository) else []
     paths = [*packages, str(folder), str(ROOT), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"} | dict(peer.variables)
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"FASTDPO_PEERS": json.dumps(told), "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "pytest", "-q", "-c", "no.ini", "--rootdir", ".", "-p", "in_place.plugin"]
+    python = sys.executable
+    if peer.environment:
+        from ..integrations.environments import python_of
+
+        python = python_of(peer.environment)
+    command = [python, "-m", "pytest", "-q", "-c", "no.ini", "--rootdir", ".", "-p", "in_place.plugin"]
     command += ["-p", "no:cacheprovider", "-W", "ignore", "--tb=short", *(["-k", peer.select] if peer.select else [])]
     log = folder / f"{results.stem}.log"
     with log.open("w") as output:
@@ -98,12 +103,16 @@ def table(comparisons: dict[tuple[str, str], Comparison]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def run_peer(peer: Peer, mode: str) -> Comparison:
-    wide = mode != "plain"
-    edits = (*peer.edits, *(peer.wide_edits if wide else ()))
-    folder = edited(obtained(peer.source), edits, "wide" if wide else "plain")
-    without = run_tests(peer, folder, mode, patched=False)
-    return compare(peer, mode, without, run_tests(peer, folder, mode, patched=True))
+def run_peer(peer: Peer, modes: Sequence[str]) -> Iterator[tuple[str, Comparison]]:
+    obtained_from = obtained(peer.source)
+    for name, of_it in (("plain", ("plain",)), ("wide", ("wide", "routed"))):
+        chosen = [mode for mode in of_it if mode in modes]
+        if not chosen:
+            continue
+        folder = edited(obtained_from, (*peer.edits, *(peer.wide_edits if name == "wide" else ())), name)
+        without = run_tests(peer, folder, name, patched=False)
+        for mode in chosen:
+            yield mode, compare(peer, mode, without, run_tests(peer, folder, mode, patched=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,12 +127,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in given.peers or PEERS:
         source = PEERS[name].source
         version = source.version if isinstance(source, Sdist) else source.revision
-        for mode in [x for x in PEERS[name].modes if x in (given.mode or OPTIONS)]:
-            print(f"{name} {version}, {mode}", flush=True)
-            comparisons[name, mode] = run_peer(PEERS[name], mode)
-            for failure in comparisons[name, mode].failures:
-                print(f"FAILED {failure}", flush=True)
-            failed += len(comparisons[name, mode].failures)
+        modes = [mode for mode in PEERS[name].modes if mode in (given.mode or OPTIONS)]
+        print(f"{name} {version}: {', '.join(modes)}", flush=True)
+        for mode, comparison in run_peer(PEERS[name], modes):
+            comparisons[name, mode] = comparison
+            print(table({(name, mode): comparison}).splitlines()[-1], flush=True)
+            for failure in comparison.failures:
+                print(f"FAILED {mode} {failure}", flush=True)
+            failed += len(comparison.failures)
     print(table(comparisons))
     print(
         f"{failed} failed; logs and copies are in {CACHE}"

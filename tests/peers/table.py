@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 MODES = ("plain", "wide", "routed")
 
@@ -57,12 +57,14 @@ class Peer:
     known: Sequence[Known] = ()
     select: str = ""  # pytest's -k
     modes: Sequence[str] = MODES
-    variables: Mapping[str, str] = field(default_factory=dict)
+    environment: str = ""  # of tests/integrations/environments.py; by default the running one
 
 
 LIGER = "test/chunked_loss"
 CCE = "tests/test_cce_"
 TRL = Repository("https://github.com/huggingface/trl", "v1.9.0")
+TORCHTUNE = "tests/torchtune"
+CHUNKED, KD = "modules/loss/test_ce_chunked_output_loss", "modules/loss/test_kd_losses"
 _TRL = "tests/test_utils.py"
 
 PEERS = {
@@ -131,5 +133,21 @@ PEERS = {
         passes=1,
         select="Trainer and not vlm and not vision",
         modes=("plain",),
+    ),
+    "torchtune": Peer(
+        "torchtune",
+        Repository("https://github.com/pytorch/torchtune", "v0.6.1"),
+        (
+            f"{TORCHTUNE}/rlhf/loss/test_dpo_loss.py",
+            *(f"{TORCHTUNE}/modules/loss/test_{x}.py" for x in (CHUNKED, "kd_losses")),
+        ),
+        passes=1,
+        # It fetches checkpoints of other tests
+        edits=(Edit("tests/conftest.py", "def pytest_configure(config):", "def not_pytest_configure(config):"),),
+        wide_edits=(
+            Edit(f"{TORCHTUNE}/{CHUNKED}.py", "vocab_size = 50\n", "vocab_size = 4146\n"),
+            Edit(f"{TORCHTUNE}/{KD}.py", "vocab_size = 50\n", "vocab_size = 1074\n", 3),
+        ),
+        environment="torchtune",
     ),
 }

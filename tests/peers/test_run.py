@@ -8,7 +8,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from peers import run, sources, table
+
+from tests.peers import run, sources, table
 
 PACKAGE = {
     "cut_cross_entropy/__init__.py": """
@@ -79,7 +80,8 @@ def toy(tmp_path, monkeypatch) -> table.Peer:
 
 
 def test_a_peers_cases_are_compared_one_by_one(toy):
-    result = run.run_peer(toy, "routed")
+    ((mode, result),) = run.run_peer(toy, ["routed"])
+    assert mode == "routed"
     (counts,) = result.counts.values()
     assert dict(counts) == {
         "cases": 5,

@@ -1,5 +1,5 @@
-"""What TRL's tests take from the Hub, under the same names, made here: text models of a few layers, a tokenizer of one
-token a word, and the data sets called "zen". No test of TRL asks what is in them.
+"""What TRL's tests take from the Hub, under the same names, made here: text models of a few layers, a tokenizer of bytes
+and words, and the data sets called "zen". No test of TRL asks what is in them.
 """
 
 from __future__ import annotations
@@ -43,16 +43,22 @@ MODELS = {
     "tiny-Qwen3ForCausalLM": ("Qwen3", {"tie_word_embeddings": True}),
     "tiny-Qwen3ForCausalLM-Instruct-2507": ("Qwen3", {"tie_word_embeddings": True}),
     "tiny-Qwen3MoeForCausalLM": ("Qwen3Moe", EXPERTS),
+    "tiny-T5ForConditionalGeneration": (
+        "T5",
+        dict(d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0),
+    ),
 }
+
+MADE_OF = Path(__file__).read_text()  # what changes here is made again
 
 
 def use(home: Path) -> None:
     """From now on what is asked of the Hub comes from `home`. Before huggingface_hub is imported."""
     os.environ.update(HF_HOME=str(home), HF_HUB_CACHE=str(home / "hub"), HF_HUB_OFFLINE="1")
-    if not (home / "made").exists():
+    if not (home / "made").exists() or (home / "made").read_text() != MADE_OF:
         for name, (architecture, more) in MODELS.items():
             _make(home / "hub" / f"models--{OWNER}--{name}", architecture, more)
-        (home / "made").touch()
+        (home / "made").write_text(MADE_OF)
     import datasets
 
     datasets.load_dataset = load_dataset
@@ -63,25 +69,30 @@ def _make(folder: Path, architecture: str, more: dict) -> None:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(
-        **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, **more
-    )
-    model = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    tokens = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    sizes = {"vocab_size": VOCAB} if architecture == "T5" else SIZES
+    config = getattr(transformers, f"{architecture}Config")(**sizes, **tokens, **more)
+    model = getattr(transformers, folder.name.split("--tiny-")[1].split("-")[0])(config)
     snapshot = folder / "snapshots" / "0"
     model.save_pretrained(snapshot)
     _tokenizer().save_pretrained(snapshot)
-    (folder / "refs").mkdir()
+    (folder / "refs").mkdir(exist_ok=True)
     (folder / "refs" / "main").write_text("0")
 
 
 def _tokenizer():
     import transformers
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    # Of bytes, as Qwen2's, whose class takes the vocabulary and builds all else itself
     special = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<|im_end|>", "unk_token": "<unk>"}
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.train_from_iterator(WORDS, trainers.WordLevelTrainer(special_tokens=[*special.values(), "<|im_start|>"]))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = [*special.values(), "<|im_start|>"]
+    trainer = trainers.BpeTrainer(special_tokens=specials, vocab_size=VOCAB, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
     names = ["input_ids", "attention_mask"]
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_input_names=names, **special)
     made.chat_template = (Path.cwd() / "trl" / "chat_templates" / "qwen2_5.jinja").read_text()

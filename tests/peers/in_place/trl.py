@@ -13,7 +13,18 @@ COMPARISONS: tuple[str, ...] = ()
 
 
 def prepare(hub: Path) -> None:
+    """Its configurations want bf16, and without a GPU they want to be told that a CPU is meant."""
     of_hub.use(hub)
+    import torch
+    from transformers import TrainingArguments
+
+    checked = TrainingArguments.__post_init__
+
+    def post_init(self):
+        self.use_cpu = self.use_cpu or not torch.cuda.is_available()
+        checked(self)
+
+    TrainingArguments.__post_init__ = post_init
 
 
 def patch(options: dict) -> None:
