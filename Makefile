@@ -58,7 +58,7 @@ soak: $(VENV)/installed-test
 	$(RUN) -m tests.soak
 
 test-peers: $(VENV)/installed-bench $(VENV)/installed-test
-	$(RUN) -m tests.peers.run
+	$(RUN) -m tests.peers.run $(PEERS)
 
 models: $(VENV)/installed-test
 	$(RUN) tests/model_matrix.py $(MODELS_ARGS)

@@ -1,5 +1,5 @@
-"""What TRL's tests take from the Hub, under the same names, made here: text models of a few layers, a tokenizer of bytes
-and words, and the data sets called "zen". No test of TRL asks what is in them.
+"""What TRL's tests take from the Hub, under the same names, made here: text models of a few layers, a tokenizer of
+bytes and words, and the data sets called "zen". No test of TRL asks what is in them.
 """
 
 from __future__ import annotations
