@@ -106,3 +106,34 @@ def test_logits_whose_rows_overlap(engine, dtype):
     index = torch.tensor([0, 3, 49, -100, 7, 8])
     ours, expected = (fastdpo.selective_log_softmax(x, index) for x in (logits, logits.contiguous()))
     torch.testing.assert_close(ours, expected)
+
+
+def _far_apart(x: torch.Tensor) -> torch.Tensor:
+    """`x` in rows of which the last one begins past 2^31 elements; pages between them are never touched."""
+    stride = 2**31 // (len(x) - 1) + 5
+    try:
+        memory = torch.empty((len(x) - 1) * stride + x.shape[1], dtype=x.dtype)
+    except RuntimeError:
+        pytest.skip("the system does not promise so much memory")
+    return memory.as_strided(x.shape, (stride, 1)).copy_(x)
+
+
+@pytest.mark.parametrize("options", [{"backward": "exact"}, {"seed": 1, "tau": 0.5}], ids=["exact", "routed"])
+def test_offsets_past_2_to_the_31_elements(engine, options):
+    hidden, weight = (torch.randn(rows, 16, dtype=torch.float16) for rows in (5, 300))
+    labels, found = torch.randint(300, (5,)), []
+    for place in (torch.clone, _far_apart):
+        leaves = [place(x).requires_grad_() for x in (hidden, weight)]
+        logps = fastdpo.linear_logps(*leaves, labels, **options)
+        found.append((logps.detach(), *torch.autograd.grad(logps.sum(), leaves)))
+    for near, far in zip(*found):
+        assert torch.equal(near, far)
+
+
+def test_offsets_of_logits_past_2_to_the_31_elements(engine):
+    logits, index, found = torch.randn(5, 300, dtype=torch.float16), torch.randint(300, (5,)), []
+    for place in (torch.clone, _far_apart):
+        leaf = place(logits).requires_grad_()
+        logps = fastdpo.selective_log_softmax(leaf, index)
+        found.append((logps.detach(), *torch.autograd.grad(logps.sum(), leaf)))
+    assert all(torch.equal(near, far) for near, far in zip(*found))
