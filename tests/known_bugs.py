@@ -1,0 +1,96 @@
+"""Bugs that others shipped, put into our own code one after the other, and the test that must fail then:
+``python -m tests.mutate --bugs``. (name, file, what stands there, what the bug would make of it, the test)."""
+
+BUGS = (
+    (
+        "32-bit offsets past 2^31 elements",
+        "csrc/head_structs.h",
+        "(row * stride + col) * size()",
+        "static_cast<int32_t>(row * stride + col) * size()",
+        "tests/test_layouts.py -k 2_to_the_31_elements",
+    ),
+    (
+        "a gradient written over the caller's logits",
+        "fastdpo/ops/selective/operators.py",
+        "logits if ctx.inplace_backward else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)",
+        "logits",
+        "tests/test_selective.py",
+    ),
+    (
+        "every gradient multiplied by the first upstream element",
+        "fastdpo/ops/operators.py",
+        "coef = torch.zeros_like(logps) if dlogps is None else contiguous(dlogps.to(logps.dtype))",
+        "coef = torch.zeros_like(logps) if dlogps is None else dlogps[:1].float().expand_as(logps).clone()",
+        "tests/test_logps.py -k upstream_gradients_are_per_token",
+    ),
+    (
+        "p rounded before p - 1",
+        "fastdpo/ops/reference.py",
+        "label_dz = coef * -torch.expm1(logps) + coef_lse * logps.exp()  # 1 - p before any rounding of p",
+        "label_dz = coef * (1 - logps.exp().bfloat16().to(dtype)) + coef_lse * logps.exp()",
+        "tests/test_logps.py -k gradient_of_a_confident_label",
+    ),
+    (
+        "NaN of logits that are -inf",
+        "csrc/shared/logits_row.h",
+        "return max == -INFINITY ? 0.0f : max;",
+        "return max;",
+        "tests/test_selective.py tests/ops/selective",
+    ),
+    (
+        "padded vocabulary columns counted as exp(0)",
+        "fastdpo/ops/reference.py",
+        "blocks = pad(rest, (0, -rest.shape[1] % BLOCK), value=-torch.inf)",
+        "blocks = pad(rest, (0, -rest.shape[1] % BLOCK), value=0.0)",
+        "tests/test_routing.py -k reference",
+    ),
+    (
+        "all rows masked gives 0 / 0",
+        "fastdpo/sequences.py",
+        "return sums / self.counts.clamp(min=1)",
+        "return sums / self.counts",
+        "tests/test_linear_dpo.py -k all_ignored",
+    ),
+    (
+        "NaN in a masked row poisons the batch",
+        "fastdpo/ops/by_token.py",
+        "skipped = ignored | out_of_range",
+        "skipped = out_of_range",
+        "tests/test_logps.py -k masked_rows_are_never_read",
+    ),
+    (
+        "an odd batch accepted silently",
+        "fastdpo/sequences.py",
+        "if hidden.shape[0] % 2:",
+        "if False:",
+        "tests/test_linear_dpo.py -k tensors_refused",
+    ),
+    (
+        "an out-of-range label reaches the kernel",
+        "fastdpo/ops/by_token.py",
+        "out_of_range = ((rows.labels < 0) | (rows.labels >= rows.vocab_size)) & ~ignored",
+        "out_of_range = torch.zeros_like(ignored)",
+        "tests/test_logps.py -k out_of_range_label",
+    ),
+    (
+        "needs_input_grad is True under no_grad",
+        "fastdpo/ops/operators.py",
+        "needs = Needs(*ctx.needs_input_grad[:5]) if differentiable else Needs()",
+        "needs = Needs(*ctx.needs_input_grad[:5])",
+        "tests/test_logps.py -k no_grad_saves_nothing",
+    ),
+    (
+        "an option accepted and dropped",
+        "fastdpo/losses.py",
+        "if users and (isinstance(value, Tensor) or value != default) and",
+        "if False and",
+        "tests/test_losses.py",
+    ),
+    (
+        "a logit scale not read from the configuration",
+        "fastdpo/models/probe.py",
+        'FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")',
+        'FACTORS = ("output_multiplier", "lm_head_multiplier")',
+        "tests/models/test_huggingface.py -k test_models",
+    ),
+)
