@@ -3,6 +3,8 @@
 # make sanitize    all of csrc on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make fuzz    half an hour each of arguments that no caller gives to native functions, and of properties of the public ones
 # make soak    ten thousand random steps, which must leave memory, files, threads and caches as they were
+# make interrupt    errors and Ctrl-C at every place of every small step; INTERRUPT_ARGS="--few"
+# make mutate    one operator at a time in a copy of a file; MUTATE_ARGS="fastdpo/routing.py --most 20", or "--bugs"
 # make test-peers   the peers' own tests, fetched at pinned versions, with fastdpo in the place of their functions
 # make models  patch every language model class of the installed transformers; MODELS_ARGS="CLASS ... --json FILE"
 # make test-trl   the tests of patch_trl in one environment per release of TRL; TRL="1.8.0 0.28.0" chooses
@@ -25,7 +27,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize fuzz soak test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
+.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -55,7 +57,13 @@ fuzz: $(VENV)/installed-test
 	FASTDPO_PROPERTIES_MINUTES=30 $(RUN) -m pytest -q tests/properties
 
 soak: $(VENV)/installed-test
-	$(RUN) -m tests.soak
+	$(RUN) -m tests.soak $(SOAK_ARGS)
+
+interrupt: $(VENV)/installed-test
+	$(RUN) -m tests.interruptions $(INTERRUPT_ARGS)
+
+mutate: $(VENV)/installed-test
+	$(RUN) -m tests.mutate $(MUTATE_ARGS)
 
 test-peers: $(VENV)/installed-bench $(VENV)/installed-test
 	$(RUN) -m tests.peers.run $(PEERS)
