@@ -145,6 +145,7 @@ def test_the_table_names_what_there_is(capsys):
         assert (Path(run.__file__).parent / "in_place" / f"{one.module}.py").exists(), name
         assert all(re.compile(known.cases) and known.reason for known in one.known)
         assert set(one.modes) <= run.OPTIONS.keys()
+        assert {edit.file for edit in one.wide_edits} <= set(one.tests)
     with pytest.raises(SystemExit):
         run.main(["nobody"])
     assert "nobody" in capsys.readouterr().err
