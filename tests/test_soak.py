@@ -1,8 +1,12 @@
-"""A short soak: after some hundred random steps a process holds what it held before them."""
+"""A short soak: after some hundred random steps a process holds what it held before them. What it held must be its own:
+the tests here run in a process of theirs, which other tests have left nothing in."""
 
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -15,6 +19,20 @@ import fastdpo
 FEW = {f"fastdpo.ops.engines.{name}": 12 for name in ("engine_for", "divergence_engine_for")}
 
 
+ALONE = os.environ.get("FASTDPO_SOAK") == "1"
+alone = pytest.mark.skipif(not ALONE, reason="runs in test_a_process_of_its_own")
+
+
+@pytest.mark.skipif(ALONE, reason="this is that process")
+def test_a_process_of_its_own(seeded):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:randomly", __file__]
+    environment = os.environ | {"FASTDPO_SOAK": "1", "FASTDPO_TEST_SEED": str(seeded)}
+    environment = {name: x for name, x in environment.items() if not name.startswith("PYTEST_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
+
+
+@alone
 def test_random_steps_leave_no_memory_no_tensor_no_file_and_no_thread_behind(seeded):
     steps = Steps(seeded)
     try:
@@ -30,6 +48,7 @@ def test_random_steps_leave_no_memory_no_tensor_no_file_and_no_thread_behind(see
     assert not grown(first_caches, caches(), FEW)
 
 
+@alone
 def test_the_soak_sees_a_tensor_and_a_cache_that_grow():
     before, before_caches = held(), caches()
     fastdpo.kept = [torch.zeros(3)]
@@ -40,6 +59,7 @@ def test_the_soak_sees_a_tensor_and_a_cache_that_grow():
         del fastdpo.kept
 
 
+@alone
 def test_steps_leave_no_cycle_that_keeps_a_tensor(seeded):
     """Without the collector: what a step has made dies with its last name."""
     steps = Steps(seeded)
@@ -58,6 +78,7 @@ def held_without_collecting() -> int:
     return sum(issubclass(type(x), torch.Tensor) for x in gc.get_objects())
 
 
+@alone
 @pytest.mark.parametrize("count", [3])
 def test_threads_that_end_give_back_what_they_worked_in(count, seeded):
     steps = Steps(seeded)
