@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
 from collections.abc import Iterator
@@ -21,6 +22,15 @@ import fastdpo
 ENGINES = ("reference", "cpu", "triton")  # a new engine joins the whole suite by its name here
 
 
+SEED = pytest.StashKey[int]()
+
+
+def pytest_configure(config) -> None:
+    """One seed for all of a run's processes."""
+    run = getattr(config, "workerinput", {}).get("testrunuid") or os.urandom(8).hex()
+    config.stash[SEED] = int(os.environ.get("FASTDPO_TEST_SEED", random.Random(run).randrange(2**31)))
+
+
 def pytest_collection_modifyitems(config, items) -> None:
     """Files in an order of the run's own, and in each the tests: none may need what another left behind."""
     interpreted = not torch.cuda.is_available()
@@ -28,10 +38,7 @@ def pytest_collection_modifyitems(config, items) -> None:
         engine = getattr(item, "callspec", None) and item.callspec.params.get("engine")
         if interpreted and engine == "triton" and item.get_closest_marker("slow_in_the_interpreter"):
             item.add_marker(pytest.mark.slow)
-    worker = getattr(
-        config, "workerinput", {"testrunuid": os.urandom(8).hex()}
-    )  # one order for all of a run's processes
-    order = random.Random(os.environ.get("FASTDPO_TEST_SEED", worker["testrunuid"]))
+    order = random.Random(config.stash[SEED])
     files = {item.path: order.random() for item in items}
     items.sort(key=lambda item: (files[item.path], order.random()))
 
@@ -39,6 +46,8 @@ def pytest_collection_modifyitems(config, items) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     if interpreter_problem():
         terminalreporter.write_line(f"not run: tests of the Triton engine: {interpreter_problem()}")
+    if importlib.util.find_spec("hypothesis") is None:
+        terminalreporter.write_line("not run: tests/properties, which need hypothesis")
 
 
 @pytest.fixture(params=ENGINES)
@@ -89,8 +98,8 @@ def ranks() -> Iterator:
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """A fresh seed per run unless FASTDPO_TEST_SEED is set; shown with a failing test's captured output."""
-    seed = int(os.environ.get("FASTDPO_TEST_SEED", random.randrange(2**31)))
+    """The run's seed, fresh unless FASTDPO_TEST_SEED is set; shown with a failing test's captured output."""
+    seed = request.config.stash[SEED]
     print(f"FASTDPO_TEST_SEED={seed}")
     torch.manual_seed(seed)
     random.seed(seed)

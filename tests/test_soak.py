@@ -25,7 +25,7 @@ alone = pytest.mark.skipif(not ALONE, reason="runs in test_a_process_of_its_own"
 
 @pytest.mark.skipif(ALONE, reason="this is that process")
 def test_a_process_of_its_own(seeded):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", "-p", "no:randomly", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", __file__]
     environment = os.environ | {"FASTDPO_SOAK": "1", "FASTDPO_TEST_SEED": str(seeded)}
     environment = {name: x for name, x in environment.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -79,12 +79,11 @@ def held_without_collecting() -> int:
 
 
 @alone
-@pytest.mark.parametrize("count", [3])
-def test_threads_that_end_give_back_what_they_worked_in(count, seeded):
+def test_threads_that_end_give_back_what_they_worked_in(seeded):
     steps = Steps(seeded)
     for _ in range(20):
         steps.of_another_thread()
     before = held()
-    for _ in range(100 * count):
+    for _ in range(300):
         steps.of_another_thread()
     assert not grown(before, held(), ALLOWED)
