@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kLanes, 1) preference_forward_kernel(const Pre
   if (is_last) finish_batch(a, machine, out);
 }
 
-__global__ void __launch_bounds__(kLanes) preference_backward_kernel(const PreferenceBatch<float> a, const PreferenceUpstream<float> up) {
+__global__ void __launch_bounds__(kLanes, 1) preference_backward_kernel(const PreferenceBatch<float> a, const PreferenceUpstream<float> up) {
   __shared__ Scratch scratch;
   BlockMachine machine = {scratch};
   spread_pair(a, up, blockIdx.x, machine);
