@@ -24,7 +24,11 @@ def check_accumulates(weight: Tensor, into: str | None) -> None:
         )
     if into == "main_grad" and not isinstance(getattr(weight, "main_grad", None), Tensor):
         raise ValueError("accumulate_into='main_grad' needs a tensor weight.main_grad; this weight has none")
-    _check_place(weight, into)
+    if _check_place(weight, into) is None and not weight.is_contiguous():  # the first gradient takes weight's layout
+        raise ValueError(
+            f"accumulate_into={into!r} needs a contiguous weight, or weight.{into} to be there; got strides "
+            f"{weight.stride()} of shape {tuple(weight.shape)}"
+        )
 
 
 def _check_place(weight: Tensor, into: str) -> Tensor | None:

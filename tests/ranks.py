@@ -58,7 +58,7 @@ def _serve(rank: int, size: int, store: str, timeout: float, connection) -> None
         torch.manual_seed(1000 + rank)  # different on every rank, as in training
         try:
             answer = _dumps((True, function(rank, size, *args, **kwargs)))
-        except Exception as error:
+        except (Exception, KeyboardInterrupt) as error:
             what = RankError(type(error).__name__, str(error), traceback.format_exc())
             answer = _dumps((False, what.kind, str(error), what.trace))
         connection.send_bytes(answer)

@@ -110,6 +110,12 @@ def test_what_cannot_be_added_to_is_refused():
         with pytest.raises(ValueError, match=r"needs weight\.main_grad contiguous and like weight"):
             score(head.weight, "main_grad")
     assert score(head.weight.detach() * 1, "main_grad").requires_grad  # without a gradient there is none to add
+    transposed = head.weight.detach().T.contiguous().T.requires_grad_()
+    with pytest.raises(ValueError, match=r"accumulate_into='grad' needs a contiguous weight"):
+        score(transposed, "grad")  # before its first gradient, which the second could not be added to
+    transposed.grad = torch.zeros(1000, 48)
+    score(transposed, "grad").sum().backward()
+    assert transposed.grad.any()
     head.weight.main_grad = torch.zeros(1000, 48)
     logps = score(head.weight, "main_grad")
     head.weight.main_grad = torch.zeros(3)

@@ -228,6 +228,10 @@ def announcing(group, of: Tensor | None, phase: str = "the forward"):
         if group is not None:
             _refuse(group, of, phase, error)
         raise
+    except BaseException as error:  # Ctrl-C: this rank does not wait for an exchange
+        if group is not None and torch.distributed.get_rank(group) >= 0:
+            _tell(group, error)
+        raise
 
 
 def _refuse(group, of, phase: str, error: Exception) -> None:
@@ -353,8 +357,8 @@ def _poison(tickets: Tensor, phase: str, with_seed: bool = False) -> Tensor:
     return torch.where(wrong, torch.nan, 0.0).float()
 
 
-# An engine that fails in the middle of a call leaves the other ranks waiting in its next exchange. The cause is left in
-# the group's store, where a rank whose exchange has run into the group's time-out looks.
+# An engine that fails in the middle of a call, or Ctrl-C, leaves the other ranks waiting in the next exchange. The cause
+# is left in the group's store, where a rank whose exchange has run into the group's time-out looks.
 
 _FAILED = "fastdpo/failed"
 
@@ -368,9 +372,16 @@ def telling(group):
         cause = _told(group)
         if cause:
             raise RuntimeError(f"vocab_group: another rank did not finish this call{cause}") from error
-        rank = torch.distributed.get_rank(group)
-        _store(group).set(_FAILED, f"rank {rank} failed with {type(error).__name__}: {error}"[:2000])
+        _tell(group, error)
         raise
+    except BaseException as error:
+        _tell(group, error)
+        raise
+
+
+def _tell(group, error: BaseException) -> None:
+    rank = torch.distributed.get_rank(group)
+    _store(group).set(_FAILED, f"rank {rank} failed with {type(error).__name__}: {error}"[:2000])
 
 
 def _told(group) -> str:

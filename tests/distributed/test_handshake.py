@@ -294,6 +294,7 @@ def test_one_exchange_of_one_size_comes_before_those_that_data_sizes(ranks):
 def _fails(rank, size, where):
     group = dist.new_group(timeout=datetime.timedelta(seconds=4))
     given = _given(rank, size) | {"vocab_group": group}
+    from fastdpo import logps
     from fastdpo.ops import operators
 
     if rank == 1:
@@ -303,7 +304,13 @@ def _fails(rank, size, where):
         def no_memory(*args, **kwargs):
             raise MemoryError("16 GiB of logits")
 
-        operators._problem = no_memory
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt("Ctrl-C")
+
+        if where == "checking":
+            logps.check_head = interrupted
+        else:
+            operators._problem = no_memory if where == "within" else interrupted
     start = time.monotonic()
     try:
         _call(given)
@@ -311,16 +318,19 @@ def _fails(rank, size, where):
         assert time.monotonic() - start < 15.0
 
 
-@pytest.mark.parametrize("where", ["before", "within"])
+@pytest.mark.parametrize("where", ["before", "within", "checking", "interrupted"])
 def test_a_rank_that_fails_makes_the_others_fail_within_the_time_out(ranks, where):
     errors = ranks(2).errors(_fails, where)
     ranks(2).stop()  # out of step
     if where == "before":
         assert errors[1].kind == "KeyError" and errors[0].kind == "RuntimeError"
         assert "not every rank came to this call of fastdpo within the group's time-out" in str(errors[0])
-    else:
+    elif where == "within":
         assert errors[1].kind == "MemoryError"
         assert "did not finish this call: rank 1 failed with MemoryError: 16 GiB of logits" in str(errors[0])
+    else:
+        assert errors[1].kind == "KeyboardInterrupt"
+        assert "rank 1 failed with KeyboardInterrupt: Ctrl-C" in str(errors[0])
 
 
 def _meshes(rank, size):
