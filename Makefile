@@ -16,6 +16,7 @@
 # make gpu     on a machine with a GPU: is it right, how fast is it, do the tests pass; GPU_ARGS="--output DIR --wheels DIR"
 # make wheels  the peers' wheels for a GPU machine without network, in one folder; WHEELS_ARGS="--python 3.12"
 # make lint    ruff
+# make lock    what CI installs, to the last package: .ci/lock.txt, from constraints.txt and the newest of the rest
 # make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
 # make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
 # make bench-compare  what is saved there, side by side; COMPARE="0001 0002" chooses
@@ -27,7 +28,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint bench bench-micro bench-compare clean
+.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -82,7 +83,7 @@ test-deepspeed: $(VENV)/installed-test
 
 # The oldest Triton that is supported, beside the newest, which the tests use.
 $(VENV)/triton-$(TRITON)/installed: $(VENV)/bin/python
-	$(RUN) -m pip install -q --no-deps --target $(@D) triton==$(TRITON)
+	PIP_CONSTRAINT= $(RUN) -m pip install -q --no-deps --target $(@D) triton==$(TRITON)
 	touch $@
 
 kernels: $(VENV)/triton-$(TRITON)/installed $(VENV)/installed-test
@@ -104,6 +105,14 @@ wheels:
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+lock:
+	rm -rf $(VENV)-lock
+	$(MAKE) VENV=$(VENV)-lock FASTDPO_CUDA_ARCHS= $(VENV)-lock/installed-lint $(VENV)-lock/installed-test
+	$(VENV)-lock/bin/python -m pip install -q "setuptools>=77" ninja
+	echo "# All that CI's environments hold, and its builds: \`make lock\` writes it anew." > .ci/lock.txt
+	$(VENV)-lock/bin/python -m pip freeze -q --all --exclude-editable --exclude pip | sed 's/+cpu$$//' >> .ci/lock.txt
+	rm -rf $(VENV)-lock
 
 WITH_HEAD = $(if $(HEAD),--head $(HEAD))
 LOCAL = benchmarks/results/local

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,3 +126,16 @@ def test_backends_reports_engines_with_reasons():
     for engine in report["engines"].values():
         assert engine["available"] == (engine["reason"] is None)
     json.dumps(report)  # plain values
+
+
+def _pins(path: Path) -> dict[str, str]:
+    lines = path.read_text().splitlines()
+    return dict(re.fullmatch(r"([\w.-]+)[=<>]+(\S+)", line).groups() for line in lines if line and line[0] != "#")
+
+
+def test_ci_installs_what_the_constraints_say():
+    locked, asked = _pins(ROOT / ".ci/lock.txt"), _pins(ROOT / "constraints.txt")
+    assert {"torch", "triton", "setuptools", "pybind11", "ninja", "hypothesis"} <= locked.keys()
+    installed_there = asked.keys() - {"pytest-benchmark", "numpy"}  # benchmarks' alone; numpy has a range
+    assert {name: locked[name] for name in installed_there} == {name: asked[name] for name in installed_there}
+    assert all("==" in line for line in (ROOT / ".ci/lock.txt").read_text().splitlines()[1:])
