@@ -1,5 +1,7 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
-# make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 --dist loadfile -m ''" runs all
+# make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 --dist loadfile" chooses how
+# make test-slow    the slow ones: builds of wheels, wide tiles in the interpreter, hundreds of draws; half an hour
+# make test-versions    the ends of every supported range of Python, torch, Triton, numpy, transformers; VERSIONS="oldest" chooses
 # make sanitize    all of csrc on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make fuzz    half an hour each of arguments that no caller gives to native functions, and of properties of the public ones
 # make soak    ten thousand random steps, which must leave memory, files, threads and caches as they were
@@ -28,7 +30,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
+.PHONY: demo test test-slow test-versions sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -49,6 +51,12 @@ demo: $(VENV)/installed-demo
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(TEST_ARGS)
+
+test-slow: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m slow $(TEST_ARGS)
+
+test-versions: $(VENV)/installed-test
+	$(RUN) tests/versions.py $(VERSIONS)
 
 sanitize: $(VENV)/installed-test
 	$(RUN) -m tests.sanitized $(SANITIZE_ARGS)
