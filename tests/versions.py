@@ -1,4 +1,4 @@
-"""`make test-versions`, or some of them by name: the ends of every range that is supported, in environments of their own.
+"""`make test-versions`, or some by name: the ends of every range that is supported, in environments of their own.
 
 An environment's Python is pyenv's, or `pythonX.Y` on PATH; one that is nowhere is said and left out. Here the newest of
 everything is tested by `make test`: these are the oldest, what lies between, and what is newer than constraints.txt.
@@ -18,7 +18,7 @@ TESTS = (
     *"tests/test_divergence.py tests/test_validation.py tests/test_routing.py tests/test_layouts.py".split(),
     *"tests/test_tensors.py tests/test_accumulate.py tests/test_autograd.py tests/test_main.py".split(),
     *"tests/ops/test_operators.py tests/ops/test_native.py tests/ops/cpu tests/ops/selective".split(),
-    *"tests/distributed/test_vocab_group.py tests/distributed/test_dtensor.py tests/distributed/test_handshake.py".split(),
+    *(f"tests/distributed/test_{name}.py" for name in ("vocab_group", "dtensor", "handshake")),
 )
 MODELS = (*TESTS, "tests/models/test_huggingface.py", "tests/models/lazy/test_logits.py")
 
@@ -71,8 +71,8 @@ def tested(name: str, python: Path, arguments: list[str]) -> bool:
     subprocess.run(built, cwd=copy, env=variables | {"FASTDPO_CUDA_ARCHS": ""}, check=True)
     versions = "import sys, torch, numpy; print(sys.version.split()[0], torch.__version__, numpy.__version__)"
     subprocess.run([python, "-c", versions], check=True)
-    tests = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *VERSIONS[name].tests, *arguments]
-    return subprocess.run(tests, cwd=copy, env=variables).returncode == 0
+    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    return subprocess.run([*pytest, *VERSIONS[name].tests, *arguments], cwd=copy, env=variables).returncode == 0
 
 
 def main(arguments: list[str]) -> int:

@@ -357,8 +357,8 @@ def _poison(tickets: Tensor, phase: str, with_seed: bool = False) -> Tensor:
     return torch.where(wrong, torch.nan, 0.0).float()
 
 
-# An engine that fails in the middle of a call, or Ctrl-C, leaves the other ranks waiting in the next exchange. The cause
-# is left in the group's store, where a rank whose exchange has run into the group's time-out looks.
+# An engine that fails in the middle of a call, or Ctrl-C, leaves the other ranks waiting in the next exchange. The
+# cause is left in the group's store, where a rank whose exchange has run into the group's time-out looks.
 
 _FAILED = "fastdpo/failed"
 
