@@ -28,6 +28,7 @@ def _gradients(head):
     return found
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("into, dtype", [("grad", torch.float32), ("main_grad", torch.float32),
                                          ("main_grad", torch.float64)])  # fmt: skip

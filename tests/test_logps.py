@@ -427,6 +427,7 @@ def test_entropy_gradient(engine, transform):
         assert relative_error(x.grad, expected.tensors()[name].grad) < 1e-5, name
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("options", [{"backward": "exact"}, {"tau": (1e-2, 3e-3), "seed": 11}], ids=["exact", "routed"])
 def test_same_inputs_same_bits(engine, options):
     head = peaked_head(N=200).leaves(torch.float32)

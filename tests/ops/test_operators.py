@@ -38,6 +38,7 @@ def operator_inputs(case: str, seed: int | None, requires_grad=True) -> list[tor
     return [*tensors, head.labels, None if seed is None else torch.tensor(seed)]
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("stats", [[], ["entropy"], list(STATS)], ids=len)
 @pytest.mark.parametrize("seed", [None, -5], ids=["exact", "routed"])
 @pytest.mark.parametrize("case", OPERANDS)
@@ -45,6 +46,7 @@ def test_opcheck_of_the_forward(engine, case, seed, stats):
     opcheck(library.token_stats_op, operator_inputs(case, seed), {**SCALARS, "stats": stats})
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("upstream", ["logps", "entropy", "lse", "all"])
 @pytest.mark.parametrize("needs", [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 1, 0, 0, 1]], ids=str)
 @pytest.mark.parametrize("seed", [None, -5], ids=["exact", "routed"])
@@ -69,6 +71,7 @@ def compare(function, batches, backend="aot_eager"):
         assert all(relative_error(a, b) < 1e-5 for a, b in results)
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("case", OPERANDS)
 def test_linear_logps_compiles(engine, case, how):
@@ -119,6 +122,7 @@ DPO = [
 ]
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("layout,reference,how", DPO)
 def test_dpo_compiles(engine, layout, reference, how):
     options = {"ld_alpha": 0.5, "use_weighting": True, "loss_type": ["sigmoid", "sft"], **HOW[how]}

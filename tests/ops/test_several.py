@@ -34,6 +34,7 @@ def upstream(labels):
     return torch.randn(labels.shape, dtype=torch.float64), torch.randn(labels.shape[:-1], dtype=torch.float64)
 
 
+@pytest.mark.slow_in_the_interpreter
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
