@@ -21,6 +21,7 @@ import traceback
 import torch
 
 TIMEOUT = 60.0  # seconds, of the group and of a function
+PATIENCE = 60.0  # beyond it: machines may be busy
 
 
 class RankError(Exception):
@@ -86,11 +87,11 @@ class Ranks:
         job = _dumps((function, args, kwargs))
         for connection in self.connections:
             connection.send_bytes(job)
-        results, stop, whole = [], time.monotonic() + self.timeout + 15.0, True
+        results, stop, whole = [], time.monotonic() + self.timeout + PATIENCE, True
         for rank, connection in enumerate(self.connections):
             try:
                 if not connection.poll(max(0.0, stop - time.monotonic())):
-                    raise TimeoutError(f"neither returned nor raised within {self.timeout + 15:g} s")
+                    raise TimeoutError(f"neither returned nor raised within {self.timeout + PATIENCE:g} s")
                 fine, *answer = _loads(connection.recv_bytes())
                 results.append(answer[0] if fine else RankError(*answer))
             except (EOFError, ConnectionError, TimeoutError) as error:

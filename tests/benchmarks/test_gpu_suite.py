@@ -71,7 +71,7 @@ def record_of(folder: Path) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
-def until(holds, folder: Path, seconds: float = 60.0) -> dict:
+def until(holds, folder: Path, seconds: float = 300.0) -> dict:
     """The first result that it holds for; each on the way can be read."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:

@@ -315,7 +315,7 @@ def _fails(rank, size, where):
     try:
         _call(given)
     finally:
-        assert time.monotonic() - start < 15.0
+        assert time.monotonic() - start < 45.0
 
 
 @pytest.mark.parametrize("where", ["before", "within", "checking", "interrupted"])
