@@ -199,9 +199,8 @@ def prepare(
     otherwise."""
     routing = options.routing(needs.hidden or needs.lora_a, needs.weight or needs.bias or needs.lora_b)
     dtype = compute_dtype(hidden, weight)
-    return key if routing.taus else None, Scalars(
-        lora_scale, options.transform, options.ignore_index, dtype, *routing[:3]
-    )
+    sets = routing.taus, routing.hidden_set, routing.weight_set  # torch 2.6 cannot trace a slice of a NamedTuple
+    return key if routing.taus else None, Scalars(lora_scale, options.transform, options.ignore_index, dtype, *sets)
 
 
 def _is_operator(tensors) -> bool:

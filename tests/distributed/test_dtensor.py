@@ -71,6 +71,7 @@ def _fully_sharded(rank, size):
     return mesh.get_coordinate()[0], logps.detach(), module.weight.grad.full_tensor(), module.bias.grad.full_tensor()
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason="torch 2.6 refuses parts of unequal sizes there")
 def test_fsdp_over_tensor_parallelism_as_torch_lays_it_out(ranks):
     groups, (weight, bias, *_) = tensors(Case((2, 2), (), "", rows=(9, 14)))
     weight.requires_grad_(), bias.requires_grad_()

@@ -250,7 +250,8 @@ def batch_losses_ref(options: PreferenceOptions, given: BatchInputs) -> tuple[Te
     if given.rejected is None:
         logps, lengths, sft_logps, weights = _of_tokens(given)
     else:
-        logps, lengths = (*given[:4], given.kl, given.kl_rejected), (given.chosen_lengths, given.rejected_lengths)
+        logps = given.logps, given.rejected, given.ref, given.ref_rejected, given.kl, given.kl_rejected
+        lengths = given.chosen_lengths, given.rejected_lengths
         if given.over is not None:
             logps, lengths = sum_of_parts(given.over, logps, lengths)
         sft_logps = logps[0]
