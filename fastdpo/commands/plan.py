@@ -104,7 +104,7 @@ def rows(batch: Batch, gpu: Gpu | None, capacity: float | None, dtype: str) -> t
         longest = None if capacity is None else memory.longest(path, batch, capacity * GIB)
         found.append(Row(path, memory.peak(path, batch), PATHS[path].growth(batch), seconds, longest))
     if gpu is not None and dtype == "float32":
-        why = ["no times in float32: the rates that are known are those of bf16 products"]
+        why = ["no times in float32: the rates that are known are those of bf16 products, for --dtype bfloat16"]
     return found, why
 
 
