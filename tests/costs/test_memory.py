@@ -98,3 +98,10 @@ def test_more_takes_more():
 def test_the_search():
     for limit in (0, 1, 2, 1000, 2**31):
         assert most_tokens(lambda n, limit=limit: n <= limit) == limit
+
+
+def test_the_docs_say_the_same_errors():
+    page = " ".join((RESULTS.parents[1] / "docs" / "commands.md").read_text().split())
+    eager, trl, liger, exact, routed = (f"{PATHS[path].error:.0%}" for path in PATHS)
+    said = f"at most {eager} for eager logits, {trl} for TRL, {liger} for Liger, {exact} and {routed} for fastdpo"
+    assert list(PATHS) == ["eager", "trl", "liger", "fastdpo exact", "fastdpo routed"] and said in page
