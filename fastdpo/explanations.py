@@ -43,14 +43,14 @@ class Explanation:
 
 def _meanings(name: str) -> dict[str, str]:
     """What `preference_loss`'s docstring says of each argument, for this loss alone; nothing under python -OO."""
-    doc = inspect.cleandoc(preference_loss.__doc__ or "")
+    if preference_loss.__doc__ is None:
+        return {}
+    doc = inspect.cleandoc(preference_loss.__doc__)
     inside = doc.partition("Args:\n")[2].partition("\nReturns:")[0]
     found = {}
     for entry in re.split(r"\n(?=    \w)", inside):
         names, _, text = entry.partition(": ")
         found |= {key.strip(): " ".join(text.replace("``", "").split()).removesuffix(".") for key in names.split(",")}
-    if not found:
-        return {}
     found["label_smoothing"] = f"{found['label_smoothing'].partition(':')[0]}; in {LOSSES[name].label_smoothing}"
     found["f_divergence_type"] = f"one of {', '.join(F_DIVERGENCES)}"
     if name not in ("ipo", "orpo"):

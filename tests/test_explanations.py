@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -95,3 +97,9 @@ def test_what_is_no_loss():
         fastdpo.explain("dpo")
     with pytest.raises(TypeError, match=r"loss_type must be the name of a loss; got \['sigmoid'\]"):
         fastdpo.explain(["sigmoid"])
+
+
+def test_without_docstrings_the_table_is_left():
+    code = "import fastdpo; print(fastdpo.explain('ipo'))"
+    done = subprocess.run([sys.executable, "-OO", "-c", code], capture_output=True, text=True)
+    assert LOSSES["ipo"].formula in done.stdout and "beta=0.1\n" in done.stdout, done.stderr
