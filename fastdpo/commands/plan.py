@@ -174,9 +174,9 @@ def run(args: argparse.Namespace) -> int:
     print("\n".join(aligned([header, *cells])))
     print()
     if capacity is not None:
-        what = f"all of the {key}'s memory" if args.memory is None else "as given"
-        print(f"The longest context: completion tokens that fit, {what}, which the model's other parts share in truth;")
-        print(f"a sequence: of {2 * args.pairs} that share them, prompt included.")
+        print("fits      completion tokens of a micro-batch, and of them and their prompts a sequence's part.")
+        if args.memory is None:
+            print(f"          All of the {key} is counted: --memory says what the model's other parts leave of it.")
     for note in (*size.notes, *notes):
         print(f"note      {note}")
     print("\n".join(_errors(key is not None, any(row.seconds for row in found), dtype)))

@@ -103,7 +103,7 @@ def _upstream(head: Head) -> Tensor:
 
 def _gradients(head: Head, **options) -> tuple[Tensor, Tensor]:
     """(dhidden, dweight), fp32."""
-    hidden, weight = (x.float().requires_grad_() for x in (head.hidden.detach().clone(), head.weight.detach().clone()))
+    hidden, weight = (x.to(torch.float32, copy=True).requires_grad_() for x in (head.hidden, head.weight))
     bias = None if head.bias is None else head.bias.float()
     scale, softcap, temperature = head.transform
     transform = {"logit_scale": scale, "softcap": softcap or None, "temperature": temperature}

@@ -69,6 +69,6 @@ def test_without_triton_the_remedy_is_named(monkeypatch):
 
 def test_published_times_stand_beside_the_peers():
     (one,) = against_published("trl")
-    assert re.fullmatch(r"0\.\d\d of 167 ms on an H100 \(huggingface/trl#7244\)", one)
+    assert re.fullmatch(r"0\.\d\d of the published 167 ms on an H100 \(huggingface/trl#7244\)", one)
     assert len(against_published("eager")) == 2 and against_published("liger") == []
     assert set(PATHS) - {"fastdpo exact", "fastdpo routed"} <= set(ALGORITHMS)
