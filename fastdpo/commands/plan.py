@@ -111,11 +111,11 @@ def rows(batch: Batch, gpu: Gpu | None, capacity: float | None, dtype: str) -> t
 def _errors(on_gpu: bool, timed: bool, dtype: str) -> Iterator[str]:
     """How far the figures are from what was measured, by anybody."""
     worst = "; ".join(f"{NAMES[name]} {path.error:.0%}" for name, path in PATHS.items())
-    yield "memory    off by at most so much of the peaks measured on a CPU in float32:"
+    yield "memory    off by at most so much of the peaks measured on a CPU, in float32 and bfloat16:"
     yield f"          {worst}."
     if on_gpu:
         yield "          On a GPU it was not measured; fastdpo is counted at its bound, 128 MiB and 256 bytes a token."
-    elif dtype != "float32":
+    elif dtype == "float16":
         yield f"          In {dtype} it was not measured."
     if not timed:
         return

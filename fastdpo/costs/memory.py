@@ -59,7 +59,7 @@ def _eager(b: Batch) -> float:
 def _trl(b: Batch) -> float:
     """On a GPU two tiles in the inputs' type; on a CPU eight of fp32, torch's own. fp32 sums, then cast."""
     tile = min(b.tokens, TRL_TILE[0]) * min(b.vocab, TRL_TILE[1])
-    held = (2 * b.item if b.on_gpu else 33) * tile
+    held = (2 * b.item if b.on_gpu else 29 + b.item) * tile
     sums = FP32 * b.hidden * (b.tokens + (0 if b.frozen else b.vocab))
     cast = b.dweight + b.dhidden if b.item != FP32 else b.dhidden if b.all_rows > b.tokens else 0.0
     return held + sums + cast
@@ -68,18 +68,24 @@ def _trl(b: Batch) -> float:
 def _liger(b: Batch) -> float:
     """The logits of one pair at a time, its own gradient of the head and the sum over pairs."""
     logits = b.all_rows / b.pairs * b.vocab
-    first, then = (8.5, 2 * b.item) if b.on_gpu else (16 if b.reference else 12, 12)
+    kept = 0 if b.item == FP32 else b.item  # beside their copy in fp32
+    first, then = (8.5, 2 * b.item) if b.on_gpu else (kept + (16 if b.reference else 12), kept + 12)
     return max(first * logits + b.dweight, then * logits + 2 * b.dweight + b.dhidden)
 
 
-def _fastdpo(most: float) -> Callable[[Batch], float]:
-    """`most`: MiB of a CPU's workspace that grow with the hidden states. Fitted: its parts are the allocator's, too."""
+BASE, BASE_ALONE = (28, 22), 16  # MiB of a CPU's workspace at any size: head trained, frozen; no reference
+
+
+def _fastdpo(most: float, of_half: float) -> Callable[[Batch], float]:
+    """MiB of a CPU's workspace: `most` that grow with the hidden states, and `of_half` in types of two bytes. Fitted:
+    the allocator's pages are among them, so they differ by 20 from machine to machine."""
 
     def growth(b: Batch) -> float:
         if b.on_gpu:
             workspace = 128 * MIB
         else:
-            workspace = (24 if b.frozen else 38) * MIB + min(3 * FP32 * min(b.tokens, 8192) * b.hidden, most * MIB)
+            base = (BASE[b.frozen] if b.reference else BASE_ALONE) + (0 if b.item == FP32 else of_half)
+            workspace = base * MIB + min(3 * FP32 * min(b.tokens, 8192) * b.hidden, most * MIB)
         return b.dweight + b.dhidden + workspace + 256 * b.tokens
 
     return growth
@@ -99,9 +105,9 @@ PATHS = {
         0.02,
     ),
     "trl": Path(_trl, "tiles of 4096 x 32768 and sums of both gradients in fp32", 0.01),
-    "liger": Path(_liger, "8.5 bytes per logit of one pair, compiled; 16 on a CPU", 0.03),
-    "fastdpo exact": Path(_fastdpo(24), "at most 128 MiB and 256 bytes per token", 0.08),
-    "fastdpo routed": Path(_fastdpo(76), "at most 128 MiB and 256 bytes per token", 0.1),
+    "liger": Path(_liger, "8.5 bytes per logit of one pair, compiled; 16 or 18 on a CPU", 0.04),
+    "fastdpo exact": Path(_fastdpo(24, 12), "at most 128 MiB and 256 bytes per token", 0.13),
+    "fastdpo routed": Path(_fastdpo(76, 0), "at most 128 MiB and 256 bytes per token", 0.13),
 }
 
 

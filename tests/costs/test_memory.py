@@ -32,14 +32,17 @@ def measured() -> list[tuple[str, Batch, float]]:
                 n, row["vocab"], row["hidden"], 4, round(n / (1 - share)), SEQUENCES // 2, row["frozen"], True, False
             )
             add(row, batch, row["MiB"] * MIB + batch.dweight + batch.dhidden)
-    for name, key in (("memory", "N"), ("fits", "most tokens")):
+    for name, key in (("memory", "N"), ("memory-bf16", "N"), ("fits", "most tokens")):
         document = record(name)
         notes = document["notes"]
-        assert notes["dtype"] == "float32"
+        item = {"float32": 4, "bfloat16": 2}[notes["dtype"]]
         for row in document["rows"]:
             sizes, frozen = (row[key], notes["V"], notes["H"]), notes["head"] == "frozen"
-            batch = Batch(*sizes, 4, frozen=frozen, reference=False, on_gpu=False)
-            grown = row["MiB"] * MIB + batch.dhidden if name == "memory" else row["MiB then"] * MIB - batch.inputs
+            batch = Batch(*sizes, item, frozen=frozen, reference=False, on_gpu=False)
+            if name == "fits":
+                grown = row["MiB then"] * MIB - batch.inputs
+            else:
+                grown = row["MiB"] * MIB + batch.dhidden + batch.dweight
             add(row, batch, grown)
     return found
 
