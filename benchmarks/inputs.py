@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastdpo.routing import BLOCK, own_block
+from fastdpo import routing
 
 
 @dataclass
@@ -96,11 +96,8 @@ def repeated(inputs: HeadInputs, num_tokens: int) -> HeadInputs:
 
 
 def shares(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each block in each token's tail, and whether the block holds the label: [N, K]."""
-    rest = (hidden @ weight.T).scatter(1, labels[:, None], -torch.inf)
-    rest = torch.nn.functional.pad(rest, (0, -rest.shape[1] % BLOCK), value=-torch.inf)
-    share = rest.softmax(1).view(len(rest), -1, BLOCK).sum(2)
-    return share, own_block(labels, share.shape[1])
+    """fastdpo.routing.shares of a head's logits."""
+    return routing.shares(hidden @ weight.T, labels)
 
 
 def environment() -> dict:

@@ -2,6 +2,7 @@
 
 from ._version import __version__
 from .divergence import DivergenceOutput, linear_divergence
+from .explanations import explain
 from .integrations import ModelTokenStats, patch_model, patch_trl, unpatch_model, unpatch_trl
 from .linear_dpo import DPOOutput, LinearDPOLoss, linear_dpo_loss
 from .logps import linear_logps, linear_token_stats
@@ -24,6 +25,7 @@ __all__ = [
     "TokenStats",
     "__version__",
     "backends",
+    "explain",
     "linear_divergence",
     "linear_dpo_loss",
     "linear_logps",

@@ -1,51 +1,51 @@
-"""`python -m fastdpo`: what the library found on this machine, and which engine serves each operation."""
+"""`python -m fastdpo`: what the library found on this machine; with the name of a command, that command."""
 
-import platform
+from __future__ import annotations
+
+import argparse
+import importlib
 import sys
 
-import torch
-
-from . import backends
-
-
-def gpus():
-    """One entry per GPU that torch can use, or the reason why there is none."""
-    if not torch.cuda.is_available():
-        built_for = torch.version.cuda or torch.version.hip
-        return "none found" if built_for else "none: this torch is built for the CPU only"
-    found = {}
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        capability = f"{properties.major}.{properties.minor}"
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        found[f"GPU {index}"] = f"{properties.name}, capability {capability}, {memory}"
-    return found
+COMMANDS = {
+    "doctor": "what is installed, what serves what, and whether every engine here computes what it should",
+    "plan": "peak memory and expected time of the head and the loss, and the longest context that fits",
+    "explain": "a loss: its formula, what it reads, where it comes from",
+    "picture": "what the routed backward does to a head of yours, as a table and a picture",
+}
 
 
-def as_text(value):
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) or "none"
-    return "-" if value is None else str(value)
+def parser_of(command: str) -> argparse.ArgumentParser:
+    module = importlib.import_module(f"fastdpo.commands.{command}")
+    parser = argparse.ArgumentParser(
+        f"python -m fastdpo {command}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.arguments(parser)
+    parser.set_defaults(run=module.run)
+    return parser
 
 
-def lines(tree, indent=0):
-    """A nested dict as indented text, whatever its keys are; values of one dict are aligned."""
-    width = max((len(str(key)) for key, value in tree.items() if not isinstance(value, dict)), default=0)
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield f"{'  ' * indent}{key}"
-            yield from lines(value, indent + 1)
-        else:
-            yield f"{'  ' * indent}{key!s:<{width}}  {as_text(value)}"
+def main(argv: list[str] | tuple[str, ...] = ()) -> int:
+    """The exit status: 0, 1 where `doctor` found something off, 2 for an argument that cannot be."""
+    listed = "\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())
+    top = argparse.ArgumentParser(
+        "python -m fastdpo",
+        description=__doc__,
+        epilog=f"commands:\n{listed}\n\nand `python -m fastdpo.demo`, which trains a small model twice.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("command", nargs="?", choices=COMMANDS, metavar="COMMAND", help="; see below")
+    args = top.parse_args(argv[:1])
+    if args.command is None:
+        from .commands import report
 
-
-def main():
-    machine = {"system": platform.platform(), "python": sys.executable, "GPUs": gpus()}
-    for section, content in {"machine": machine, **backends()}.items():
-        print("\n".join(lines({section: content})))
+        return report.run()
+    args = parser_of(args.command).parse_args(argv[1:])
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"python -m fastdpo {argv[0]}: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -23,9 +23,23 @@ F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+SYMBOLS = {  # of the formulas; `w` is the chosen completion, `l` the rejected one
+    "chosen": "log-prob of the chosen completion, summed over its tokens",
+    "rejected": "log-prob of the rejected completion, summed over its tokens",
+    "a": "chosen - ref_chosen",
+    "b": "rejected - ref_rejected",
+    "s": "scores: f_divergence_type's of a and of b; a and b themselves for reverse_kl",
+    "d": "s_w - s_l",
+    "n": "completion tokens",
+    "k": "KL(reference || policy), summed over a completion's tokens",
+    "S": "the sigmoid",
+    "e": "label_smoothing",
+    "smoothed": "(1-e) times the loss, and e times the loss with both completions exchanged",
+}
+
+
 class Loss(NamedTuple):
-    """What one loss reads. `d` is s_w - s_l, `S` the sigmoid, `e` the label smoothing, `n` a length, `k` a sequence's
-    KL(reference || policy)."""
+    """What one loss reads; its formula is written in SYMBOLS."""
 
     formula: str
     source: str

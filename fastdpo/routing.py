@@ -62,6 +62,17 @@ def odds(
     return torch.where(own | ~(share < tau), ONE, q)
 
 
+def shares(
+    logits: torch.Tensor,  # [N, V]
+    labels: torch.Tensor,  # [N]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each block in each token's tail, and whether the block holds the label: [N, K]. Makes the logits' softmax."""
+    rest = logits.scatter(1, labels[:, None], -torch.inf)
+    rest = torch.nn.functional.pad(rest, (0, -rest.shape[1] % BLOCK), value=-torch.inf)
+    share = rest.softmax(1).view(len(rest), -1, BLOCK).sum(2)
+    return share, own_block(labels, share.shape[1])
+
+
 def second_odds(share: torch.Tensor, own: torch.Tensor, tau: float, second_tau: float) -> torch.Tensor:
     """[N, K] int64: P(in the set of the larger `second_tau`), given that the pair is in that of `tau`."""
     return odds(share.clamp(min=tau), own, second_tau)

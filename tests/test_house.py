@@ -82,3 +82,13 @@ def test_every_file_reads_in_one_sitting(folder):
     lines = {p.name: len(p.read_text().splitlines()) for p in sources if p.name not in ONE_PLACE}
     long = {name: count for name, count in lines.items() if count > MOST_LINES}
     assert not long, f"files of more than {MOST_LINES} lines: {long}"
+
+
+def test_the_wheel_has_every_package_and_every_file_that_the_code_reads():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = {name for name, path in MODULES.items() if path.name == "__init__.py"}
+    assert packages == set(listed["packages"])
+    data = {path for pattern in listed["package-data"]["fastdpo"] for path in PACKAGE.glob(pattern)}
+    kept = {path for path in PACKAGE.rglob("*.json*") if path.name != "_build.json"}
+    assert kept <= data

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import inputs
+from fastdpo.costs.gpus import GPUS, MULTIPROCESSORS, Gpu
+from fastdpo.costs.steps import Shape
 from fastdpo.head import taus
 from fastdpo.ops.engines import OLDEST_GPU
 from fastdpo.ops.triton.launch import Target
 from tools import cost_tables
-from tools.cost_model import Shape
 from tools.count_step import write_docs
-from tools.gpus import GPUS, MULTIPROCESSORS, Gpu
 from tools.live import live_pairs
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.inputs import HeadInputs
+from fastdpo.costs.gpus import GPUS, SOURCES, Gpu
+from fastdpo.costs.kernels import OVERLAPPED, Epilogue
+from fastdpo.costs.peers import ALGORITHMS
+from fastdpo.costs.steps import Shape, StepCost, step_cost
 from fastdpo.head import taus
 from tools import dense
-from tools.cost_model import Shape, StepCost, step_cost
-from tools.gpus import GPUS, SOURCES, Gpu
-from tools.kernel_costs import OVERLAPPED, Epilogue
 from tools.live import live_pairs
-from tools.peer_costs import ALGORITHMS
 
 SHAPES = (
     Shape(8192, 131072, 4096),

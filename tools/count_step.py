@@ -17,11 +17,11 @@ import json
 from pathlib import Path
 
 from benchmarks import inputs
+from fastdpo.costs.gpus import GPUS, Gpu
+from fastdpo.costs.kernels import Cost
+from fastdpo.costs.steps import Shape, StepCost, dhidden_through_cache, step_cost
 from fastdpo.head import taus
 from tools import cost_tables
-from tools.cost_model import Shape, StepCost, dhidden_through_cache, step_cost
-from tools.gpus import GPUS, Gpu
-from tools.kernel_costs import Cost
 from tools.live import SCALINGS, live_pairs
 
 COLUMNS = ["kernel", "passes", "GB", "L2 GB", "launches", "floor ms", "expected ms", "bound by"]

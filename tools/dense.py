@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tools import kernel_costs
-from tools.cost_model import Shape
-from tools.gpus import Gpu
-from tools.kernel_costs import BLOCK, Cost, Tile
+from fastdpo.costs import kernels as kernel_costs
+from fastdpo.costs.gpus import Gpu
+from fastdpo.costs.kernels import BLOCK, Cost, Tile
+from fastdpo.costs.steps import Shape
 
 FRACTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from fastdpo.costs.gpus import MULTIPROCESSORS
 from fastdpo.ops import operators
 from fastdpo.ops.triton.launch import Recorder, Target
-from tools.gpus import MULTIPROCESSORS
 
 STORAGE = 1 << 40
 _CUDA, _META = 1, 14  # c10::DeviceType

@@ -18,8 +18,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from fastdpo.costs.gpus import KIB, MULTIPROCESSORS, RESERVED_MEMORY
 from tools.code_paths import Instruction, TilePath, tile_path
-from tools.gpus import KIB, MULTIPROCESSORS, RESERVED_MEMORY
 from tools.kernel_variants import OPTIONS, Variant
 from tools.offsets import narrow, unused
 

@@ -17,13 +17,13 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from fastdpo.costs.gpus import MULTIPROCESSORS
 from fastdpo.head import LogitTransform, LoRA, Routing
 from fastdpo.ops.problem import STATS, Gradients, Head, Needs, Rows, Upstream
 from fastdpo.ops.triton import backward as triton_backward
 from fastdpo.ops.triton import forward as triton_engine
 from fastdpo.ops.triton import launch, special
 from fastdpo.ops.triton.launch import Recorder, Target
-from tools.gpus import MULTIPROCESSORS
 
 ARCHITECTURES = (80, 90, 100, 120)  # whose tiles differ
 # What launches ask for; earlier commits (tools.kernels --revision) left it to a default that was the same.

@@ -31,7 +31,7 @@ import triton
 from rich.console import Console
 from rich.table import Table
 
-from tools.gpus import KIB, MULTIPROCESSORS
+from fastdpo.costs.gpus import KIB, MULTIPROCESSORS
 from tools.kernel_code import SPILL, TENSOR_CORE, TMA, Code, code_of, faults
 from tools.kernel_variants import ARCHITECTURES, PROBLEMS, TYPES, Variant, variants
 

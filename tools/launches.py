@@ -31,9 +31,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import fastdpo
+from fastdpo.costs.gpus import MULTIPROCESSORS
 from fastdpo.ops.problem import STATS
 from tools.fake_gpu import FakeGpu
-from tools.gpus import MULTIPROCESSORS
 from tools.kernel_code import Code
 from tools.kernel_variants import TYPES, Variant, deterministic, variant_of
 from tools.kernels import TOGETHER, examine, table_of

@@ -17,9 +17,9 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fastdpo.costs.gpus import GPUS
 from tools.cost_tables import markdown
 from tools.count_step import write_docs
-from tools.gpus import GPUS
 
 BF16, FP32 = 2, 4
 MODELS = {"8B": (128256, 4096), "70B": (128256, 8192), "400B": (202048, 16384), "256k": (256000, 16384)}
@@ -51,7 +51,7 @@ SOURCES = {
     "network": "data sheet: DGX H100, one 400 Gbit/s adapter per GPU",
     "efficiency": "estimated",
     "latency": "estimated",
-    "flops": "tools/gpus.py",
+    "flops": "fastdpo/costs/gpus.py",
 }
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from benchmarks.gpu.timing import elapsed, kernel_times
 from benchmarks.inputs import HeadInputs, lifted, load, synthetic_head
 from benchmarks.peers import BETA, PEERS, SELECTIVE_LOGPS, TOKEN_LOGPS, Problem
+from fastdpo.costs.gpus import Gpu
+from fastdpo.costs.steps import STEP, Shape, StepCost, step_cost
 from fastdpo.ops.triton import special
-from tools.cost_model import STEP, Shape, StepCost, step_cost
-from tools.gpus import Gpu
 
 STEP_PEERS = [name for name in PEERS if name not in ("trl as its trainer", "fastdpo exact", "fastdpo routed")]
 GROUPS = ("forward", "backward", "step", "frozen step", "loss", "logits")

@@ -24,10 +24,10 @@ import triton
 
 from benchmarks.gpu.cases import ShapeCases
 from benchmarks.gpu.timing import elapsed, gpu_is_lost, kernel_times
+from fastdpo.costs.steps import Shape
 from fastdpo.ops.triton import launch as triton_launch
 from fastdpo.ops.triton import special
 from fastdpo.ops.triton.launch import Target, Tile, target_of
-from tools.cost_model import Shape
 
 # Largest share of a step first.
 SPACE = {

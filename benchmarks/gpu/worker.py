@@ -19,8 +19,8 @@ import torch
 from benchmarks.gpu.cases import GROUPS, Case, ShapeCases
 from benchmarks.gpu.processes import LOST
 from benchmarks.gpu.timing import Failure, Watch, failure_of, interleaved, kernel_times, launches_of
-from tools.cost_model import Shape
-from tools.gpus import Gpu
+from fastdpo.costs.gpus import Gpu
+from fastdpo.costs.steps import Shape
 
 COUNTED = ("step", "frozen step", "loss")  # groups of which every contender's launches are counted
 

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import matplotlib
 import torch
-from torch import Tensor
 
 from benchmarks import inputs
+from fastdpo.commands.picture import KINDS
+from fastdpo.commands.study import kinds_of
 from fastdpo.head import DEFAULT_TAU
-from fastdpo.routing import ONE, keep, odds, own_block, philox
+from fastdpo.routing import own_block
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -28,7 +29,6 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 RESULTS = Path(__file__).parents[1] / "results"
-KINDS = (("never computed", "#edf0f3"), ("sampled, weight tau / share", "#dd8b2f"), ("always computed", "#1b7f4b"))
 STEPS = 8  # of log2(share) per unit in the file
 
 
@@ -46,20 +46,16 @@ def shares_of(head: inputs.HeadInputs, count: int) -> dict:
     }
 
 
-def kinds_of(share: Tensor, labels: Tensor, tau: float, seed: int) -> Tensor:
-    """[N, K] of 0 never computed, 1 sampled, 2 always computed, by the rule that the kernels follow."""
-    q = odds(share, own_block(labels, share.shape[1]), tau)
-    return keep(q, philox(seed, torch.arange(len(share)))[:, 0]).int() + (q == ONE).int()
-
-
 def draw(record: dict, output: Path, seed: int) -> None:
     share, labels = 2.0 ** (-torch.tensor(record["-8 log2(share)"]) / STEPS), torch.tensor(record["labels"])
     tau = DEFAULT_TAU
-    kinds = kinds_of(share, labels, tau, seed)
+    kinds = kinds_of(share, own_block(labels, share.shape[1]), tau, seed)
     figure, axis = plt.subplots(figsize=(9, 3.2))
-    axis.imshow(kinds, cmap=ListedColormap([color for _, color in KINDS]), aspect="auto", interpolation="nearest")
+    axis.imshow(
+        kinds, cmap=ListedColormap([color for _, color in KINDS.values()]), aspect="auto", interpolation="nearest"
+    )
     parts = [(kinds == kind).float().mean().item() for kind in range(3)]
-    handles = [Patch(color=color, label=f"{name}: {part:.1%}") for (name, color), part in zip(KINDS, parts)]
+    handles = [Patch(color=color, label=f"{name}: {part:.1%}") for (name, color), part in zip(KINDS.values(), parts)]
     axis.legend(
         handles=handles[::-1], loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=3, fontsize=8, frameon=False
     )

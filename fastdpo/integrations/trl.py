@@ -94,7 +94,11 @@ def patch_trl(**options) -> bool:
         _placed.replace_all(distillers)
         return True
     if of_unsloth(theirs):
-        warnings.warn("Unsloth has replaced TRL's log-prob function; patch_trl leaves it alone", stacklevel=2)
+        warnings.warn(
+            "Unsloth has replaced TRL's log-prob function; patch_trl leaves it alone. Train without unsloth "
+            "to have fastdpo's",
+            stacklevel=2,
+        )
         return False
 
     forward = _forward_1_15 if theirs is None else getattr(theirs, "forward", None)

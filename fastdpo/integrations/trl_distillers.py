@@ -89,7 +89,11 @@ def _places(trainer: str) -> list[tuple]:
         owners = [owner for owner, method in methods_of(trainer, (name,)) if "compute_loss" in vars(owner)]
         at_least = {owner: _divisor_at_least(_plain(vars(owner)[name]), terms, known) for owner in owners}
     except RuntimeError as error:  # an experimental trainer of a new release stops nobody from training another one
-        warnings.warn(f"patch_trl leaves {trainer} alone: {error}", stacklevel=4)
+        warnings.warn(
+            f"patch_trl leaves {trainer} alone: {error}. It computes as before, and others are patched; if you "
+            "train with this one, please report it with what `python -m fastdpo doctor` prints",
+            stacklevel=4,
+        )
         return []
     places = []
     for owner, least in at_least.items():

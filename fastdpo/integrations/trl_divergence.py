@@ -60,7 +60,11 @@ def of_hidden() -> list[tuple]:
     if theirs is None:
         return []  # 1.14 and older, which make logits chunk by chunk; 1.15 without Triton
     if of_unsloth(theirs):
-        warnings.warn("Unsloth has replaced TRL's divergence function; patch_trl leaves it alone", stacklevel=3)
+        warnings.warn(
+            "Unsloth has replaced TRL's divergence function; patch_trl leaves it alone. Train without unsloth "
+            "to have fastdpo's",
+            stacklevel=3,
+        )
         return []
     signature = Signature("divergence", getattr(theirs, "forward", None), PARAMETERS, REQUIRED)
     holders = [(module, name) for module in trl_modules() for name, value in vars(module).items() if value is theirs]
@@ -156,7 +160,7 @@ def common_vocabulary(rows: int, ref_rows: int) -> str | None:
 def _say(rows: int, ref_rows: int) -> None:
     warnings.warn(
         f"the student's head has {rows} rows and the teacher's {ref_rows}: fastdpo takes the difference for padding, "
-        f"and compares their distributions over the first {min(rows, ref_rows)} ids",
+        f"and compares their distributions over the first {min(rows, ref_rows)} ids. If it is none, resize a head",
         stacklevel=2,
     )
 

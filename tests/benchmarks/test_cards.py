@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from fastdpo.costs.steps import Shape
 from fastdpo.ops.triton.launch import Target
 from tools.cards import CARDS, Sheet, estimated, row
-from tools.cost_model import Shape
 
 SHAPE = Shape(2048, 32000, 1024)
 LIVE = [torch.full((250,), 100.0), torch.full((250,), 80.0)]

@@ -185,8 +185,8 @@ def test_a_child_that_hangs_is_killed_with_all_that_it_started(tmp_path):
 
 def test_an_empty_trace_leaves_the_time_of_the_whole_run(monkeypatch):
     from benchmarks.gpu import cases, timing, tune
+    from fastdpo.costs.steps import Shape
     from fastdpo.ops.triton.launch import Target
-    from tools.cost_model import Shape
 
     for module in (cases, timing, tune):
         monkeypatch.setattr(module, "kernel_times", lambda run, runs=1: {})

@@ -118,9 +118,9 @@ def test_what_does_not_fit_ends_the_process(tmp_path):
 
 
 def test_the_context_model_is_what_its_bytes_say():
-    from tools.context import GIB, KEPT, most, needed
+    from tools.context import GIB, NAMES, most, needed
 
-    for name in KEPT:
+    for name in NAMES:
         for gib in (4, 16):
             n = most(name, gib, 128256, 4096)
             assert needed(name, n, 128256, 4096) <= gib * GIB < needed(name, n + 1, 128256, 4096)

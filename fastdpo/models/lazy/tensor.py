@@ -54,7 +54,10 @@ class Cell:
 
     def make(self, operation: str) -> None:
         """The tensor, and of it every view that is still held: all of them share its memory from here on."""
-        message = f"{operation} needs {self.what}: computed"
+        message = (
+            f"{operation} needs {self.what}: computed, and real from here on. To save memory, leave out what reads "
+            "them here; log_softmax(-1).gather(...), cross_entropy and the usual metrics do without"
+        )
         warnings.warn(message, stacklevel=_users_frame())
         self.tensor = self.compute()
         for view in [view() for view in self.views]:

@@ -126,7 +126,7 @@ def _drop(kernel: str, why: str, plain: Callable) -> Callable:
     _dropped[kernel] = why
     warnings.warn(
         f"fastdpo's special forward kernel {kernel!r} {why}. This process goes on with the plain kernel, whose results"
-        " are not in doubt. Please report this with what `python -m fastdpo` prints.",
+        " are not in doubt. Please report this with what `python -m fastdpo doctor` prints.",
         stacklevel=2,
     )
     return plain

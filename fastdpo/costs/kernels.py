@@ -1,5 +1,5 @@
 """What each kernel costs, as a function of sizes: operations, bytes of memory, bytes through the L2 cache, instructions
-of epilogues. `cost_model.py` takes the sizes from the launches that the engine makes.
+of epilogues. `steps.py` takes the sizes from the launches that the engine makes.
 
 Assumptions, all of them here:
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tools.gpus import Gpu
+from .gpus import Gpu
 
 BLOCK = 128
 ISSUE = 2.0

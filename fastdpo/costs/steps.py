@@ -1,7 +1,7 @@
 """Operations, bytes and launches of every kernel of a step, from the launches the Triton engine makes and the number
 of live pairs. Nothing runs: the engine's launches are recorded on tensors without storage.
 
-A *pass* is 2 N V H operations, one lm_head product. `kernel_costs.py` says what a kernel of given sizes costs, and what
+A *pass* is 2 N V H operations, one lm_head product. `kernels.py` says what a kernel of given sizes costs, and what
 is assumed; this file takes the sizes from the launches. With a GPU's rates (`gpus.py`) the counts become a floor, the
 time in which no kernel is faster than its operations and its bytes of memory allow, and an expected time.
 """
@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from tools import kernel_costs
-from tools.gpus import Gpu
-from tools.kernel_costs import BLOCK, Cost, Epilogue, Tile
+from . import kernels
+from .gpus import Gpu
+from .kernels import BLOCK, Cost, Epilogue, Tile
 
 
 @dataclass
@@ -127,9 +127,9 @@ def step_cost(
     **options,
 ) -> StepCost:
     """`live` [num_blocks]: how many of the tokens keep each block at the smaller tau, and at dhidden's; None: exact.
-    `cache`: kernel_costs.py; `fold`: another epilogue than the plain one's, and `multicast` of its tile. The rest:
+    `cache`: kernels.py; `fold`: another epilogue than the plain one's, and `multicast` of its tile. The rest:
     `record`."""
-    epilogues = kernel_costs.epilogues(options["target"].capability)
+    epilogues = kernels.epilogues(options["target"].capability)
     if fold is not None:
         epilogues["fold"] = fold
     launches, torch_calls = record(shape, **options)
@@ -221,7 +221,7 @@ def _fold(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
     tile = a.tile()._replace(multicast=a.multicast)
     if epilogues["fold"].overlaps:  # hopper.py's tile
         tile = tile._replace(m=128, n=256, per_sm=1)
-    return kernel_costs.fold(a.tokens, a["V"], a["H"], tile, *a.common, epilogues["fold"])
+    return kernels.fold(a.tokens, a["V"], a["H"], tile, *a.common, epilogues["fold"])
 
 
 def _exact(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
@@ -239,14 +239,14 @@ def _exact(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
         for chunk in range(chunks):
             tokens = min(a["chunk"], a.tokens - chunk * a["chunk"])
             sizes, common = (tokens, columns, H), a.common
-            whole += kernel_costs.dz(*sizes, a.tile(form=a["dz_form"]), *common, epilogues["dz"])
+            whole += kernels.dz(*sizes, a.tile(form=a["dz_form"]), *common, epilogues["dz"])
             if outputs.hidden_sums is not None:
-                whole += kernel_costs.dhidden(*sizes, a.tile(form=a["hidden_form"]), *common, epilogues["dhidden"])
+                whole += kernels.dhidden(*sizes, a.tile(form=a["hidden_form"]), *common, epilogues["dhidden"])
             if outputs.weight is not None:
                 last = chunk == chunks - 1
                 partial = 4 * ((chunk > 0) + (not last))
                 tile, epilogue = a.tile(form=a["weight_form"]), epilogues["dweight"]
-                whole += kernel_costs.dweight(*sizes, tile, *common, epilogue, partial=partial, last=last)
+                whole += kernels.dweight(*sizes, tile, *common, epilogue, partial=partial, last=last)
     return whole
 
 
@@ -255,11 +255,11 @@ def _pairs(a: _Launch, m: str = "BM") -> tuple:
 
 
 def _routed(name: str, m: str = "BM"):
-    return lambda a, epilogues: getattr(kernel_costs, name)(*_pairs(a, m), epilogues[name], a.cache)
+    return lambda a, epilogues: getattr(kernels, name)(*_pairs(a, m), epilogues[name], a.cache)
 
 
 def _ordered_dhidden(a: _Launch, epilogues: dict[str, Epilogue]) -> Cost:
-    return kernel_costs.ordered_dhidden(*_pairs(a), epilogues["routed_dhidden"], a.cache, groups=a["grid"][1])
+    return kernels.ordered_dhidden(*_pairs(a), epilogues["routed_dhidden"], a.cache, groups=a["grid"][1])
 
 
 def _moves(size):

@@ -1,6 +1,6 @@
 """What the peers' algorithms cost: passes and bytes per logit, and the times these imply beside published ones.
 
-python -m tools.peer_costs
+python -m fastdpo.costs.peers
 
 A *pass* is 2 N V H operations. A peer that keeps logits moves them through memory between products; the bytes are
 those of its elementwise operations, each reading its inputs and writing its output once.
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tools.cost_model import Shape
-from tools.gpus import GPUS, Gpu
-from tools.kernel_costs import Cost
+from .gpus import GPUS, Gpu
+from .kernels import Cost
+from .steps import Shape
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,11 @@ class Algorithm:
     forward_bytes: float = 0.0  # per logit
     backward_bytes: float = 0.0
     why: str = ""
+    dweight: float = 1.0  # passes of the backward that a frozen head saves
 
-    def cost(self, shape: Shape, *, forward: bool = True, backward: bool = True) -> Cost:
+    def cost(self, shape: Shape, *, forward: bool = True, backward: bool = True, frozen: bool = False) -> Cost:
         logits = shape.num_tokens * shape.vocab_size
-        passes = self.forward * forward + self.backward * backward
+        passes = self.forward * forward + (self.backward - self.dweight * frozen) * backward
         traffic = self.forward_bytes * forward + self.backward_bytes * backward
         return Cost(passes * shape.one_pass, traffic * logits)
 
@@ -36,9 +37,10 @@ class Algorithm:
         cost = self.cost(shape, **parts)
         return cost.flops / gpu.flops + cost.bytes / gpu.bandwidth
 
-    def step(self, shape: Shape, gpu: Gpu) -> float:
-        """Of a policy's forward and backward and a reference's forward."""
-        return self.seconds(shape, gpu) + self.seconds(shape, gpu, backward=False)
+    def step(self, shape: Shape, gpu: Gpu, *, frozen: bool = False, reference: bool = True) -> float:
+        """Of a policy's forward and backward, and of a reference's forward."""
+        policy = self.seconds(shape, gpu, frozen=frozen)
+        return policy + (self.seconds(shape, gpu, backward=False) if reference else 0.0)
 
 
 ALGORITHMS = {
@@ -46,9 +48,14 @@ ALGORITHMS = {
         1, 2, 2 + (2 + 4) + (4 + 4), 4 + (4 + 4 + 4) + (4 + 2),
         "bf16 logits written; to fp32; log_softmax; gather's zeros; log_softmax backward; to bf16",
     ),
-    "cce": Algorithm(1, 1 + 2 * 0.55, why="share of live 128 x 128 tiles 0.49 to 0.61 on a small trained model: 0.55"),
+    "cce": Algorithm(1, 1 + 2 * 0.55, why="share of live 128 x 128 tiles 0.49 to 0.61 on a small trained model: 0.55",
+                     dweight=0.55),
     "liger scaled ce": Algorithm(1, 3, why="dz recomputed in waves that stay in the cache"),
     "trl": Algorithm(1, 3, 2 + 2, 2 + (2 + 2), "bf16 tiles written, folded; recomputed, turned into dz in place"),
+    "liger": Algorithm(
+        1, 2, 2 + 2, 2 + 2,
+        "bf16 logits of one pair written and read, read again and turned into dz: the least that compiling could leave",
+    ),
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ class Gpu:
     boost: float = 1.98e9  # clock
     per_clock: int = 4096  # bf16 operations of one multiprocessor's tensor cores
     capability: int = 90
+    memory: float = 80.0  # GiB
 
     @property
     def clock(self) -> float:
@@ -58,10 +59,10 @@ MULTIPROCESSORS = {
 GPUS = {
     "A100": Gpu(250e12, 1.73e12, 2e-6, 5.4e12, 28e6, 108, 1.41e9, 2048, 80),
     "H100": Gpu(728e12, 3.0e12, 2e-6, 9.7e12, 40e6, 132, 1.98e9, 4096, 90),
-    "H200": Gpu(785e12, 3.9e12, 2e-6, 9.7e12, 44e6, 132, 1.98e9, 4096, 90),
-    "B200": Gpu(1672e12, 6.8e12, 2e-6, 13e12, 100e6, 148, 1.97e9, 8192, 100),
-    "RTX 4090": Gpu(157e12, 0.92e12, 2e-6, 4.9e12, 58e6, 128, 2.52e9, 512, 89),
-    "RTX 5090": Gpu(224e12, 1.6e12, 2e-6, 6.2e12, 77e6, 170, 2.41e9, 512, 120),
+    "H200": Gpu(785e12, 3.9e12, 2e-6, 9.7e12, 44e6, 132, 1.98e9, 4096, 90, 141),
+    "B200": Gpu(1672e12, 6.8e12, 2e-6, 13e12, 100e6, 148, 1.97e9, 8192, 100, 180),
+    "RTX 4090": Gpu(157e12, 0.92e12, 2e-6, 4.9e12, 58e6, 128, 2.52e9, 512, 89, 24),
+    "RTX 5090": Gpu(224e12, 1.6e12, 2e-6, 6.2e12, 77e6, 170, 2.41e9, 512, 120, 32),
 }
 
 _BENCHES = "published: github.com/te42kyfo/gpu-benches"
@@ -71,6 +72,7 @@ _COMMON = {
     "boost": "data sheet",
     "per_clock": "data sheet: dense bf16 rate over multiprocessors and clock",
     "capability": "data sheet",
+    "memory": "data sheet",
 }
 SOURCES: dict[str, dict[str, str]] = {
     "A100": {
@@ -88,7 +90,7 @@ SOURCES: dict[str, dict[str, str]] = {
         "cache": "estimated: 80% of the data sheet's 50 MB; gpu-benches sees 36 MB on the PCIe card",
     },
     "H200": {
-        "flops": "published: 763e12 and 787e12 by linkedin/Liger-Kernel (peer_costs.py)",
+        "flops": "published: 763e12 and 787e12 by linkedin/Liger-Kernel (peers.py)",
         "bandwidth": f"{_BENCHES}, gpu-l2-cache and gpu-stream, h200.txt: reading, and writing; 81% of the data sheet",
         "l2": f"{_BENCHES}, gpu-l2-cache/h200.txt, 10 to 40 MB",
         "cache": f"{_BENCHES}: the rate falls beyond 44 MB",
@@ -118,3 +120,17 @@ SOURCES: dict[str, dict[str, str]] = {
 }
 for _name in SOURCES:
     SOURCES[_name] = _COMMON | SOURCES[_name]
+
+
+def named(name: str) -> str:
+    """The key in GPUS of a card's name, as people or torch write it: "h100", "NVIDIA H100 80GB HBM3".
+
+    Raises:
+        ValueError: none of them is in `name`, or only a card that shares the number and is another.
+    """
+    words = "".join(c if c.isalnum() else " " for c in name.upper()).split()
+    for key in GPUS:
+        number = key.upper().split()[-1]
+        if number in words and not {"PCIE", "NVL", "LAPTOP", "MOBILE", "D", "MIG"} & set(words):
+            return key
+    raise ValueError(f"no rates are known of the GPU {name!r}; known are {', '.join(GPUS)}")

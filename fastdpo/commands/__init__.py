@@ -1,0 +1,1 @@
+"""`python -m fastdpo`, one command a file. Each has `arguments(parser)`, and `run(args)` gives its exit status."""
