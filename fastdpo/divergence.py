@@ -7,6 +7,7 @@ The formulas, and which (token, block) pairs a routed backward keeps: fastdpo/op
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from .ops.divergence.problem import DIVERGENCE_STATS, DIVERGENCE_TAU, KINDS, Div
 from .ops.engines import divergence_engine
 from .tensors import plain, refuse_transforms
 from .validation import check_integer, check_names, check_number
+
+if TYPE_CHECKING:
+    from .typed import Group
 
 
 def linear_divergence(
@@ -45,7 +49,7 @@ def linear_divergence(
     tau: float | tuple[float, float] | None = None,
     seed: int | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
-    vocab_group=None,
+    vocab_group: Group | None = None,
     check_labels: bool = False,
     accumulate_into: str | None = None,
 ) -> DivergenceOutput:

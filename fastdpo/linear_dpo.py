@@ -9,7 +9,7 @@ Neither the logits nor anything of their size is ever formed.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from .reference_model import Reference, check_reference
 from .sequences import check_layout
 from .tensors import plain, refuse_transforms
 from .validation import check_flag, check_number
+
+if TYPE_CHECKING:
+    from .typed import DPOOptions, LoRATensors, OtherDPOOptions, Unpack
 
 
 class DPOOutput(NamedTuple):
@@ -113,9 +116,9 @@ def linear_dpo_loss(
     ref_bias: Tensor | bool | None = None,  # False: none
     ref_logps: Tensor | None = None,  # [2B], or shaped like labels
     cu_seqlens: Tensor | None = None,  # [2B + 1]
-    lora=None,
+    lora: LoRATensors | None = None,
     seq_positions: Tensor | str | None = None,  # shaped like labels
-    **options,
+    **options: Unpack[DPOOptions],
 ) -> DPOOutput:
     """The preference loss of B chosen and rejected completions, straight from hidden states and the lm_head.
 
@@ -312,7 +315,9 @@ class LinearDPOLoss(torch.nn.Module):
         ValueError, TypeError: naming the option and its value.
     """
 
-    def __init__(self, beta: float = 0.1, loss_type: str | list[str] = "sigmoid", **options):
+    def __init__(
+        self, beta: float = 0.1, loss_type: str | list[str] = "sigmoid", **options: Unpack[OtherDPOOptions]
+    ) -> None:
         super().__init__()
         self.given = {"beta": beta, "loss_type": loss_type, **options}
         self.options = _DPOOptions.of(**self.given)
@@ -328,7 +333,7 @@ class LinearDPOLoss(torch.nn.Module):
         ref_bias: Tensor | bool | None = None,  # False: none
         ref_logps: Tensor | None = None,  # [2B], or shaped like labels
         cu_seqlens: Tensor | None = None,  # [2B + 1]
-        lora=None,
+        lora: LoRATensors | None = None,
         seq_positions: Tensor | str | None = None,  # shaped like labels
     ) -> DPOOutput:
         """Arguments and result are those of `linear_dpo_loss`."""

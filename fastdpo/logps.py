@@ -8,6 +8,8 @@ The routed backward computes only the (token, block) pairs that routing.py keeps
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,9 @@ from .ops.operators import LinearLogpsFunction, compiled
 from .ops.problem import OF_LABELS, STATS, TokenStats
 from .tensors import refuse_transforms
 from .validation import check_names
+
+if TYPE_CHECKING:
+    from .typed import Group
 
 
 def linear_logps(
@@ -37,7 +42,7 @@ def linear_logps(
     tau: float | tuple[float, float] | None = None,
     seed: int | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
-    vocab_group=None,
+    vocab_group: Group | None = None,
     check_labels: bool = False,
     accumulate_into: str | None = None,
 ) -> Tensor:
@@ -133,7 +138,7 @@ def linear_token_stats(
     tau: float | tuple[float, float] | None = None,
     seed: int | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
-    vocab_group=None,
+    vocab_group: Group | None = None,
     check_labels: bool = False,
     accumulate_into: str | None = None,
 ) -> TokenStats:

@@ -10,7 +10,7 @@ import inspect
 import textwrap
 from dataclasses import dataclass, field, fields
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from .sequences import cast
 from .tensors import plain, traced
 from .validation import FLOATS, check_number
+
+F = TypeVar("F")
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -264,7 +266,7 @@ _CHECKS = {option.name: option.metadata["check"] for option in fields(Preference
 _USERS = {option: _users(option) for option in _CHECKS}  # none for what every loss reads
 
 
-def states_options(function):
+def states_options(function: F) -> F:
     """Decorates what takes `**options`: the options join its signature, and the table's names its docstring."""
     given = list(inspect.signature(function).parameters.values())[:-1]
     options = list(inspect.signature(PreferenceOptions).parameters.values())

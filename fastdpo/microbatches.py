@@ -12,6 +12,8 @@ chosen rows alone, of which a loss would take the first half for chosen and the 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +21,10 @@ from torch.utils._pytree import tree_map
 
 from .validation import check_integer
 
+Batch = TypeVar("Batch")
 
-def interleave(batch, chunks: int):
+
+def interleave(batch: Batch, chunks: int) -> Batch:
     """Reorders the rows of every tensor so that each of `chunks` pieces is chosen rows and then their rejected rows.
 
     Equivalent, for one tensor, to::
@@ -44,7 +48,7 @@ def interleave(batch, chunks: int):
     return _reordered(batch, chunks, lambda chunks: (2, chunks))
 
 
-def restore(batch, chunks: int):
+def restore(batch: Batch, chunks: int) -> Batch:
     """The inverse of `interleave`, for what a schedule returns: the chosen rows first, the rejected rows after them."""
     return _reordered(batch, chunks, lambda chunks: (chunks, 2))
 
@@ -68,7 +72,7 @@ def _reordered(batch, chunks: int, groups):
     return tree_map(reorder, batch)
 
 
-def paired(loss):
+def paired(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A pipeline schedule's `loss_fn`, which looks up the rows of its microbatch and refuses one of other than pairs.
 
     Args:

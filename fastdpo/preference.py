@@ -8,7 +8,7 @@ losses.py lists the losses; each is one row of csrc/shared/preference_losses.h, 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -25,6 +25,9 @@ from .losses import PreferenceOptions, check_sequences, states_options
 from .ops.preference.reference import BatchInputs
 from .ops.preference.templates import batch_losses
 from .tensors import refuse_transforms
+
+if TYPE_CHECKING:
+    from .typed import Group, LossOptions, Unpack
 
 
 class PreferenceOutput(NamedTuple):
@@ -47,9 +50,9 @@ def preference_loss(
     rejected_lengths: Tensor | None = None,  # [B]
     chosen_kl: Tensor | None = None,  # [B]
     rejected_kl: Tensor | None = None,  # [B]
-    seq_group=None,
+    seq_group: Group | None = None,
     seq_grads: str = "sum",
-    **options,
+    **options: Unpack[LossOptions],
 ) -> PreferenceOutput:
     """The preference loss of B chosen and rejected completions, from their sequence log-probabilities.
 

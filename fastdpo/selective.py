@@ -6,12 +6,42 @@ dlogits = (coef * (1[label] - p) - coef_entropy * p * (log p + entropy)) / tempe
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
 from .ops.selective.operators import log_softmax_at
 from .tensors import plain, refuse_transforms
 from .validation import FLOATS, check_flag, check_number
+
+
+@overload
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, *, temperature: float = ..., inplace_backward: bool = ...
+) -> Tensor: ...
+
+
+@overload
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = ...,
+    inplace_backward: bool = ...,
+    return_entropy: Literal[False],
+) -> Tensor: ...
+
+
+@overload
+def selective_log_softmax(
+    logits: Tensor,
+    index: Tensor,
+    *,
+    temperature: float = ...,
+    inplace_backward: bool = ...,
+    return_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def selective_log_softmax(

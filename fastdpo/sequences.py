@@ -6,8 +6,6 @@ fixed order; what is not a completion token is selected away, never multiplied b
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
 
@@ -87,9 +85,9 @@ def _check_offsets(offsets: list[int], count: int) -> None:
         raise ValueError(f"cu_seqlens must start at 0; got {offsets[0]}")
     if offsets[-1] != count:
         raise ValueError(f"cu_seqlens must end at the number of rows of hidden, {count}; got {offsets[-1]}")
-    for i, (start, stop) in enumerate(pairwise(offsets)):
-        if stop < start:
-            raise ValueError(f"cu_seqlens must not decrease; got {start} then {stop} at position {i + 1}")
+    for i in range(1, len(offsets)):
+        if offsets[i] < offsets[i - 1]:
+            raise ValueError(f"cu_seqlens must not decrease; got {offsets[i - 1]} then {offsets[i]} at position {i}")
 
 
 class Sequences:

@@ -5,6 +5,7 @@ send no more. The log-probs of a row's K ids come from one sweep of the student'
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from .head import HeadOptions
 from .logps import token_stats
 from .tensors import plain, refuse_transforms
 from .validation import FLOATS
+
+if TYPE_CHECKING:
+    from .typed import Group
 
 TAILS = ("bucket", "renormalize")
 # The teacher's log-probs are rounded, so that what they leave of 1 is known no better than this; TRL's bound too
@@ -39,7 +43,7 @@ def topk_divergence(
     tau: float | tuple[float, float] | None = None,
     seed: int | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
-    vocab_group=None,
+    vocab_group: Group | None = None,
     check_labels: bool = False,
     accumulate_into: str | None = None,
 ) -> Tensor:

@@ -7,12 +7,16 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..models.lazy.head import lazy_logits
 from ..models.lazy.logits import LazyLogits
 from ..models.options import TRAINER_OPTIONS, head_options
+
+if TYPE_CHECKING:
+    from ..typed import TrainerOptions, Unpack
 
 MODELS = ("model", "ref_model", "policy", "reference_model")
 
@@ -119,7 +123,7 @@ class Adapter(Replacements):
         self.seams = [(module, dict.fromkeys(names, lazily)) for module, names in lazy.items()]
         self.seams += (others or {}).items()
 
-    def patch(self, **options) -> None:
+    def patch(self, **options: Unpack[TrainerOptions]) -> None:
         """Let the package's preference trainers compute their log-probs with fastdpo, from the next step on.
 
         Works before and after trainers are constructed. Calling it again replaces the options.

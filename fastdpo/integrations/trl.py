@@ -10,6 +10,7 @@ metrics stay TRL's; only the per-token log-probs change hands.
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 from ..head import HeadOptions
 from ..logps import token_stats
@@ -22,6 +23,9 @@ from .trl_divergence import of_hidden
 from .trl_head import in_forward_of, is_of_fsdp, refuse_unreduced, regathering, split_head, telling_its_head
 from .trl_methods import METHODS, STILL_LOGITS, Trainers, trl_modules
 from .trl_release import Signature, of_unsloth, only_selects_rows, release, select_rows, unknown, version
+
+if TYPE_CHECKING:
+    from ..typed import TrainerOptions, Unpack
 
 # TRL's parameter -> its name here; None: has no meaning here (the width of TRL's tiles)
 PARAMETERS = {
@@ -50,7 +54,7 @@ OUTPUTS = {
 _MISSING = object()
 
 
-def patch_trl(**options) -> bool:
+def patch_trl(**options: Unpack[TrainerOptions]) -> bool:
     """Let every TRL trainer compute its log-probs with fastdpo, from the next step on.
 
     Works before and after trainers are constructed; where FSDP splits the head, before. Calling it again replaces the

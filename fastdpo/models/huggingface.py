@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,11 @@ from .options import MODEL_OPTIONS, head_options
 from .probe import declared_transforms, logits_of, probe
 from .wrappers import origin, refuse_before_gathering, refuse_wrapped_between
 
+if TYPE_CHECKING:
+    from ..typed import ModelOptions, Unpack
+
+Model = TypeVar("Model", bound=nn.Module)
+
 # Arguments of a call that can have one meaning only, and the values that mean it
 NO_EFFECT = {"use_cache": (False,), "logits_to_keep": (0,), "return_dict": (True,), "num_items_in_batch": ()}
 SERVED_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -30,7 +35,7 @@ SERVED_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_lo
 STATE, UNPREPARED = "_fastdpo", "_original_forward"
 
 
-def patch_model(model, **options):
+def patch_model(model: Model, **options: Unpack[ModelOptions]) -> Model:
     """Teach `model` to return token log-probs: ``model(input_ids, ..., labels=labels, fastdpo=True)``.
 
     Such a call runs the model's own forward up to the lm_head and returns `ModelTokenStats` of shape
@@ -96,7 +101,7 @@ def patch_model(model, **options):
     return model
 
 
-def unpatch_model(model):
+def unpatch_model(model: Model) -> Model:
     """Take `patch_model` back; a model that is not patched is left as it is. Returns `model`.
 
     What accelerate or another has put around the model's `forward` since stays there, and ends in the model's own.

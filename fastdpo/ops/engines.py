@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -194,7 +195,7 @@ def _cpu_products() -> str:
     return f"{library.NAME}{of_bf16}; few or listed rows csrc"
 
 
-def backends() -> dict:
+def backends() -> dict[str, dict[str, Any]]:
     """What this machine has and which engine each operation uses on it, with the reason.
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .._ops import ops
 from ..routing import BLOCK, num_blocks, unpack_bits
 from ..tensors import traced
 
@@ -50,7 +51,7 @@ def register() -> None:
     for mode in _get_current_dispatch_mode_stack():
         tables.append(getattr(getattr(mode, "counter", None), "flop_registry", {}))
     for name, formula in FORMULAS.items():
-        operator = getattr(torch.ops.fastdpo, name)
+        operator = getattr(ops, name)
         if operator not in tables[0]:
             torch_flops.register_flop_formula(operator, get_raw=True)(formula)
         for table in tables[1:]:

@@ -16,7 +16,7 @@ import torch  # the extension joins the OpenMP pool that torch has loaded
 
 def _load():
     try:
-        return importlib.import_module("fastdpo._C"), None
+        return importlib.import_module(".._C", __package__), None  # ours, whatever this package is called
     except ImportError as error:
         return None, f"{build_info().get('reason') or error}"
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .._ops import add_op_namespace_prefix
 from ..accumulate import destination, nothing_left
 from ..autograd import Function, no_second_derivative, once_differentiable, uncompiled
 from ..distributed import handshake
@@ -46,7 +47,10 @@ class LinearLogpsFunction(Function):
     of = "fastdpo.linear_logps"
 
     @classmethod
-    def apply(cls, hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale=1.0):
+    def apply(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor | None, lora_b: Tensor | None,
+        labels: Tensor, options: HeadOptions, stats: tuple[str, ...], differentiable: bool, lora_scale: float = 1.0,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
         if not isinstance(options, HeadOptions):
             raise TypeError(f"options must be HeadOptions; got {options!r}")
         arguments = (hidden, weight, bias, lora_a, lora_b, labels, options, stats, differentiable, lora_scale)
@@ -314,7 +318,7 @@ def _dtypes(hidden: Tensor) -> dict[str, torch.dtype]:
 
 
 @torch.library.custom_op(
-    "fastdpo::linear_token_stats",
+    add_op_namespace_prefix("linear_token_stats"),
     mutates_args=(),
     schema=f"({_INPUTS}, Tensor? key, *, {_SCALARS}, str[] stats) -> ({', '.join(['Tensor'] * len(_RESULTS))})",
 )
@@ -343,7 +347,7 @@ def _(hidden, weight, bias, lora_a, lora_b, labels, key, *, stats, taus, **scala
 
 
 @torch.library.custom_op(
-    "fastdpo::linear_token_stats_backward",
+    add_op_namespace_prefix("linear_token_stats_backward"),
     mutates_args=(),
     schema=f"({_INPUTS}, {_SAVED}, Tensor? dlogps, Tensor? dentropy, Tensor? dlse, *, {_SCALARS}, bool[] needs)"
     f" -> ({', '.join(['Tensor'] * 5)})",

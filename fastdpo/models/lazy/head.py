@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,16 @@ from ..wrappers import is_dtensor
 from .logits import LazyLogits
 from .source import Held, Source
 
+if TYPE_CHECKING:
+    from ...typed import TrainerOptions, Unpack
+
 # Wrappers that split the head, or run it where its result cannot come back as an object. Gathering it for a deferred
 # read is for all ranks to do, and reading is a rank's own affair: one that reads alone would wait for ever
 SPLITTING = ("FullyShardedDataParallel", "FSDPModule", "DataParallel")
 
 
 @contextmanager
-def lazy_logits(*models, **options) -> Iterator[None]:
+def lazy_logits(*models: nn.Module, **options: Unpack[TrainerOptions]) -> Iterator[None]:
     """While it lasts, what the `lm_head` of `models` returns is a `LazyLogits`: trainers' code stays as it is.
 
     ::

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._ops import add_op_namespace_prefix
 from ...accumulate import destination, nothing_left
 from ...autograd import Function, no_second_derivative, once_differentiable, uncompiled
 from ...distributed import handshake
@@ -295,7 +296,7 @@ def _dtype(name: str, hidden: Tensor) -> torch.dtype:
 
 
 @torch.library.custom_op(
-    "fastdpo::linear_divergence",
+    add_op_namespace_prefix("linear_divergence"),
     mutates_args=(),
     schema=f"({_INPUTS}, Tensor? key, *, {_SCALARS}) -> ({', '.join(['Tensor'] * len(FIELDS))})",
 )
@@ -324,7 +325,7 @@ _SAVED_FIELDS = ", ".join(f"Tensor{'' if 'lse' in name else '?'} saved_{name}" f
 
 
 @torch.library.custom_op(
-    "fastdpo::linear_divergence_backward",
+    add_op_namespace_prefix("linear_divergence_backward"),
     mutates_args=(),
     schema=f"({_INPUTS}, {_SAVED_FIELDS}, Tensor? ddivergence, Tensor? dentropy, Tensor? dlogps, *, {_SCALARS}, "
     f"bool[] needs) -> ({', '.join(['Tensor'] * 5)})",

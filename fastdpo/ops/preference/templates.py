@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._ops import add_op_namespace_prefix
 from ...autograd import once_differentiable
 from ...losses import PreferenceOptions, check_sequences
 from ...tensors import contiguous, in_rows, refuse_transforms, traced
@@ -150,9 +151,10 @@ class PreferenceLossFunction:
 
     @staticmethod
     def apply(
-        chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, options,
-        chosen_kl=None, rejected_kl=None,
-    ):  # fmt: skip
+        chosen: Tensor, rejected: Tensor, ref_chosen: Tensor | None, ref_rejected: Tensor | None,
+        chosen_lengths: Tensor | None, rejected_lengths: Tensor | None, options: PreferenceOptions,
+        chosen_kl: Tensor | None = None, rejected_kl: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         refuse_transforms("fastdpo.preference_loss", chosen, rejected, ref_chosen, ref_rejected, chosen_kl, rejected_kl)
         if not isinstance(options, PreferenceOptions):
             raise TypeError(f"options must be PreferenceOptions; got {options!r}")
@@ -359,7 +361,7 @@ def _check(given: dict[str, Tensor | None]) -> None:
 
 
 @torch.library.custom_op(
-    "fastdpo::preference_forward",
+    add_op_namespace_prefix("preference_forward"),
     mutates_args=(),
     schema=f"({_schema(_FORWARD)}, int[] loss_ids, float[] loss_weights, int divergence, float[] options, {_READING}, "
     f"bool reward_per_token, bool reward_with_kl, float ld_alpha, float sft_weight) -> ({', '.join(['Tensor'] * 8)})",
@@ -378,7 +380,7 @@ def _(logps, rejected, ref, ref_rejected, kl, kl_rejected, labels, cu_seqlens, *
 
 
 @torch.library.custom_op(
-    "fastdpo::preference_backward",
+    add_op_namespace_prefix("preference_backward"),
     mutates_args=(),
     schema=f"({_schema(_BACKWARD)}, bool[] wanted, {_READING}, float ld_alpha, float sft_weight) -> Tensor[]",
 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..._ops import add_op_namespace_prefix
 from ...autograd import Function, apply, no_second_derivative, once_differentiable
 from ...tensors import contiguous, in_rows, refuse_transforms, traced
 from ..engines import logits_engine
@@ -137,7 +138,7 @@ class _SelectiveLogSoftmax(Function):
         return dlogits, None, None, None, None
 
 
-@torch.library.custom_op("fastdpo::selective_log_softmax", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("selective_log_softmax"), mutates_args=())
 def selective_op(
     logits: Tensor, index: Tensor, temperature: float, with_entropy: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -154,7 +155,7 @@ def _(logits, index, temperature, with_entropy):
     return tuple(logits.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
-@torch.library.custom_op("fastdpo::selective_log_softmax_backward", mutates_args=())
+@torch.library.custom_op(add_op_namespace_prefix("selective_log_softmax_backward"), mutates_args=())
 def selective_backward_op(
     logits: Tensor,
     index: Tensor,
