@@ -16,6 +16,7 @@
 # make gpu     on a machine with a GPU: is it right, how fast is it, do the tests pass; GPU_ARGS="--output DIR --wheels DIR"
 # make wheels  the peers' wheels for a GPU machine without network, in one folder; WHEELS_ARGS="--python 3.12"
 # make lint    ruff
+# make docs    the documentation as a site, strictly, into site/; nothing in it is loaded from another server
 # make lock    what CI installs, to the last package: .ci/lock.txt, from constraints.txt and the newest of the rest
 # make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
 # make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
@@ -28,7 +29,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
+.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint docs lock bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -42,6 +43,10 @@ $(VENV)/installed-%: $(VENV)/bin/python $(BUILT_FROM)
 # Nothing is built to be read.
 $(VENV)/installed-lint: $(VENV)/bin/python constraints.txt
 	$(RUN) -m pip install -q -c constraints.txt ruff
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/bin/python constraints.txt
+	$(RUN) -m pip install -q -c constraints.txt mkdocs-material mkdocstrings-python
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -105,6 +110,10 @@ wheels:
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Once installed it needs no network. --strict: a link that leads nowhere is an error.
+docs: $(VENV)/installed-docs
+	$(RUN) -m mkdocs build --strict --clean
 
 lock:
 	rm -rf $(VENV)-lock
