@@ -46,7 +46,7 @@ $(VENV)/installed-lint: $(VENV)/bin/python constraints.txt
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/bin/python constraints.txt
-	$(RUN) -m pip install -q -c constraints.txt mkdocs-material mkdocstrings-python
+	$(RUN) -m pip install -q -c constraints.txt mkdocs-material mkdocstrings-python ruff
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -113,7 +113,7 @@ lint: $(VENV)/installed-lint
 
 # Once installed it needs no network. --strict: a link that leads nowhere is an error.
 docs: $(VENV)/installed-docs
-	$(RUN) -m mkdocs build --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lock:
 	rm -rf $(VENV)-lock

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.report.tables import COMMANDS, PEERS, RESULTS, STEPS, error, table
+from benchmarks.report.tables import COMMANDS, RESULTS, error, table
 
 NAMED = re.compile(r"(\d{4}-\d{2}(?:-\d{2})?)-(.+)\.json")
 NO_GPU = (
@@ -44,41 +44,40 @@ def machine(record: dict) -> str:
     return ", ".join(parts + [f"{name} {version}" for name, version in versions.items()])
 
 
-def _values(rows: list[dict], key: str, value: str, names: dict[str, str], write: Callable) -> dict[str, str]:
-    by_name = {row[key]: row[value] for row in rows}
-    return {title: write(by_name[name]) if name in by_name else "" for name, title in names.items()}
+SHORT = {  # the results' names of a path -> a column
+    "eager": "eager",
+    "trl": "TRL",
+    "trl compacted": "TRL",
+    "liger": "Liger",
+    "cce torch_compile": "Cut Cross-Entropy, compiled",
+    "torch linear_cross_entropy": "torch",
+    "fastdpo exact": "fastdpo, exact",
+    "fastdpo routed": "fastdpo, routed",
+}
+
+
+def _columns(rows: list[dict], key: str, write: Callable[[dict], str]) -> dict[str, str]:
+    by_name = {row[key]: row for row in rows}
+    return {title: write(by_name[name]) for name, title in SHORT.items() if name in by_name}
 
 
 def _step(record: dict) -> dict[str, str]:
-    names = ("eager", "trl compacted", "liger", "fastdpo exact", "fastdpo routed")
-    return _values(record["rows"], "step", "median s", {x: f"{STEPS[x]}, s" for x in names}, "{:.2f}".format)
+    return _columns(record["rows"], "step", lambda row: f"{row['median s']:.2f}")
 
 
 def _accuracy(record: dict) -> dict[str, str]:
     rows = [row for row in record["rows"] if row["inputs"] == "bfloat16"]
-    names = {"eager": "eager: error of `dhidden`", "fastdpo exact": "exact", "fastdpo routed": "routed"}
-    return _values(rows, "path", "dhidden", names, error)
+    return _columns(rows, "path", lambda row: error(row["dhidden"]))
 
 
 def _fits(record: dict) -> dict[str, str]:
-    size = min(row["GiB"] for row in record["rows"])
-    rows = [
-        row | {"said": ("at least " if row["at least"] else "") + str(row["most tokens"])} for row in record["rows"]
-    ]
-    names = {name: f"{title}, tokens in {size:g} GiB" for title, (*_, name) in PEERS.items()}
-    held = {row["path"] for row in rows}
-    names = {name: title for name, title in names.items() if name in held}
-    return _values([row for row in rows if row["GiB"] == size], "path", "said", names, str)
+    rows = [row for row in record["rows"] if row["GiB"] == min(row["GiB"] for row in record["rows"])]
+    return _columns(rows, "path", lambda row: ("at least " if row["at least"] else "") + str(row["most tokens"]))
 
 
 def _memory(record: dict) -> dict[str, str]:
-    most = max(row["N"] for row in record["rows"])
-    rows = [row for row in record["rows"] if row["N"] == most]
-    names = {row["path"]: f"{row['path']}, MiB" for row in rows}
-    return {"tokens": str(most)} | {
-        title: str(row["failed"]) if row["MiB"] is None else f"{row['MiB']:.0f}"
-        for row, title in zip(rows, names.values())
-    }
+    rows = [row for row in record["rows"] if row["N"] == max(row["N"] for row in record["rows"])]
+    return _columns(rows, "path", lambda row: f"{row['MiB']:.0f}" if row["MiB"] is not None else str(row["failed"]))
 
 
 def _training(record: dict) -> dict[str, str]:
@@ -86,20 +85,20 @@ def _training(record: dict) -> dict[str, str]:
         far = [run["distance"] for run in record["runs"] if run["path"] == path]
         return f"{sum(far) / len(far):.3f}"
 
-    return {f"{path}: distance to the exact run": distance(path) for path in ("routed", "trl bf16")}
+    return {"fastdpo, routed": distance("routed"), "bf16 logits": distance("trl bf16")}
 
 
 def _matrix(record: dict) -> dict[str, str]:
-    return {f"classes {verdict}": str(count) for verdict, count in sorted(record["counts"].items())}
+    return {verdict: str(count) for verdict, count in sorted(record["counts"].items())}
 
 
-MAIN = {  # benchmark -> its main figures
-    "cpu-step": _step,
-    "cpu-accuracy": _accuracy,
-    "cpu-fits": _fits,
-    "cpu-memory": _memory,
-    "training": _training,
-    "model-matrix": _matrix,
+MAIN = {  # benchmark -> what its main figures are, and they
+    "cpu-step": ("Seconds.", _step),
+    "cpu-accuracy": ("Relative L2 error of `dhidden`, bf16 inputs.", _accuracy),
+    "cpu-fits": ("Completion tokens in the smallest memory that was tried.", _fits),
+    "cpu-memory": ("MiB, at the most tokens that were tried.", _memory),
+    "training": ("Distance of the parameters to the exact run's at the end, mean over seeds.", _training),
+    "model-matrix": ("Classes of transformers.", _matrix),
 }
 
 
@@ -112,13 +111,14 @@ def title_of(name: str, records: list[tuple[str, str, dict]]) -> str:
 
 
 def of_benchmark(name: str, records: list[tuple[str, str, dict]]) -> list[str]:
-    figures = [MAIN[name](record) for *_, record in records]
+    what, figures_of = MAIN[name]
+    figures = [figures_of(record) for *_, record in records]
     columns = list(dict.fromkeys(title for found in figures for title in found))
     rows = []
     for (date, file, record), found in zip(records, figures):
         cells = [found.get(title, "") for title in columns]
         rows.append([f"[{date}](results/{file})", *cells, record.get("environment", {}).get("cpu", "")])
-    return [f"## {title_of(name, records)}", "", *table(["date", *columns, "processor"], rows), ""]
+    return [f"## {title_of(name, records)}", "", what, "", *table(["date", *columns, "processor"], rows), ""]
 
 
 def everything(found: dict[str, list[tuple[str, str, dict]]]) -> list[str]:

@@ -102,7 +102,7 @@ def test_what_the_site_needs_is_pinned_and_named_once():
     (extra,) = re.findall(r"^docs = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     needed = re.findall(r'"([^"]+)"', extra)
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
-    assert len(needed) == 2 and set(needed) <= set(pinned)
+    assert len(needed) == 3 and set(needed) <= set(pinned)
     assert f"constraints.txt {' '.join(needed)}\n" in (ROOT / "Makefile").read_text()
     assert "font: false" in config() and "/site/\n" in (ROOT / ".gitignore").read_text()
 

@@ -16,6 +16,9 @@ from typing import NamedTuple
 LOSSES = Path(__file__).parents[2] / "fastdpo" / "losses.py"
 # What of losses.py says which losses there are; none of it needs torch
 NEEDED = ("F_DIVERGENCES", "Loss", "FLIP", "BOTH_LENGTHS", "BOTH_KLS", "LOSSES")
+CODE = re.compile(r"(```.*?```|``.+?``|`[^`\n]+`)", re.DOTALL)
+NAMES = re.compile(r"^( {4}(?:\w+, )+\w+,)\n {8}(?=(?:\w+, )*\w+: )", re.MULTILINE)
+POWER = re.compile(r"\d+\*\*-?\d+")
 LITERAL = re.compile(r"^(?P<indent> *)(?P<text>.*)::\n\n(?P<code>(?:(?P=indent) {4}.*\n|\n)+)", re.MULTILINE)
 
 
@@ -57,14 +60,18 @@ def filled(text: str) -> str:
 
 
 def fenced(text: str) -> str:
-    """`text` with its literal blocks as fenced Python."""
+    """`text` with its literal blocks as fenced Python, powers as code (to Markdown two stars are bold), and a list of
+    arguments on one line (or griffe drops it)."""
 
     def block(match: re.Match) -> str:
         indent, code = match["indent"], textwrap.dedent(match["code"]).strip("\n")
         lines = "\n".join(indent + line if line else "" for line in ("```python", *code.split("\n"), "```"))
         return f"{indent}{match['text']}:\n\n{lines}\n\n" if match["text"] else f"{lines}\n\n"
 
-    return LITERAL.sub(block, text if text.endswith("\n") else f"{text}\n").rstrip("\n")
+    text = LITERAL.sub(block, text if text.endswith("\n") else f"{text}\n").rstrip("\n")
+    parts = CODE.split(NAMES.sub(r"\1 ", text))  # every second one is code
+    parts[::2] = [POWER.sub(r"`\g<0>`", part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def table_of_losses() -> str:
