@@ -107,7 +107,7 @@ def run(rank: int, size: int, prepare: str, code, source: str) -> dict[str, torc
     exec(compile(code, source, "exec"), space)
     seen: dict[str, torch.Tensor] = {}
     if prepare == "pipeline":
-        return {"losses": torch.stack(space["schedule"].losses)} if rank == size - 1 else {}
+        return {"losses": torch.stack(space["schedule"].losses).detach()} if rank == size - 1 else {}
     out = space.get("out")
     if out is None:  # the model is sharded: what follows in a script
         logps = space["model"](space["ids"], labels=space["labels"], fastdpo=True).logps.sum(-1)
