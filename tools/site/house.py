@@ -1,5 +1,5 @@
-"""The extension of griffe, which reads the code for mkdocstrings: docstrings.py; and the fields of a NamedTuple as a list,
-each with the comment behind it."""
+"""The extension of griffe, which reads the code for mkdocstrings: docstrings as docstrings.py makes them, and the
+fields of a NamedTuple as a list, each with the comment behind it."""
 
 from __future__ import annotations
 
