@@ -67,7 +67,7 @@ def placed(target: str, beside: str) -> str | None:
 
 def source_page(path: str) -> str:
     found = ROOT / path
-    head = f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n"
+    head = f"---\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n# {path}\n\n"
     if found.is_dir():
         names = sorted(x.name for x in found.iterdir() if x.suffix in LANGUAGES and not x.name.startswith("."))
         return head + "\n".join(f"- [`{name}`]({posixpath.basename(path)}/{name}.md)" for name in names) + "\n"
