@@ -78,6 +78,8 @@ def given() -> dict:
         "rejected": rejected.requires_grad_(),
         "ref_chosen": ref_chosen,
         "ref_rejected": ref_rejected,
+        "chosen_lengths": torch.tensor([5, 4]),
+        "rejected_lengths": torch.tensor([3, 5]),
         "get_batch_logps": get_batch_logps,
     }
 
