@@ -1,4 +1,5 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
+# make frontier    DPO against SFT and a reward model with RL on a task with a known reward: ten minutes, one figure
 # make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 --dist loadfile -m ''" runs all
 # make sanitize    all of csrc on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make fuzz    half an hour each of arguments that no caller gives to native functions, and of properties of the public ones
@@ -28,7 +29,7 @@ TRITON = 3.6.0
 TEST_ARGS ?= -n auto --maxprocesses 8 --dist loadfile
 BUILT_FROM = setup.py pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 
-.PHONY: demo test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
+.PHONY: demo frontier test sanitize fuzz soak interrupt mutate test-peers test-trl test-trainers test-deepspeed models kernels launches gpu wheels lint lock bench bench-micro bench-compare clean
 
 # One environment, one stamp per set of extras. The install is editable: only csrc/ and the metadata need a rebuild.
 $(VENV)/bin/python:
@@ -46,6 +47,9 @@ $(VENV)/installed-lint: $(VENV)/bin/python constraints.txt
 
 demo: $(VENV)/installed-demo
 	$(RUN) -m fastdpo.demo --output demo_output $(DEMO_ARGS)
+
+frontier: $(VENV)/installed-demo
+	$(RUN) -m examples.frontier $(FRONTIER_ARGS)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(TEST_ARGS)
