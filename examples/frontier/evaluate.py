@@ -43,7 +43,8 @@ def ceiling(
 ) -> list[dict[str, float]]:
     """The frontier that no policy can pass: reference * exp(reward / beta), by weighing samples of the reference.
 
-    Left out is a beta whose weights live on fewer samples of a prompt than TRUSTED, in the mean over prompts.
+    The gain is over the reference on the same prompts. Left out is a beta whose weights live on fewer samples of a prompt
+    than TRUSTED, in the mean over prompts.
     """
     g = torch.Generator().manual_seed(seed)
     rewards = []
@@ -57,7 +58,8 @@ def ceiling(
         effective = 1 / weight.square().sum(1)
         if effective.mean() >= TRUSTED:
             kl = mean / beta - normaliser
-            found.append({"beta": beta, "reward": mean.mean().item(), "kl": kl.mean().item()})
+            gain = (mean - reward.mean(1)).mean().item()
+            found.append({"beta": beta, "gain": gain, "kl": kl.mean().item()})
     return found
 
 

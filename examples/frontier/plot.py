@@ -65,7 +65,7 @@ def draw(record: dict, output: Path) -> None:
     axis.legend(fontsize=8, loc="lower right")
     axis.grid(alpha=0.3)
     seeds = len({run["seed"] for run in record["runs"]})
-    axis.set_title(f"ends of training: mean and deviation of {seeds} seeds; faint: along the way", fontsize=9)
+    axis.set_title(f"ends of training: mean and deviation of seeds ({seeds}); faint: along the way", fontsize=9)
 
     compared = record["at equal KL"]
     possible = dict(zip(compared["levels"], compared["ceiling"]))

@@ -29,6 +29,10 @@ class Run:
     changes: tuple[tuple[str, float], ...] = ()  # to the method's settings, when these are being chosen
 
 
+def one_thread() -> None:
+    torch.set_num_threads(1)  # the same bits however many cores there are
+
+
 def load_reference(folder: Path) -> LanguageModel:
     model = LanguageModel(VOCAB, PROMPT + LENGTH)
     model.load_state_dict(torch.load(folder / "reference.pt"))
