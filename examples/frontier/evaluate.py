@@ -43,8 +43,8 @@ def ceiling(
 ) -> list[dict[str, float]]:
     """The frontier that no policy can pass: reference * exp(reward / beta), by weighing samples of the reference.
 
-    The gain is over the reference on the same prompts. Left out is a beta whose weights live on fewer samples of a prompt
-    than TRUSTED, in the mean over prompts.
+    The gain is over the reference, on the same prompts. Left out is a beta whose weights live on fewer samples of a
+    prompt than TRUSTED, in the mean over prompts.
     """
     g = torch.Generator().manual_seed(seed)
     rewards = []
