@@ -1,5 +1,5 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
-# make frontier    DPO against SFT and a reward model with RL on a task with a known reward: a figure; FRONTIER_ARGS
+# make frontier    DPO against SFT and a reward model with RL on a task with a known reward; FRONTIER_ARGS="--quick"
 # make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 --dist loadfile -m ''" runs all
 # make sanitize    all of csrc on the CPU under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer
 # make fuzz    half an hour each of arguments that no caller gives to native functions, and of properties of the public ones
