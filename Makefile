@@ -1,4 +1,5 @@
 # make demo    set up .venv and DPO-train a small model, TRL alone against TRL with fastdpo
+# make frontier    DPO against SFT and a reward model with RL on a task with a known reward; FRONTIER_ARGS="--quick"
 # make test    set up .venv and run the tests but the slow ones; TEST_ARGS="-n 4 --dist loadfile" chooses how
 # make test-slow    the slow ones: builds of wheels, wide tiles in the interpreter, hundreds of draws; half an hour
 # make test-versions    the ends of every supported range of Python, torch, Triton, numpy, transformers; VERSIONS="oldest" chooses
@@ -70,6 +71,9 @@ $(VENV)/installed-docs: $(VENV)/bin/python constraints.txt
 
 demo: $(VENV)/installed-demo
 	$(RUN) -m fastdpo.demo --output demo_output $(DEMO_ARGS)
+
+frontier: $(VENV)/installed-demo
+	$(RUN) -m examples.frontier $(FRONTIER_ARGS)
 
 test: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" $(TEST_ARGS)

@@ -219,19 +219,22 @@ def agree_upstream(shards: VocabShards, *upstream: Tensor | None, own: bool = Fa
     return tuple(None if x is None else x + poison.to(x.dtype) for x in upstream)
 
 
-@contextmanager
-def announcing(group, of: Tensor | None, phase: str = "the forward"):
+class announcing:  # a class, since torch 2.6 cannot trace a generator's context
     """What raises in here, before the ranks' exchange, raises on every rank of `group`; `of`: a tensor of the call."""
-    try:
-        yield
-    except Exception as error:
-        if group is not None:
-            _refuse(group, of, phase, error)
-        raise
-    except BaseException as error:  # Ctrl-C: this rank does not wait for an exchange
-        if group is not None and torch.distributed.get_rank(group) >= 0:
-            _tell(group, error)
-        raise
+
+    def __init__(self, group, of: Tensor | None, phase: str = "the forward"):
+        self.group, self.of, self.phase = group, of, phase
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.group is None or error is None:
+            return
+        if isinstance(error, Exception):
+            _refuse(self.group, self.of, self.phase, error)
+        elif torch.distributed.get_rank(self.group) >= 0:  # Ctrl-C: this rank does not wait for an exchange
+            _tell(self.group, error)
 
 
 def _refuse(group, of, phase: str, error: Exception) -> None:
