@@ -218,6 +218,53 @@ def axolotl_patches(space: dict) -> None:
     assert trl.trainer.utils._ChunkedLogProbFunction is not before
 
 
+def hub_kernel(space: dict, monkeypatch, folder: Path) -> None:
+    """The package that is here in the place of what `get_kernel` loads."""
+    _module(monkeypatch, "kernels", get_kernel=lambda name, **options: space["fastdpo"])
+
+
+def hub_layer(space: dict, monkeypatch, folder: Path) -> None:
+    """`kernelize` gives each module whose class is mapped the forward of the layer of that name."""
+    from contextlib import contextmanager
+
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    from fastdpo import layers
+
+    mapped: dict = {}
+
+    def named(name):
+        return lambda cls: setattr(cls, "kernel_layer_name", name) or cls
+
+    @contextmanager
+    def use_kernel_mapping(mapping):
+        mapped.update(mapping)
+        yield
+
+    def kernelize(model, mode):
+        for module in model.modules():
+            name = getattr(type(module), "kernel_layer_name", None)
+            if name is not None:
+                module.forward = getattr(layers, mapped[name]["cpu"])().forward
+
+    model = nn.Module()
+    model.__class__ = type(
+        "Model", (nn.Module,), {"modules": lambda self: space.setdefault("of_model", [space["CausalLMLoss"]()])}
+    )
+    members = {"Mode": types.SimpleNamespace(TRAINING=1, TORCH_COMPILE=2), "kernelize": kernelize}
+    members |= {"use_kernel_forward_from_hub": named, "use_kernel_mapping": use_kernel_mapping}
+    _module(monkeypatch, "kernels", LayerRepository=lambda name, layer_name, **options: layer_name, **members)
+    space.update(nn=nn, ForCausalLMLoss=ForCausalLMLoss, model=model)
+
+
+def hub_layer_is_the_loss(space: dict) -> None:
+    """What the layer computes is what the module computed."""
+    (kernelized,) = space["of_model"]
+    tensors = (space["hidden"].detach(), space["weight"].detach(), space["labels"])
+    assert "forward" in vars(kernelized)
+    torch.testing.assert_close(kernelized(*tensors), space["CausalLMLoss"]()(*tensors), rtol=1e-4, atol=1e-4)
+
+
 class _Decoder(nn.Module):
     """A decoder of torchtune's, by its name and its `output`."""
 
@@ -302,6 +349,8 @@ SETTINGS = [
         torchtune,
         torchtune_is_lazy,
     ),
+    Setting("docs/hub.md", "get_kernel(", "a stand-in of `get_kernel`, which loads from the Hub", hub_kernel),
+    Setting("docs/hub.md", "kernelize(", "a stand-in of `kernelize`", hub_layer, hub_layer_is_the_loss),
     Setting("docs/distributed.md", "DistributedDataParallel(", TWO, ranks="data_parallel"),
     Setting("docs/distributed.md", "fully_shard(model.lm_head)", TWO, ranks="fsdp"),
     Setting("docs/distributed.md", "distribute_tensor(", TWO, ranks="never_gathered"),
