@@ -263,7 +263,9 @@ def _check_lora(lora) -> LoRA:
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What F.linear would multiply in: the autocast type, or the common type of both."""
     device, dtype = hidden.device.type, torch.promote_types(hidden.dtype, weight.dtype)
-    if dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    # torch 2.6 cannot trace is_autocast_available
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    if dtype != torch.float64 and known and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     return dtype
 

@@ -289,14 +289,14 @@ _RESULTS = tuple(field.name for field in fields(Forward))
 
 
 def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats) -> Forward:
-    outputs = token_stats_op(*tensors, key, **scalars._asdict(), stats=sorted(stats))
+    outputs = token_stats_op(*tensors, key, **dict(zip(Scalars._fields, scalars)), stats=sorted(stats))
     present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if key is not None else set())
     present |= {"selected"} if tensors[5].ndim == 2 else set()
     return Forward(*[x if name in present else None for name, x in zip(_RESULTS, outputs)])
 
 
 def _backward_operator(saved, upstream: Upstreams, scalars: Scalars, needs: Needs, sums=None) -> Gradients:
-    grads = token_stats_backward_op(*saved, *upstream, **scalars._asdict(), needs=list(needs))
+    grads = token_stats_backward_op(*saved, *upstream, **dict(zip(Scalars._fields, scalars)), needs=list(needs))
     return Gradients(*[grad if need else None for grad, need in zip(grads, needs)]).added_to(sums)
 
 

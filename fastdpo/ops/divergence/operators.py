@@ -280,13 +280,13 @@ def _check(tensors, scalars: Scalars) -> None:
 
 
 def _forward_operator(tensors, key: Tensor | None, scalars: Scalars) -> DivergenceForward:
-    found = dict(zip(FIELDS, divergence_op(*tensors, key, **scalars._asdict())))
+    found = dict(zip(FIELDS, divergence_op(*tensors, key, **dict(zip(Scalars._fields, scalars)))))
     present = scalars.present
     return DivergenceForward(**{name: x if name in present else None for name, x in found.items()})
 
 
 def _backward_operator(saved, upstream, scalars: Scalars, needs: Needs, sums=None) -> Gradients:
-    grads = divergence_backward_op(*saved, *upstream, **scalars._asdict(), needs=list(needs))
+    grads = divergence_backward_op(*saved, *upstream, **dict(zip(Scalars._fields, scalars)), needs=list(needs))
     return Gradients(*[grad if need else None for grad, need in zip(grads, needs)]).added_to(sums)
 
 
