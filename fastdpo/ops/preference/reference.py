@@ -231,8 +231,8 @@ def _of_tokens(given: BatchInputs):
     if given.log_sum_sq_probs is not None:
         agreement.append(given.logps.detach() - given.log_sum_sq_probs)
     plain, *sums = sequences.sums(given.logps, *read, *agreement)  # at once: over ranks, one exchange
-    policy, *others = [sequences.mean(x) for x in sums[: len(read)]] if given.average else sums[: len(read)]
-    ref, kl = others.pop(0) if ref_per_token else None, others.pop() if given.kl is not None else None
+    of_read = [sequences.mean(x) for x in sums[: len(read)]] if given.average else sums[: len(read)]
+    policy, ref, kl = of_read[0], of_read[1] if ref_per_token else None, of_read[-1] if given.kl is not None else None
     if given.ref is not None and not ref_per_token:
         ref = sequences.whole("ref_logps", given.ref.reshape(-1))
     weights = 1.0
