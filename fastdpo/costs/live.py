@@ -24,10 +24,10 @@ def spread(kept: Tensor, vocab_size: int, scaling: str) -> Tensor:
     "first" for those that a smaller vocabulary does not have."""
     blocks = num_blocks(vocab_size)
     if scaling == "first":
-        padded = torch.zeros(max(blocks, len(kept)), dtype=torch.float64)
+        padded = torch.zeros(max(blocks, len(kept)), dtype=torch.float64, device="cpu")
         padded[: len(kept)] = kept
         return padded[:blocks]
-    stretched = kept[(torch.arange(blocks) * len(kept) / blocks).long()]
+    stretched = kept[(torch.arange(blocks, device="cpu") * len(kept) / blocks).long()]
     return stretched * (kept.sum() / stretched.sum())
 
 
@@ -37,5 +37,5 @@ def trained(num_tokens: int, vocab_size: int, tau: float, scaling: str = "same")
     A vocabulary of few blocks cannot have a block kept by more than all tokens: it is cut there.
     """
     shares = json.loads(FILE.read_text())["kept"][f"{tau:g}"]
-    kept = spread(torch.tensor(shares, dtype=torch.float64), vocab_size, scaling)
+    kept = spread(torch.tensor(shares, dtype=torch.float64, device="cpu"), vocab_size, scaling)
     return kept.clamp(max=1.0) * num_tokens
