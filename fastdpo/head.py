@@ -30,6 +30,12 @@ class LogitTransform(NamedTuple):
     softcap: float = 0.0  # 0: none
     temperature: float = 1.0
 
+    def applied(self, product: Tensor) -> Tensor:
+        """The logits of products of hidden states and head, the bias added; those themselves where nothing is to do."""
+        z = product if self.scale == 1.0 else product * self.scale
+        z = self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        return z if self.temperature == 1.0 else z / self.temperature
+
 
 class LoRA(NamedTuple):
     """weight + scale * b @ a, never formed."""

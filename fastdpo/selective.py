@@ -18,18 +18,12 @@ from .validation import FLOATS, check_flag, check_number
 
 @overload
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, *, temperature: float = ..., inplace_backward: bool = ...
-) -> Tensor: ...
-
-
-@overload
-def selective_log_softmax(
     logits: Tensor,
     index: Tensor,
     *,
     temperature: float = ...,
     inplace_backward: bool = ...,
-    return_entropy: Literal[False],
+    return_entropy: Literal[False] = ...,
 ) -> Tensor: ...
 
 

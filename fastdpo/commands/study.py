@@ -75,15 +75,7 @@ class Study:
 def _logits(head: Head, rows: slice) -> Tensor:
     """[n, V] fp32."""
     z = head.hidden[rows].float() @ head.weight.float().T
-    z = z if head.bias is None else z + head.bias.float()
-    return _transformed(z, head)
-
-
-def _transformed(z: Tensor, head: Head) -> Tensor:
-    scale, softcap, temperature = head.transform
-    z = z * scale
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    return z / temperature
+    return head.transform.applied(z if head.bias is None else z + head.bias.float())
 
 
 def _chunks(head: Head) -> list[slice]:
@@ -118,7 +110,7 @@ def _of_rounded_logits(head: Head) -> tuple[Tensor, Tensor]:
     for rows in _chunks(head):
         z = head.hidden[rows] @ head.weight.T
         z = (z if head.bias is None else z + head.bias.to(z.dtype)).requires_grad_()
-        logps = _transformed(z, head).float().log_softmax(-1).gather(1, head.labels[rows, None])[:, 0]
+        logps = head.transform.applied(z).float().log_softmax(-1).gather(1, head.labels[rows, None])[:, 0]
         (dz,) = torch.autograd.grad(logps, z, _upstream(head)[rows])
         dhidden.append((dz @ head.weight).float())
         dweight += dz.T.float() @ head.hidden[rows].float()

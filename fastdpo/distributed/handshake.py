@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -384,7 +384,8 @@ def telling(group):
 
 def _tell(group, error: BaseException) -> None:
     rank = torch.distributed.get_rank(group)
-    _store(group).set(_FAILED, f"rank {rank} failed with {type(error).__name__}: {error}"[:2000])
+    with suppress(RuntimeError):  # a store that is gone with its rank hides no error
+        _store(group).set(_FAILED, f"rank {rank} failed with {type(error).__name__}: {error}"[:2000])
 
 
 def _told(group) -> str:

@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ..head import LogitTransform
 from ..ops.problem import IDENTITY, TokenStats
-from .lm_head import AppliedHead, applied_head, autocast_type, transformed
+from .lm_head import AppliedHead, applied_head, autocast_type
 from .wrappers import gathers, is_dtensor, local, origin, placed_like, scored_module
 
 # The numbers, after the logits' scale, reach this far: smaller ones do not show a softcap of 30 (Gemma, xLSTM)
@@ -97,7 +97,7 @@ class HeadCall:
         if is_dtensor(logits):
             numbers, logits = local(placed_like(logits, self.numbers.expand(self.shape))), local(logits)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        expected, found = transformed(numbers.to(wide), transform), logits.detach().to(wide)
+        expected, found = transform.applied(numbers.to(wide)), logits.detach().to(wide)
         allowed = self.tolerance(logits, TOLERANCE) * (expected.abs() + 0.1 * ANSWER)
         return ((found - expected).abs() <= allowed).all()
 

@@ -62,13 +62,6 @@ class AppliedHead(NamedTuple):
         return token_stats(hidden, weight, labels, bias=bias, lora=lora, options=options, stats=stats)
 
 
-def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
-    scale, softcap, temperature = transform
-    z = z if scale == 1.0 else z * scale
-    z = softcap * torch.tanh(z / softcap) if softcap else z
-    return z if temperature == 1.0 else z / temperature
-
-
 def autocast_type(x: Tensor) -> torch.dtype | None:
     """On the device of `x`; None without autocast."""
     device = x.device.type

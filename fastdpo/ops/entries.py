@@ -57,14 +57,9 @@ def logits(head: Head, columns: Tensor) -> Tensor:
         products.append(product)
     if products:
         product = torch.cat(products)
-        z[rows, places] = transformed(product if head.bias is None else product + head.bias[at].to(of.dtype), head)
+        product = product if head.bias is None else product + head.bias[at].to(of.dtype)
+        z[rows, places] = head.transform.applied(product)
     return z
-
-
-def transformed(product: Tensor, head: Head) -> Tensor:
-    scale, softcap, temperature = head.transform
-    y = product * scale
-    return (softcap * torch.tanh(y / softcap) if softcap else y) / temperature
 
 
 def backward(head: Head, columns: Tensor, dz: Tensor, grads: Gradients) -> None:

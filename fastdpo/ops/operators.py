@@ -289,6 +289,7 @@ _RESULTS = tuple(field.name for field in fields(Forward))
 
 
 def _forward_operator(tensors, key: Tensor | None, scalars: Scalars, stats) -> Forward:
+    # torch 2.6 cannot trace _asdict
     outputs = token_stats_op(*tensors, key, **dict(zip(Scalars._fields, scalars)), stats=sorted(stats))
     present = {"logps", "lse", *stats} | ({"bitmap", "most_pairs"} if key is not None else set())
     present |= {"selected"} if tensors[5].ndim == 2 else set()

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...divergence import token_divergence
 from ...head import HeadOptions, LogitTransform
 from ...ops.problem import IDENTITY, TokenStats
-from ..lm_head import AppliedHead, autocast, transformed
+from ..lm_head import AppliedHead, autocast
 from .tensor import serve_if
 
 
@@ -160,7 +160,7 @@ class Source:
             if lora is not None:
                 logits = logits + lora.scale * F.linear(F.linear(hidden, lora.a), lora.b)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        logits = transformed(logits if isinstance(valid, float) else logits * valid, self.transform)
+        logits = self.transform.applied(logits if isinstance(valid, float) else logits * valid)
         logits = torch.tanh(logits) if self.bent else logits
         return logits if self.power is None else self.power * logits.log_softmax(-1)
 

@@ -280,6 +280,7 @@ def _check(tensors, scalars: Scalars) -> None:
 
 
 def _forward_operator(tensors, key: Tensor | None, scalars: Scalars) -> DivergenceForward:
+    # torch 2.6 cannot trace _asdict
     found = dict(zip(FIELDS, divergence_op(*tensors, key, **dict(zip(Scalars._fields, scalars)))))
     present = scalars.present
     return DivergenceForward(**{name: x if name in present else None for name, x in found.items()})
