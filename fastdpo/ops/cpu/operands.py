@@ -56,13 +56,15 @@ def allocate(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Ten
 class Space:
     """Memory that pieces of work take one after the other: the system would clear fresh pages for each."""
 
-    def __init__(self):
+    def __init__(self, apart: int = 16):
+        """`apart`: floats between rows. Rows a power of two apart would fight for the same lines of a cache; a
+        library lays out what it reads anew, and may want it whole."""
         self.flat: Tensor | None = None
+        self.apart = apart
 
     def take(self, rows: int, columns: int) -> Tensor:
-        """[rows, columns] of fp32, not a power of two apart: rows would fight for the same lines of a cache. It is the
-        next one's too."""
-        stride = columns + 16
+        """[rows, columns] of fp32. It is the next one's too."""
+        stride = columns + self.apart
         if self.flat is None or self.flat.numel() < rows * stride:
             self.flat = allocate(rows, stride).view(-1)
         return self.flat.as_strided((rows, columns), (stride, 1))
@@ -89,7 +91,8 @@ class Operands:
         if head.lora is not None:
             self.lora_a, self.lora_b = (x.to(head.compute_dtype).float() for x in (head.lora.a, head.lora.b))
         self.bias = None if head.bias is None else head.bias.float().contiguous()
-        self.of_tile, self.of_dz, self.of_hidden, self.of_weight = Space(), Space(), Space(), Space()
+        self.of_tile, self.of_dz = Space(), Space()
+        self.of_hidden, self.of_weight = Space(apart=0), Space(apart=0)
 
     def chunk_rows(self, bytes_per_token: int = 0) -> int:
         """Tokens per chunk such that hidden, and `bytes_per_token` beside it, stay within TILE_BYTES each."""

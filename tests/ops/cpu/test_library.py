@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from heads import peaked_head, relative_error
@@ -30,6 +32,47 @@ def test_products_in_any_layout(either):
         torch.testing.assert_close(out, expected.float())
         library.add_matmul(a, b, out)
         torch.testing.assert_close(out, 2 * expected.float())
+
+
+LAYOUTS = {
+    "rows": lambda n, k: torch.randn(n, k),
+    "columns": lambda n, k: torch.randn(k, n).T,
+    "rows apart": lambda n, k: torch.randn(n, k + 16)[:, :k],
+    "columns apart": lambda n, k: torch.randn(k, n + 16)[:, :n].T,
+    "every other": lambda n, k: torch.randn(n, 2 * k)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_layout_is_multiplied_number_by_number(either, layout):
+    """oneDNN takes 1,000 times as long for what none of its kernels reads, and says nothing."""
+    plain, seconds = torch.randn(64, 512), {"plain": [], "laid out": []}
+    a, b, out = LAYOUTS[layout](96, 512), LAYOUTS[layout](64, 512), torch.empty(96, 64)
+    for _ in range(5):
+        for name, multiply in (("plain", lambda: torch.mm(a, plain.T)), ("laid out", lambda: library.matmul(a, b, out))):
+            start = time.perf_counter()
+            multiply()
+            seconds[name].append(time.perf_counter() - start)
+    assert min(seconds["laid out"]) < 50 * min(seconds["plain"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_oneDNN_is_handed_what_its_kernels_read(monkeypatch, layout, dtype):
+    """By every product of a forward and a backward, of heads in any layout and type."""
+    handed, product = [], torch.ops.mkldnn._linear_pointwise
+
+    def observed(a, b, *rest):
+        handed.append(b.is_contiguous() or b.T.is_contiguous())
+        return product(a, b, *rest)
+
+    monkeypatch.setattr(library, "USES_ONEDNN", True)
+    monkeypatch.setattr(library, "USES_BF16", False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", observed)
+    hidden, weight = (LAYOUTS[layout](n, 40).to(dtype).requires_grad_() for n in (100, 300))
+    logps = fastdpo.linear_logps(hidden, weight, torch.arange(100), backward="exact")
+    logps.sum().backward()
+    assert len(handed) >= 3 and all(handed)
 
 
 @pytest.mark.skipif(not library.has_bf16(), reason="this torch has no such MKL")
