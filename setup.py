@@ -29,8 +29,10 @@ NVCC_LINK = ["-shared", "-cudart", "static", "-Xlinker", "-s,--exclude-libs,ALL"
 CUDA_ARCHS = (80, 90, 100, 120)  # the default of FASTDPO_CUDA_ARCHS, as far as nvcc knows them
 
 # cpu/folds.cpp is compiled once per instruction set; csrc/cpu/dispatch.cpp picks one at run time.
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 X86_ISAS = {
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": [],
 }
@@ -106,10 +108,18 @@ def gencode(archs):
     return [option for arch, code in targets for option in ("-gencode", f"arch=compute_{arch},code={code}")]
 
 
-def isas():
-    """Of the machine that is built for: not this one where _PYTHON_HOST_PLATFORM says so."""
+def isas(compiler):
+    """{name: options} of the machine that is built for: not this one where _PYTHON_HOST_PLATFORM says so."""
     machine = os.environ.get("_PYTHON_HOST_PLATFORM", platform.machine()).rpartition("-")[2]
-    return X86_ISAS if machine in ("x86_64", "AMD64") else {"baseline": []}
+    if machine not in ("x86_64", "AMD64"):
+        return {"baseline": []}
+    return {name: flags for name, flags in X86_ISAS.items() if takes_flags(compiler, flags)}
+
+
+def takes_flags(compiler, flags):
+    """Whether the compiler is new enough to know them."""
+    check = [*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+    return not flags or subprocess.run(check, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
 
 
 def file_names(*folders):
@@ -127,7 +137,8 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
     own, binding, python = CSRC.resolve(), pybind11.get_include(), sysconfig.get_paths()["include"]
     includes = [f"-I{own}", f"-I{binding}", f"-I{python}"]
     names = file_names(("csrc", own), ("pybind11", binding), ("python", python))
-    available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in isas()]
+    instruction_sets = isas(compiler)
+    available = [f"-DFASTDPO_HAVE_{name.upper()}" for name in instruction_sets]
     with_cuda = ["-DFASTDPO_HAVE_CUDA"] if nvcc else []
     objects = []
     edges = []
@@ -139,7 +150,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
     for source in sorted(CSRC.rglob("*.cpp")):
         stem = "_".join(source.relative_to(CSRC).with_suffix("").parts)
         if stem == "cpu_folds":
-            for name, flags in isas().items():
+            for name, flags in instruction_sets.items():
                 edge(source, f"{stem}_{name}.o", [*flags, f"-DFASTDPO_ISA={name}"])
         else:
             edge(source, f"{stem}.o", {"cpu_dispatch": available, "bindings": with_cuda}.get(stem, []))
@@ -202,7 +213,7 @@ class NativeBuild(build_ext):
         if not cuda:
             print(f"fastdpo: no CUDA kernels ({info['cuda_reason']})", file=sys.stderr)
             self.build_with(compiler, ninja)
-        info.update(native=True, compiler=shlex.join(compiler), isas=list(isas()))
+        info.update(native=True, compiler=shlex.join(compiler), isas=list(isas(compiler)))
 
     def build_with_cuda(self, info, compiler, ninja):
         """Whether it could be; the reason why not is in `info`."""

@@ -190,13 +190,19 @@ inline bool fits_a_library(int64_t stride, int64_t num_rows, int64_t num_cols) {
   return (stride >= num_cols || num_rows <= 1) && stride <= INT32_MAX && num_rows <= INT32_MAX && num_cols <= INT32_MAX;
 }
 
-// `in_bf16`: by a library, in the processor's units for it; of bf16 factors, and the rows of lists. `fits`: it can be told
-// of the factors' rows.
+// How factors are multiplied: both in fp32 and by csrc, in bf16 and by csrc, or by a library in bf16, rows of lists alone.
+enum class Product : int { kFloat32 = 0, kBf16 = 1, kBf16Library = 2 };
+
+// `fits`: a library can be told of the factors' rows.
 template <class In>
-void in_bf16_field(In& in, bool& in_bf16, const BlockTile& tile, const Factor& factor, bool fits) {
-  in.numbers("in_bf16", in_bf16);
-  fits = fits && factor.dtype == DType::kBFloat16 && tile.blocks;
-  in.require(!in_bf16 || (fits && fits_a_library(tile.stride, tile.num_rows, kBlock)), "in_bf16 is of lists and of bf16");
+void product_field(In& in, Product& product, const BlockTile& tile, const Factor& factor, bool fits) {
+  int id = 0;
+  in.numbers("product", id);
+  in.require(id >= 0 && id <= 2, "product must be 0, 1 or 2");
+  product = static_cast<Product>(id);
+  in.require(product == Product::kFloat32 || factor.rounded == DType::kBFloat16, "a product in bf16 is of factors rounded to it");
+  fits = fits && factor.dtype == DType::kBFloat16 && tile.blocks && fits_a_library(tile.stride, tile.num_rows, kBlock);
+  in.require(product != Product::kBf16Library || fits, "a library's product is of lists and of bf16");
 }
 
 // tile = hidden @ weight.T, plus low_rank @ lora_b.T.
@@ -204,7 +210,7 @@ struct ProductsArgs {
   BlockTile tile;
   TokenFactor hidden, low_rank;  // the latter of fp32, or null as lora_b is
   Factor weight, lora_b;
-  bool in_bf16;
+  Product product;
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -229,7 +235,7 @@ struct ProductsArgs {
     in.type_id("rounded", weight.rounded);
     hidden.rounded = weight.rounded;
     const bool fits = hidden.dtype == weight.dtype && fits_a_library(weight.stride, num_rows, weight.num_cols);
-    in_bf16_field(in, in_bf16, tile, weight, fits);
+    product_field(in, product, tile, weight, fits);
   }
 };
 
@@ -240,7 +246,7 @@ struct AddToTokensArgs {
   Factor factor;            // of the vocabulary's columns
   float* out;  // [tokens, num_cols]
   int64_t out_stride, out_first, num_tokens;
-  bool in_bf16;
+  Product product;
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -256,7 +262,7 @@ struct AddToTokensArgs {
     in.numbers(NAMED(num_threads));
     tile.require_tokens(in, {out_first, out_first + num_tokens}, "tokens must have rows in out");
     in.type_id("rounded", factor.rounded);
-    in_bf16_field(in, in_bf16, tile, factor, fits_a_library(factor.stride, num_rows, factor.num_cols));
+    product_field(in, product, tile, factor, fits_a_library(factor.stride, num_rows, factor.num_cols));
   }
 };
 
@@ -269,7 +275,7 @@ struct AddToColumnsArgs {
   DType out_type;
   bool fresh;   // nothing is in `out` yet
   float* bias;  // [vocab_size]
-  bool in_bf16;
+  Product product;
   int num_threads;
 
   template <class In> void fields(In& in) {
@@ -289,7 +295,7 @@ struct AddToColumnsArgs {
     in.optional(tile.vocab_size, NAMED(bias));
     in.numbers(NAMED(fresh, num_threads));
     in.type_id("rounded", factor.rounded);
-    in_bf16_field(in, in_bf16, tile, factor, true);
+    product_field(in, product, tile, factor, true);
   }
 };
 

@@ -69,6 +69,11 @@ def heads(patched) -> None:
             step(small_head(N=13, V=300, H=20, bias=True, lora=True, masked=True), dtype, tau=tau)
         step(small_head(N=7, V=700, H=24, masked=True), dtype, backward="exact", softcap=5.0)
         step(small_head(N=100, V=150, H=8, lora=True), dtype, backward="exact")
+    patched.setattr(library, "OWN_BF16", True)
+    for tau in TAUS:
+        step(small_head(N=13, V=300, H=20, bias=True, lora=True, masked=True), torch.bfloat16, tau=tau)
+    step(small_head(N=9, V=300, H=20, bias=True), torch.bfloat16, backward="exact")
+    patched.setattr(library, "OWN_BF16", False)
     if library.has_bf16():
         patched.setattr(library, "USES_BF16", True)
         for tau in TAUS:

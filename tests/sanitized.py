@@ -33,8 +33,10 @@ ROOT = CSRC.parent
 ADDRESS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 THREAD = ["-fsanitize=thread"]
 FLAGS = ["-O1", "-g1", "-std=c++17", "-fPIC", "-fno-math-errno", f"-I{CSRC}"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
 ISAS = {  # setup.py's
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "avx512": AVX512,
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "baseline": [],
 }

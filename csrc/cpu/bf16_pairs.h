@@ -26,15 +26,6 @@ void gather(const TokenFactor& factor, const TileRows& rows, int64_t begin, int6
   }
 }
 
-void round_row(const float* from, int64_t count, BFloat16* to) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
-    const HalfVec half = __builtin_convertvector(bits_of(rounded<DType::kBFloat16>(load(from + i))) >> 16, HalfVec);
-    std::memcpy(to + i, &half, sizeof half);
-  }
-  for (; i < count; ++i) from_float(from[i], to + i);
-}
-
 void bf16_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Workspace& ws) {
   const TileRows rows = a.tile.part(j, 1);
   const int64_t size = a.weight.num_cols, most = kRowsSize / (end - begin);
@@ -45,7 +36,7 @@ void bf16_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end,
               {rows.data + begin * a.tile.stride, a.tile.stride, start > 0}, end - begin, rows.width, depth);
     if (depth == 0) break;
   }
-  if (a.low_rank.data) add_products(a.low_rank, a.lora_b, rows, a.tile.stride, begin, end, true, ws);
+  if (a.low_rank.data) add_products<1>(a.low_rank, a.lora_b, rows, a.tile.stride, begin, end, true, ws);
 }
 
 // Columns [col, col + kBf16Columns) of what tokens [begin, end) get from every block.
@@ -61,7 +52,7 @@ void bf16_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, in
       int64_t size = 0;
       for (; row < last && size < kRows; ++row) {
         if (a.row_weight && a.row_weight[rows.offset + row] == 0.0f) continue;
-        round_row(rows.data + row * a.tile.stride, rows.width, ws.rounded_dz + size * kBlock);
+        pair_up(ws.rounded_dz + size * kBlock, rows.data + row * a.tile.stride, rows.width);
         out[size++] = a.out + (rows.token(row) - a.out_first) * a.out_stride + col;
       }
       if (size == 0) continue;
@@ -78,7 +69,7 @@ void bf16_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Work
   const TileRows rows = a.tile.part(j, 1);
   const int64_t width = std::min(kBf16Columns, a.factor.num_cols - col);
   if (rows.count == 0 || !a.out) {  // nothing to multiply
-    for (int64_t i = 0; i < width; i += kBlock) add_to_columns(a, j, col + i, ws);
+    for (int64_t i = 0; i < width; i += kBlock) add_to_columns<1>(a, j, col + i, ws);
     return;
   }
   const int64_t first = (rows.column - a.out_first) * a.out_stride + col;
@@ -88,7 +79,7 @@ void bf16_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Work
     const int64_t end = std::min(start + kBf16Rows, rows.count);
     gather(a.factor, rows, start, end, col, width, ws.rows);
     for (int64_t row = start; row < end; ++row)
-      round_row(rows.data + row * a.tile.stride, rows.width, ws.rounded_dz + (row - start) * kBlock);
+      pair_up(ws.rounded_dz + (row - start) * kBlock, rows.data + row * a.tile.stride, rows.width);
     bf16_gemm({ws.rounded_dz, kBlock, true}, {ws.rows, width, true},
               {to, direct ? a.out_stride : width, start > 0 || (direct && !a.fresh)}, rows.width, width, end - start);
     if (!a.bias || col > 0) continue;
@@ -104,15 +95,18 @@ void bf16_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Work
   });
 }
 
-// By either.
+// By whichever.
 void any_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Workspace& ws) {
-  (a.in_bf16 ? bf16_products : products)(a, j, begin, end, ws);
+  constexpr decltype(&bf16_products) by[] = {products<1>, products<2>, bf16_products};
+  by[static_cast<int>(a.product)](a, j, begin, end, ws);
 }
 void any_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
-  (a.in_bf16 ? bf16_add_to_tokens : add_to_tokens)(a, col, begin, end, ws);
+  constexpr decltype(&bf16_add_to_tokens) by[] = {add_to_tokens<1>, add_to_tokens<2>, bf16_add_to_tokens};
+  by[static_cast<int>(a.product)](a, col, begin, end, ws);
 }
 void any_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace& ws) {
-  (a.in_bf16 ? bf16_add_to_columns : add_to_columns)(a, j, col, ws);
+  constexpr decltype(&bf16_add_to_columns) by[] = {add_to_columns<1>, add_to_columns<2>, bf16_add_to_columns};
+  by[static_cast<int>(a.product)](a, j, col, ws);
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 namespace fastdpo {
 
 // Of folds.cpp, as far as the compiler knows them.
+namespace avx512_bf16 { extern const CpuKernels kernels; }
 namespace avx512 { extern const CpuKernels kernels; }
 namespace avx2 { extern const CpuKernels kernels; }
 namespace baseline { extern const CpuKernels kernels; }
@@ -24,8 +25,12 @@ std::vector<const CpuKernels*> supported_kernels() {
   std::vector<const CpuKernels*> found;
 #ifdef FASTDPO_HAVE_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512vl")) {
+#ifdef FASTDPO_HAVE_AVX512_BF16
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512_bf16::kernels);
+#endif
     found.push_back(&avx512::kernels);
+  }
 #endif
 #ifdef FASTDPO_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&avx2::kernels);

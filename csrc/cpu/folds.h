@@ -40,7 +40,7 @@ struct CpuKernels {
   void (*divergence_grad_rows)(const DivergenceGradArgs&, int64_t begin, int64_t end);
   void (*routed_divergence_grad_rows)(const RoutedDivergenceGradArgs&, int64_t begin, int64_t end);
   // Rows [begin, end) of the tile's j-th part; columns [col, col + kBlock) of tokens, or of rows of the j-th part; of
-  // calls `in_bf16` [col, col + kBf16Columns).
+  // a library's [col, col + kBf16Columns).
   void (*products)(const ProductsArgs&, int64_t j, int64_t begin, int64_t end, Workspace&);
   void (*add_to_tokens)(const AddToTokensArgs&, int64_t col, int64_t begin, int64_t end, Workspace&);
   void (*add_to_columns)(const AddToColumnsArgs&, int64_t j, int64_t col, Workspace&);

@@ -49,15 +49,16 @@ void weigh(const RoutedGradArgs& a) {
 }
 
 // Columns of a hidden state that are taken together.
-int64_t columns_together(bool in_bf16) {
-  if (in_bf16) require_bf16_product();
-  return in_bf16 ? kBf16Columns : kBlock;
+int64_t columns_together(Product product) {
+  if (product != Product::kBf16Library) return kBlock;
+  require_bf16_product();
+  return kBf16Columns;
 }
 
 }  // namespace
 
 void products(const ProductsArgs& a) {
-  if (a.in_bf16) require_bf16_product();
+  if (a.product == Product::kBf16Library) require_bf16_product();
   pieces_of(a.tile, kTogether, a.num_threads, [&](int64_t j, int64_t begin, int64_t end) {
     cpu_kernels().products(a, j, begin, end, workspace());
   });
@@ -80,7 +81,7 @@ void routed_divergence_grad(const RoutedDivergenceGradArgs& a) {
 }
 
 void add_to_tokens(const AddToTokensArgs& a) {
-  const int64_t group = columns_together(a.in_bf16), groups = (a.factor.num_cols + group - 1) / group;
+  const int64_t group = columns_together(a.product), groups = (a.factor.num_cols + group - 1) / group;
   if (groups == 0) return;
   const int64_t most = std::max<int64_t>(1, a.num_tokens / 64);
   const int64_t wanted = (2 * int64_t{a.num_threads} + groups - 1) / groups;
@@ -94,7 +95,7 @@ void add_to_tokens(const AddToTokensArgs& a) {
 }
 
 void add_to_columns(const AddToColumnsArgs& a) {
-  const int64_t group = columns_together(a.in_bf16), groups = a.out ? (a.factor.num_cols + group - 1) / group : 1;
+  const int64_t group = columns_together(a.product), groups = a.out ? (a.factor.num_cols + group - 1) / group : 1;
   parallel_for(a.tile.parts(kTogether) * groups, 1, a.num_threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i)
       cpu_kernels().add_to_columns(a, i / groups, i % groups * group, workspace());

@@ -1,5 +1,5 @@
 // Matrix products of tokens and the vocabulary, of factors whose rows lie anywhere and have any type: 128 columns of the
-// vocabulary, or of a hidden state, at a time. Sums are fp32, of kDepth terms each and then of those, in an order that
+// vocabulary, or of a hidden state, at a time. Sums are fp32, of kDepth slots each and then of those, in an order that
 // hangs on nothing but the depth: not on the other rows of a call, nor on the number of threads.
 //
 // The inner loop holds kStrip rows by kPanel columns of sums in registers. Its columns come from a packed panel, its rows
@@ -10,8 +10,7 @@
 #include <utility>
 
 #include "cpu/folds.h"
-#include "cpu/simd.h"
-#include "shared/half.h"
+#include "cpu/slots.h"
 
 namespace fastdpo {
 namespace FASTDPO_ISA {
@@ -24,110 +23,9 @@ constexpr int kStrip = 6;  // 12 of 16
 #endif
 constexpr int64_t kPanel = 2 * kLanes;
 
-typedef uint16_t HalfVec __attribute__((vector_size(kLanes * 2)));
-typedef uint32_t BitVec __attribute__((vector_size(kLanes * 4)));
-
-inline BitVec bits_of(Vec x) {
-  BitVec bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-inline Vec floats_of(BitVec bits) {
-  Vec x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-inline BitVec load_bits(const void* p) {
-  HalfVec half;
-  std::memcpy(&half, p, sizeof half);
-  return __builtin_convertvector(half, BitVec);
-}
-
-inline Vec load_floats(const float* p) { return load(p); }
-inline Vec load_floats(const BFloat16* p) { return floats_of(load_bits(p) << 16); }
-inline Vec load_floats(const Float16* p) {  // as half.h does
-  const BitVec half = load_bits(p), magnitude = half & 0x7fff, sign = (half & 0x8000) << 16;
-  const BitVec finite = bits_of(floats_of(magnitude << 13) * splat(0x1p112f));
-  const BitVec special = ((magnitude & 0x3ff) << 13) | 0x7f800000;
-  return floats_of((magnitude >= 0x7c00 ? special : finite) | sign);
-}
-
-template <DType kRounded>
-inline float rounded(float x) {
-  if (kRounded == DType::kFloat32) return x;
-  if (kRounded == DType::kBFloat16) {
-    BFloat16 half;
-    from_float(x, &half);
-    return to_float(half);
-  }
-  Float16 half;
-  from_float(x, &half);
-  return to_float(half);
-}
-template <DType kRounded>
-inline Vec rounded(Vec x) {
-  if (kRounded == DType::kFloat32) return x;
-  if (kRounded == DType::kBFloat16) {
-    const BitVec bits = bits_of(x), nearest = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
-    return x == x ? floats_of(nearest) : x;
-  }
-  for (int i = 0; i < kLanes; ++i) x[i] = rounded<DType::kFloat16>(x[i]);
-  return x;
-}
-
-template <DType kRounded, class T>
-void convert_as(float* to, const T* from, int64_t count) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, rounded<kRounded>(load_floats(from + i)));
-  for (; i < count; ++i) to[i] = rounded<kRounded>(to_float(from[i]));
-}
-
-// `count` elements of a factor from `from` on, as fp32.
-inline void convert(float* to, const void* from, const Factor& factor, int64_t count) {
-  by_type(factor.dtype, [&](auto x) {
-    const auto* source = static_cast<const decltype(x)*>(from);
-    if (factor.rounded == factor.dtype || factor.rounded == DType::kFloat32)
-      return convert_as<DType::kFloat32>(to, source, count);
-    if (factor.rounded == DType::kBFloat16) return convert_as<DType::kBFloat16>(to, source, count);
-    return convert_as<DType::kFloat16>(to, source, count);
-  });
-}
-
-// As it lies in memory.
-inline bool is_plain(const Factor& factor) {
-  return factor.dtype == DType::kFloat32 && factor.rounded == DType::kFloat32;
-}
-
-// Two vectors' first halves, or their second ones, by turns.
-template <int... I>
-inline Vec interleaved(Vec a, Vec b, int first, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return first ? __builtin_shufflevector(a, b, (kLanes / 2 + I / 2 + I % 2 * kLanes)...)
-               : __builtin_shufflevector(a, b, (I / 2 + I % 2 * kLanes)...);
-#else
-  const IVec low = {(I / 2 + I % 2 * kLanes)...}, high = {(kLanes / 2 + I / 2 + I % 2 * kLanes)...};
-  return first ? __builtin_shuffle(a, b, high) : __builtin_shuffle(a, b, low);
-#endif
-}
-
-// Each pass turns an element's place, row and column as one number, left by a bit; log2(kLanes) of them transpose.
-inline void transpose(Vec (&rows)[kLanes]) {
-  constexpr auto lanes = std::make_integer_sequence<int, kLanes>();
-  for (int pass = 1; pass < kLanes; pass *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = interleaved(rows[i], rows[i + kLanes / 2], 0, lanes);
-      next[2 * i + 1] = interleaved(rows[i], rows[i + kLanes / 2], 1, lanes);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
-  }
-}
-
-// c[r][0 : kPanel] = or += sum over k of a(r, k) * b[k * kPanel : (k + 1) * kPanel]. a(r, k) lies at
+// c[r][0 : kPanel] = or += sum over slots k of a(r, k) * b[k * kPanel : (k + 1) * kPanel]. a(r, k) lies at
 // a[r * kStripStride + k], or with kAcross, which is dz read by columns, at a[k * kStrip + r].
-template <int kRows, bool kAcross>
+template <int kRows, bool kAcross, int kTerms>
 void multiply_panel(const float* a, const float* b, int64_t depth, float* const* c, int64_t col, bool add) {
   for (int r = 0; r < kRows; ++r) {  // they will be here when the sums are
     __builtin_prefetch(c[r] + col, 1);
@@ -141,9 +39,9 @@ void multiply_panel(const float* a, const float* b, int64_t depth, float* const*
     const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Vec x = splat(a[r * row]);
-      sums[r][0] += x * b0;
-      sums[r][1] += x * b1;
+      const Vec x = splat_slot(a + r * row);
+      sums[r][0] = multiply_add<kTerms>(sums[r][0], x, b0);
+      sums[r][1] = multiply_add<kTerms>(sums[r][1], x, b1);
     }
   }
 #pragma GCC unroll 16
@@ -156,15 +54,15 @@ void multiply_panel(const float* a, const float* b, int64_t depth, float* const*
 
 using MultiplyPanel = void (*)(const float*, const float*, int64_t, float* const*, int64_t, bool);
 
-template <bool kAcross, int... I>
+template <bool kAcross, int kTerms, int... I>
 inline MultiplyPanel multiply_rows(int rows, std::integer_sequence<int, I...>) {
-  static constexpr MultiplyPanel table[] = {multiply_panel<I + 1, kAcross>...};
+  static constexpr MultiplyPanel table[] = {multiply_panel<I + 1, kAcross, kTerms>...};
   return table[rows - 1];
 }
 // For `rows` in 1 ... kStrip.
-template <bool kAcross>
+template <bool kAcross, int kTerms>
 inline MultiplyPanel multiply_rows(int64_t rows) {
-  return multiply_rows<kAcross>(static_cast<int>(rows), std::make_integer_sequence<int, kStrip>());
+  return multiply_rows<kAcross, kTerms>(static_cast<int>(rows), std::make_integer_sequence<int, kStrip>());
 }
 
 // How many of `left` rows come next: as many in every strip, as far as may be.
@@ -173,29 +71,33 @@ inline int64_t strip_of(int64_t left) {
   return (left + strips - 1) / strips;
 }
 
-// [count rows of a factor, depth] -> panels [ceil(count / kPanel)][depth][kPanel], zeros for rows past `count`.
-inline void pack_across(const Factor& factor, int64_t first, int64_t count, int64_t start, int64_t depth, float* panels,
+template <int kTerms>
+inline int64_t slots_of(int64_t terms) { return (terms + kTerms - 1) / kTerms; }
+
+// [count rows of a factor, `terms` of each] -> panels [ceil(count / kPanel)][slots][kPanel], zeros for rows past `count`.
+template <int kTerms>
+inline void pack_across(const Factor& factor, int64_t first, int64_t count, int64_t start, int64_t terms, float* panels,
                         float* scratch) {
-  const int64_t whole = (depth + kLanes - 1) / kLanes * kLanes;
-  const bool direct = is_plain(factor) && whole == depth;
+  const int64_t depth = slots_of<kTerms>(terms), whole = (depth + kLanes - 1) / kLanes * kLanes;
+  const bool direct = is_plain<kTerms>(factor) && whole * kTerms == terms;
   for (int64_t group = 0; group < (count + kPanel - 1) / kPanel * kPanel; group += kLanes) {
-    const float* rows[kLanes];
+    const char* rows[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
       float* copy = scratch + i * kStripStride;
-      rows[i] = copy;
+      rows[i] = reinterpret_cast<const char*>(copy);
       if (group + i >= count) {
         std::memset(copy, 0, whole * sizeof(float));
       } else if (direct) {
-        rows[i] = reinterpret_cast<const float*>(factor.at(first + group + i, start));
+        rows[i] = static_cast<const char*>(factor.at(first + group + i, start));
       } else {
-        convert(copy, factor.at(first + group + i, start), factor, depth);
+        to_slots<kTerms>(copy, factor.at(first + group + i, start), factor, terms);
         std::memset(copy + depth, 0, (whole - depth) * sizeof(float));
       }
     }
     float* out = panels + group / kPanel * depth * kPanel + group % kPanel;
     for (int64_t k = 0; k < depth; k += kLanes) {
       Vec block[kLanes];
-      for (int64_t i = 0; i < kLanes; ++i) block[i] = load(rows[i] + k);
+      for (int64_t i = 0; i < kLanes; ++i) std::memcpy(block + i, rows[i] + k * sizeof(float), sizeof(Vec));
       transpose(block);
       const int64_t last = std::min<int64_t>(kLanes, depth - k);
       for (int64_t i = 0; i < last; ++i) store(out + (k + i) * kPanel, block[i]);
@@ -227,11 +129,37 @@ void pack_rows_as(RowAt row_at, int64_t depth, int64_t count, float* panels) {
   }
 }
 
-// Rows of `count` columns, of which the k-th lies at `row_at(k)` -> panels [ceil(count / kPanel)][depth][kPanel].
-template <class RowAt>
+// Slots of two rows, one after the other.
+template <class T, class RowAt>
+void pack_pairs_of_rows(RowAt row_at, int64_t terms, int64_t count, float* panels) {
+  const int64_t whole = count / kPanel * kPanel, depth = slots_of<2>(terms);
+  const T none[kPanel] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const T* rows[2] = {};
+    for (int64_t i = 0; i < 2; ++i) {
+      if (2 * k + i + kAhead < terms) prefetch(row_at(2 * k + i + kAhead), count * sizeof(T));
+      if (2 * k + i < terms) rows[i] = reinterpret_cast<const T*>(row_at(2 * k + i));
+    }
+    float* out = panels + k * kPanel;
+    for (int64_t col = 0; col < whole; col += kPanel, out += depth * kPanel)
+      for (int64_t i = 0; i < kPanel; i += kLanes) {
+        const BitVec second = upper_halves(rows[1] ? rows[1] + col + i : none);
+        store(out + i, floats_of(upper_halves(rows[0] + col + i) >> 16 | second));
+      }
+    for (int64_t i = 0; whole < count && i < kPanel; ++i) {
+      const bool inside = whole + i < count;
+      const uint32_t pair = pair_of(inside ? rows[0][whole + i] : T{}, inside && rows[1] ? rows[1][whole + i] : T{});
+      std::memcpy(out + i, &pair, sizeof pair);
+    }
+  }
+}
+
+// Rows of `count` columns, of which the k-th lies at `row_at(k)` -> panels [ceil(count / kPanel)][slots][kPanel].
+template <int kTerms, class RowAt>
 void pack_rows(const Factor& factor, RowAt row_at, int64_t depth, int64_t count, float* panels) {
   by_type(factor.dtype, [&](auto x) {
     using T = decltype(x);
+    if constexpr (kTerms == 2) return pack_pairs_of_rows<T>(row_at, depth, count, panels);
     if (factor.rounded == factor.dtype || factor.rounded == DType::kFloat32)
       return pack_rows_as<DType::kFloat32, T>(row_at, depth, count, panels);
     if (factor.rounded == DType::kBFloat16) return pack_rows_as<DType::kBFloat16, T>(row_at, depth, count, panels);
@@ -240,10 +168,11 @@ void pack_rows(const Factor& factor, RowAt row_at, int64_t depth, int64_t count,
 }
 
 // Rows of a strip times packed columns, into rows `c` of which the first `width` columns exist.
-template <bool kAcross>
-inline void multiply_strip(int64_t rows, const float* a, const float* panels, int64_t depth, float** c, int64_t width,
+template <bool kAcross, int kTerms>
+inline void multiply_strip(int64_t rows, const float* a, const float* panels, int64_t terms, float** c, int64_t width,
                            bool add) {
-  const MultiplyPanel multiply = multiply_rows<kAcross>(rows);
+  const MultiplyPanel multiply = multiply_rows<kAcross, kTerms>(rows);
+  const int64_t depth = slots_of<kTerms>(terms);
   int64_t col = 0;
   for (; col + kPanel <= width; col += kPanel, panels += depth * kPanel) multiply(a, panels, depth, c, col, add);
   if (col == width) return;
@@ -256,32 +185,35 @@ inline void multiply_strip(int64_t rows, const float* a, const float* panels, in
 }
 
 // Adds the products of rows [begin, end) with the factor's columns of theirs to the tile, or begins with them.
+template <int kTerms>
 void add_products(const TokenFactor& tokens, const Factor& columns, const TileRows& rows, int64_t stride, int64_t begin,
                   int64_t end, bool add, Workspace& ws) {
-  for (int64_t start = 0; start < columns.num_cols; start += kDepth) {
-    const int64_t depth = std::min(kDepth, columns.num_cols - start);
-    pack_across(columns, rows.column, rows.width, start, depth, ws.panels, ws.strip);
+  for (int64_t start = 0; start < columns.num_cols; start += kDepth * kTerms) {
+    const int64_t depth = std::min(kDepth * kTerms, columns.num_cols - start);
+    pack_across<kTerms>(columns, rows.column, rows.width, start, depth, ws.panels, ws.strip);
     for (int64_t row = begin, size; row < end; row += size) {
       size = strip_of(end - row);
       float* out[kStrip];
       for (int64_t r = 0; r < size; ++r) {
-        convert(ws.strip + r * kStripStride, tokens.of(rows.token(row + r), start), tokens, depth);
+        to_slots<kTerms>(ws.strip + r * kStripStride, tokens.of(rows.token(row + r), start), tokens, depth);
         out[r] = rows.data + (row + r) * stride;
       }
       for (int64_t next = row + size; next < std::min(end, row + size + kStrip); ++next)
         prefetch(tokens.of(rows.token(next), start), depth * tokens.size());
-      multiply_strip<false>(size, ws.strip, ws.panels, depth, out, rows.width, add || start > 0);
+      multiply_strip<false, kTerms>(size, ws.strip, ws.panels, depth, out, rows.width, add || start > 0);
     }
   }
 }
 
+template <int kTerms>
 void products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Workspace& ws) {
   const TileRows rows = a.tile.part(j, kTogether);
-  add_products(a.hidden, a.weight, rows, a.tile.stride, begin, end, false, ws);
-  if (a.low_rank.data) add_products(a.low_rank, a.lora_b, rows, a.tile.stride, begin, end, true, ws);
+  add_products<kTerms>(a.hidden, a.weight, rows, a.tile.stride, begin, end, false, ws);
+  if (a.low_rank.data) add_products<1>(a.low_rank, a.lora_b, rows, a.tile.stride, begin, end, true, ws);
 }
 
 // Columns [col, col + kBlock) of what tokens [begin, end) get from every block.
+template <int kTerms>
 void add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
   const int64_t width = std::min(kBlock, a.factor.num_cols - col);
   for (int64_t j = 0; j < a.tile.parts(kTogether); ++j) {
@@ -293,18 +225,20 @@ void add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t
     }
     if (row >= last) continue;
     const int64_t depth = rows.width;
-    pack_rows(a.factor, [&](int64_t k) { return a.factor.at(rows.column + k, col); }, depth, width, ws.panels);
+    pack_rows<kTerms>(a.factor, [&](int64_t k) { return a.factor.at(rows.column + k, col); }, depth, width, ws.panels);
     while (row < last) {
       float* out[kStrip];
       int64_t size = 0;
       for (; row < last && size < kStrip; ++row) {
         if (a.row_weight && a.row_weight[rows.offset + row] == 0.0f) continue;
-        convert_as<DType::kFloat32>(ws.strip + size * kStripStride, rows.data + row * a.tile.stride, depth);
+        float *slots = ws.strip + size * kStripStride, *dz = rows.data + row * a.tile.stride;
+        if (kTerms == 1) convert_as<DType::kFloat32>(slots, dz, depth);
+        else pair_up(slots, dz, depth);
         out[size++] = a.out + (rows.token(row) - a.out_first) * a.out_stride + col;
       }
       for (int64_t next = row; next < std::min(last, row + kStrip); ++next)
         prefetch(rows.data + next * a.tile.stride, depth * sizeof(float));
-      if (size > 0) multiply_strip<false>(size, ws.strip, ws.panels, depth, out, width, true);
+      if (size > 0) multiply_strip<false, kTerms>(size, ws.strip, ws.panels, depth, out, width, true);
     }
   }
 }
@@ -314,28 +248,42 @@ inline void add_rounded(T* to, const float* from, int64_t count, bool fresh) {
   for (int64_t i = 0; i < count; ++i) from_float(fresh ? from[i] : to_float(to[i]) + from[i], to + i);
 }
 
-// [depth, count columns of dz] -> strips of kStrip columns, each [depth][kStrip], kAcrossStride apart.
+// [terms, count columns of dz] -> strips of kStrip columns, each [slots][kStrip], kAcrossStride apart.
 constexpr int64_t kAcrossStride = kDepth * kStrip + 16;
-inline void pack_strips(const float* dz, int64_t stride, int64_t depth, int64_t count, float* strips) {
+template <int kTerms>
+inline void pack_strips(const float* dz, int64_t stride, int64_t terms, int64_t count, float* strips) {
   constexpr int64_t kVectors = (kStrip + kLanes - 1) / kLanes;
-  for (int64_t k = 0; k < depth; ++k, dz += stride) {
-    if (k + kAhead < depth) prefetch(dz + kAhead * stride, count * sizeof(float));
+  static constexpr float none[kBlock] = {};
+  const int64_t depth = slots_of<kTerms>(terms);
+  for (int64_t k = 0; k < depth; ++k, dz += stride * kTerms) {
+    const float* second = kTerms * k + 1 < terms ? dz + stride : none;
+    for (int64_t i = 0; i < kTerms; ++i)
+      if (kTerms * k + i + kAhead < terms) prefetch(dz + (i + kAhead) * stride, count * sizeof(float));
     float* out = strips + k * kStrip;
     int64_t i = 0;
     for (; i + kVectors * kLanes <= count; i += kStrip, out += kAcrossStride)  // the next row writes over what is too much
-      for (int64_t v = 0; v < kVectors; ++v) store(out + v * kLanes, load(dz + i + v * kLanes));
+      for (int64_t v = 0; v < kVectors; ++v) {
+        const int64_t at = i + v * kLanes;
+        if (kTerms == 1) store(out + v * kLanes, load(dz + at));
+        else store(out + v * kLanes, floats_of(upper_halves(dz + at) >> 16 | (upper_halves(second + at) & 0xffff0000u)));
+      }
     for (; i < count; i += kStrip, out += kAcrossStride)
-      for (int64_t r = 0; r < kStrip && i + r < count; ++r) out[r] = dz[i + r];
+      for (int64_t r = 0; r < kStrip && i + r < count; ++r) {
+        const uint32_t pair = pair_of(dz[i + r], second[i + r]);
+        if (kTerms == 1) out[r] = dz[i + r];
+        else std::memcpy(out + r, &pair, sizeof pair);
+      }
   }
 }
 
 // Columns [col, col + kBlock) of what the rows of part j get from all its tokens.
+template <int kTerms>
 void add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace& ws) {
   constexpr int64_t kStride = kBlock + 16;
   const TileRows rows = a.tile.part(j, kTogether);
   const int64_t width = a.out ? std::min(kBlock, a.factor.num_cols - col) : 0;
   // One look at the sums is one at `out`, where that takes fp32; of several all but the last are at a copy.
-  const bool direct = a.out_type == DType::kFloat32 && rows.count <= kDepth, sums = a.bias && col == 0;
+  const bool direct = a.out_type == DType::kFloat32 && rows.count <= kDepth * kTerms, sums = a.bias && col == 0;
   const auto out_row = [&](int64_t i) { return (rows.column - a.out_first + i) * a.out_stride + col; };
   if (rows.count == 0) {
     if (a.fresh && width > 0) {
@@ -344,20 +292,20 @@ void add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace
     }
     return;
   }
-  for (int64_t start = 0; start < rows.count; start += kDepth) {
-    const int64_t depth = std::min(kDepth, rows.count - start);
+  for (int64_t start = 0; start < rows.count; start += kDepth * kTerms) {
+    const int64_t depth = std::min(kDepth * kTerms, rows.count - start);
     const float* dz = rows.data + start * a.tile.stride;
-    pack_rows(a.factor, [&](int64_t k) { return a.factor.of(rows.token(start + k), col); }, depth, width, ws.panels);
+    pack_rows<kTerms>(a.factor, [&](int64_t k) { return a.factor.of(rows.token(start + k), col); }, depth, width, ws.panels);
     for (int64_t block = 0; block < rows.width; block += kBlock) {
       const int64_t count = std::min(kBlock, rows.width - block);
-      if (width > 0) pack_strips(dz + block, a.tile.stride, depth, count, ws.dz);
+      if (width > 0) pack_strips<kTerms>(dz + block, a.tile.stride, depth, count, ws.dz);
       const float* strip = ws.dz;
       for (int64_t i = 0; width > 0 && i < count; i += kStrip, strip += kAcrossStride) {
         const int64_t size = std::min<int64_t>(kStrip, count - i);
         float* out[kStrip];
         for (int64_t r = 0; r < size; ++r)
           out[r] = direct ? static_cast<float*>(a.out) + out_row(block + i + r) : ws.sums + (block + i + r) * kStride;
-        multiply_strip<true>(size, strip, ws.panels, depth, out, width, start > 0 || (direct && !a.fresh));
+        multiply_strip<true, kTerms>(size, strip, ws.panels, depth, out, width, start > 0 || (direct && !a.fresh));
       }
       if (!sums) continue;
       float sum[kBlock] = {};

@@ -191,7 +191,9 @@ def _devices() -> list[str]:
 
 
 def _cpu_products() -> str:
-    of_bf16 = "; bf16 MKL in the processor's units" if library.USES_BF16 else ""
+    of_bf16 = ""
+    if library.USES_BF16 or library.OWN_BF16:
+        of_bf16 = f"; bf16 {'MKL' if library.USES_BF16 else 'csrc'} in the processor's units"
     return f"{library.NAME}{of_bf16}; few or listed rows csrc"
 
 

@@ -31,12 +31,12 @@ def pairs(**changes) -> dict:
 COLUMNS = {
     **test_native.TILE,
     **{"factor": torch.zeros(2, 8), "source_rows": None, "factor_first": 0, "out": torch.zeros(128, 8), "out_first": 0},
-    **{"fresh": False, "bias": None, "rounded": 0, "in_bf16": False},
+    **{"fresh": False, "bias": None, "rounded": 0, "product": 0},
 }
 TOKENS = {
     **test_native.TILE,
     **{"row_weight": None, "factor": torch.zeros(128, 8), "out": torch.zeros(2, 8), "out_first": 0, "rounded": 0},
-    "in_bf16": False,
+    "product": 0,
 }
 FILLED = pairs(offsets=torch.tensor([0, 2, 3]), tokens=torch.zeros(3, dtype=torch.int32))
 LOW_RANK = {"low_rank": torch.zeros(2, 3), "lora_b": torch.zeros(128, 4), "rank": 4}

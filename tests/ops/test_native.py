@@ -121,7 +121,7 @@ PAIRS = {
 PRODUCTS = {
     **TILE,
     **{"hidden": torch.zeros(2, 8), "weight": torch.zeros(128, 8), "source_rows": None, "rounded": 0},
-    **{"low_rank": None, "low_rank_first": 0, "lora_b": None, "rank": 0, "in_bf16": False},
+    **{"low_rank": None, "low_rank_first": 0, "lora_b": None, "rank": 0, "product": 0},
 }
 OUTPUTS = {
     **{"num_rows": 2, "vocab_size": 9, "rest_lse": torch.zeros(2, **double), "label_logit": torch.zeros(2)},

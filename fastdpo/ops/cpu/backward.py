@@ -20,7 +20,7 @@ from ...routing import BLOCK, num_blocks
 from ..native import EXTENSION
 from ..problem import Forward, Gradients, Head, Needs, Tokens, Upstream
 from . import library
-from .operands import CPU, TILE_BYTES, Operands, Space, Tile, allocate
+from .operands import CPU, FLOAT32, TILE_BYTES, Operands, Space, Tile, allocate
 
 BUFFER_BYTES = 16 << 20  # fp32 dhidden of the tokens swept together; more tokens are swept in ranges
 # Above this share of live pairs the exact backward is cheaper, which packs less. Flat distributions end here.
@@ -155,7 +155,7 @@ class _TokenSums:
         EXTENSION.add_to_tokens(
             **tile.fields,
             row_weight=row_weight,
-            **{"in_bf16": False} | factor,
+            **{"product": FLOAT32} | factor,
             out=out,
             out_first=self.start,
             num_threads=self.ops.threads,
@@ -168,7 +168,8 @@ class _TokenSums:
             if self.dhidden is not None:
                 self._add(self.dlow_rank, self.dhidden, None, factor=ops.lora_a, rounded=0)
             if grads.lora_a is not None:
-                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **ops.hidden_factor(self.dlow_rank))
+                factor = ops.hidden_factor(self.dlow_rank) | {"product": FLOAT32}
+                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **factor)
         if self.dhidden is not None:
             rows = slice(self.start, self.stop) if ops.tokens.rows is None else ops.tokens.rows[self.start : self.stop]
             grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)
@@ -186,7 +187,7 @@ def _add_to_columns(
     """dz.T @ factor into rows of `out`, which begins with column `out_first`; the sums of dz into `bias`."""
     EXTENSION.add_to_columns(
         **tile.fields,
-        **{"factor_first": 0, "in_bf16": False} | factor,
+        **{"factor_first": 0, "product": FLOAT32} | factor,
         out=out,
         out_first=out_first,
         fresh=fresh,

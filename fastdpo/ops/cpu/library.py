@@ -15,11 +15,11 @@ from torch import Tensor
 from .. import native
 
 
-def takes(rows: int, in_bf16: bool = False) -> bool:
+def takes(rows: int, in_bf16: bool = False, own_bf16: bool = False) -> bool:
     """Whether a library multiplies a tile of so many rows and every column faster than csrc: 0.5 to 0.9 of the time is
-    csrc's from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with AVX-512, H of 256 and 1024, November 2026). csrc has
-    no products in units for bf16."""
-    return in_bf16 or rows < 4 or rows >= 96
+    csrc's from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with AVX-512, H of 256 and 1024, November 2026). In bf16
+    the library's units are the fastest, then csrc's, then a library in fp32."""
+    return in_bf16 or rows < 4 or (rows >= 96 and not own_bf16)
 
 
 def takes_bf16_rows(*factors: Tensor) -> bool:
@@ -54,6 +54,8 @@ def has_bf16() -> bool:
 USES_ONEDNN = _find_onednn()
 # 956 to 1145 GFLOP/s on one core with AMX against 190 in fp32; where MKL emulates the product it gains nothing.
 USES_BF16 = "amx_bf16" in _cpuinfo() and has_bf16()
+# csrc's products in bf16 by AVX512-BF16, which AMD's processors have from Zen 4 on.
+OWN_BF16 = native.available() and native.EXTENSION.isa() == "avx512_bf16"
 NAME = "oneDNN" if USES_ONEDNN else "torch.mm"
 
 

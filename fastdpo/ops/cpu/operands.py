@@ -18,6 +18,7 @@ from . import library
 
 TILE_BYTES = 8 << 20  # one tile of logits or of dz, one copy of an operand: about five such live at a time
 CPU = torch.device("cpu")  # not the default device, which is the caller's
+FLOAT32, BF16, BF16_LIBRARY = range(3)  # csrc's Product
 _ROUNDED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc's DType
 
 
@@ -81,12 +82,13 @@ class Operands:
         self.rounded = _ROUNDED[head.compute_dtype]
         # A library's sums hang on how many rows it is given; csrc's, by which a token has the same bits in every batch,
         # on nothing but their length. That takes 1.0 to 1.2 of the time, of a single token 1.5 to 1.8 in fp32 (Intel
-        # Xeon with AVX-512, H of 1024 and 2048, November 2026); where there are units for bf16, more.
+        # Xeon with AVX-512, H of 1024 and 2048, November 2026); in a library's units for bf16, more.
         self.batch_invariant = torch.are_deterministic_algorithms_enabled()
-        # What a library multiplies, and whether it can multiply pairs where the factors lie.
-        in_bf16 = library.USES_BF16 and head.compute_dtype == torch.bfloat16
-        self.in_bf16 = in_bf16 and not self.batch_invariant
+        # What a library multiplies, and whether it can multiply pairs where the factors lie; or csrc.
+        of_bf16 = head.compute_dtype == torch.bfloat16
+        self.in_bf16 = library.USES_BF16 and of_bf16 and not self.batch_invariant
         self.pairs_in_bf16 = self.in_bf16 and library.takes_bf16_rows(head.hidden, head.weight)
+        self.own_bf16 = library.OWN_BF16 and of_bf16
         self.lora_a = self.lora_b = None
         if head.lora is not None:
             self.lora_a, self.lora_b = (x.to(head.compute_dtype).float() for x in (head.lora.a, head.lora.b))
@@ -109,7 +111,7 @@ class Operands:
 
     def by_library(self, rows: int) -> bool:
         """Whether a library multiplies tiles of so many tokens."""
-        return not self.batch_invariant and library.takes(rows, self.in_bf16)
+        return not self.batch_invariant and library.takes(rows, self.in_bf16, self.own_bf16)
 
     def hidden_rows(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, H] for a library, fp32 or where it multiplies them bf16; None where csrc multiplies."""
@@ -138,7 +140,12 @@ class Operands:
         return self._factor(self.head.weight, tile)
 
     def _factor(self, factor: Tensor, tile: Tile) -> dict:
-        return {"factor": factor, "rounded": self.rounded, "in_bf16": self.pairs_in_bf16 and tile.blocks is not None}
+        return {"factor": factor, "rounded": self.rounded, "product": self._product(tile)}
+
+    def _product(self, tile: Tile) -> int:
+        if self.pairs_in_bf16 and tile.blocks is not None:
+            return BF16_LIBRARY
+        return BF16 if self.own_bf16 else FLOAT32
 
     def low_rank(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, r] what lora_b is multiplied with, of the tokens from `start` on."""
@@ -165,7 +172,7 @@ class Operands:
             hidden=self.head.hidden,
             source_rows=self.tokens.source_rows,
             rounded=self.rounded,
-            in_bf16=self.pairs_in_bf16 and tile.blocks is not None,
+            product=self._product(tile),
             low_rank=low_rank,
             low_rank_first=low_rank_first,
             lora_b=None if low_rank is None else self.lora_b,

@@ -85,7 +85,7 @@ struct Results {
   Array<int32_t> listed;
 };
 
-Results run(const Problem& p, int threads, bool in_bf16) {
+Results run(const Problem& p, int threads, Product product) {
   Results out;
   const int64_t n = p.tokens, stride = p.blocks * kBlock;
   const LogitTransform transform = {1.0f, 8.0f, 1.0f};
@@ -131,7 +131,7 @@ Results run(const Problem& p, int threads, bool in_bf16) {
   ProductsArgs listed = dense;
   listed.tile = {data.data(), kBlock, pairs, kBlock, 0, p.blocks, 0, p.vocab_size, blocks.data(), offsets.data(),
                  out.listed.data()};
-  listed.in_bf16 = in_bf16;
+  listed.product = product;
   products(listed);
   out.routed_ref = data;
   RoutedDivergenceGradArgs of_both = {};
@@ -157,12 +157,12 @@ Results run(const Problem& p, int threads, bool in_bf16) {
   AddToTokensArgs to_tokens = {};
   to_tokens.tile = listed.tile, to_tokens.tile.data = dz_hidden.data(), to_tokens.row_weight = of_hidden.data();
   to_tokens.factor = dense.weight, to_tokens.out = out.dhidden.data(), to_tokens.out_stride = p.size;
-  to_tokens.num_tokens = n, to_tokens.in_bf16 = in_bf16, to_tokens.num_threads = threads;
+  to_tokens.num_tokens = n, to_tokens.product = product, to_tokens.num_threads = threads;
   add_to_tokens(to_tokens);
   AddToColumnsArgs to_columns = {};
   to_columns.tile = listed.tile, to_columns.factor = dense.hidden, to_columns.out = out.dweight.data();
   to_columns.out_stride = p.size, to_columns.out_type = DType::kFloat32, to_columns.bias = out.dbias.data();
-  to_columns.fresh = true, to_columns.in_bf16 = in_bf16, to_columns.num_threads = threads;
+  to_columns.fresh = true, to_columns.product = product, to_columns.num_threads = threads;
   add_to_columns(to_columns);
 
   out.divergences.resize(n * p.blocks * kBlockDivergenceSize);
@@ -183,18 +183,20 @@ Results run(const Problem& p, int threads, bool in_bf16) {
 
 void test(int64_t tokens, int64_t vocab_size, int64_t size) {
   const Problem p(tokens, vocab_size, size);
-  const Results plain = run(p, 1, false);
+  const Results plain = run(p, 1, Product::kFloat32);
   const auto same = [](const Results& a, const Results& b) {
     return a.block_lse.is(b.block_lse) && a.rest_lse.is(b.rest_lse) && a.divergences.is(b.divergences) &&
            a.logps.is(b.logps) && a.entropy.is(b.entropy) && a.dhidden.is(b.dhidden) && a.dweight.is(b.dweight) &&
            a.dbias.is(b.dbias) && a.routed_ref.is(b.routed_ref) && a.bitmap.is(b.bitmap) && a.counts.is(b.counts) &&
            a.listed.is(b.listed);
   };
-  check(same(run(p, 4, false), plain), "four threads have other numbers");
-  const Results by_library = run(p, 1, true);
-  check(same(run(p, 4, true), by_library), "four threads have other numbers in bf16");
-  check(by_library.dhidden.is_near(plain.dhidden), "dhidden in bf16");
-  check(by_library.dweight.is_near(plain.dweight), "dweight in bf16");
+  check(same(run(p, 4, Product::kFloat32), plain), "four threads have other numbers");
+  for (const Product product : {Product::kBf16, Product::kBf16Library}) {
+    const Results rounded = run(p, 1, product);
+    check(same(run(p, 4, product), rounded), "four threads have other numbers in bf16");
+    check(rounded.dhidden.is_near(plain.dhidden), "dhidden in bf16");
+    check(rounded.dweight.is_near(plain.dweight), "dweight in bf16");
+  }
 }
 
 }  // namespace

@@ -28,13 +28,14 @@ def problem(dtype=torch.float32, stored=torch.float32):
     return head, Tokens(leaves.labels, None, None, N)
 
 
-@pytest.fixture(params=["fp32", "bf16", "units for bf16"])
+@pytest.fixture(params=["fp32", "bf16", "csrc's bf16", "a library's bf16"])
 def stored(request, monkeypatch) -> torch.dtype:
     """The type of a head, multiplied in fp32 or in bf16."""
-    in_bf16 = request.param == "units for bf16"
-    if in_bf16 and not library.has_bf16():
+    by_library = request.param == "a library's bf16"
+    if by_library and not library.has_bf16():
         pytest.skip("this torch has no such MKL")
-    monkeypatch.setattr(library, "USES_BF16", in_bf16)
+    monkeypatch.setattr(library, "USES_BF16", by_library)
+    monkeypatch.setattr(library, "OWN_BF16", request.param == "csrc's bf16")
     for name in ("CROSSOVER", "CROSSOVER_BF16"):
         monkeypatch.setattr(cpu_backward, name, 1.0)
     return torch.float32 if request.param == "fp32" else torch.bfloat16

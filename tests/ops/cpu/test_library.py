@@ -68,6 +68,7 @@ def test_oneDNN_is_handed_what_its_kernels_read(monkeypatch, layout, dtype):
 
     monkeypatch.setattr(library, "USES_ONEDNN", True)
     monkeypatch.setattr(library, "USES_BF16", False)
+    monkeypatch.setattr(library, "OWN_BF16", False)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", observed)
     hidden, weight = (LAYOUTS[layout](n, 40).to(dtype).requires_grad_() for n in (100, 300))
     logps = fastdpo.linear_logps(hidden, weight, torch.arange(100), backward="exact")
@@ -122,12 +123,16 @@ def test_what_does_not_go_together_never_reaches_the_library(changes, why):
         native.EXTENSION.bf16_product(**{**PRODUCT, **changes})
 
 
-@pytest.mark.skipif(not library.has_bf16(), reason="this torch has no such MKL")
+@pytest.mark.parametrize("by_library", [False, True], ids=["csrc", "library"])
 @pytest.mark.parametrize("tau", ["exact", 0.0, (0.0, 1e-9)])
 @pytest.mark.parametrize("hidden_size", [64, 1100])
-def test_a_head_in_bf16_units(monkeypatch, hidden_size, tau):
+def test_a_head_in_bf16_units(monkeypatch, hidden_size, tau, by_library):
     """As on a processor that has them: log-probs within 1e-4 nats per 512 tokens, gradients within 2e-3."""
-    monkeypatch.setattr(library, "USES_BF16", True)
+    if by_library and not library.has_bf16():
+        pytest.skip("this torch has no such MKL")
+    monkeypatch.setattr(library, "USES_BF16", by_library)
+    monkeypatch.setattr(library, "OWN_BF16", not by_library)
+    monkeypatch.setattr(cpu_backward, "CROSSOVER", 1.0)
     monkeypatch.setattr(cpu_backward, "CROSSOVER_BF16", 1.0)
     monkeypatch.setenv("FASTDPO_ENGINE", "cpu")
     head = peaked_head(N=512 if hidden_size == 64 else 1200, V=3000 if hidden_size == 64 else 520, H=hidden_size)
@@ -145,7 +150,8 @@ def test_a_head_in_bf16_units(monkeypatch, hidden_size, tau):
 
 def test_few_rows_are_left_to_csrc():
     assert [rows for rows in range(200) if not library.takes(rows)] == list(range(4, 96))
-    assert all(library.takes(rows, in_bf16=True) for rows in range(200))  # it has no units for them
+    assert [rows for rows in range(200) if library.takes(rows, own_bf16=True)] == [0, 1, 2, 3]
+    assert all(library.takes(rows, in_bf16=True, own_bf16=True) for rows in range(200))
 
 
 def test_which_rows_csrc_hands_to_a_library():
@@ -169,8 +175,12 @@ def test_csrc_hands_nothing_else_to_a_library(changes):
         **{"tokens": torch.tensor([0, 1], dtype=torch.int32), "rounded": 1, "low_rank": None, "low_rank_first": 0},
         **{"hidden": torch.ones(2, 8, **BF16), "weight": torch.ones(128, 8, **BF16), "lora_b": None, "rank": 0},
     }
-    with pytest.raises(TypeError, match="products: in_bf16 is of lists and of bf16"):
-        native.EXTENSION.products(**{**fields, **changes}, in_bf16=True, num_threads=1)
+    with pytest.raises(TypeError, match="products: a library's product is of lists and of bf16"):
+        native.EXTENSION.products(**{**fields, **changes}, product=2, num_threads=1)
+    with pytest.raises(TypeError, match="products: product must be 0, 1 or 2"):
+        native.EXTENSION.products(**fields, product=3, num_threads=1)
+    with pytest.raises(TypeError, match="a product in bf16 is of factors rounded to it"):
+        native.EXTENSION.products(**{**fields, "rounded": 0}, product=1, num_threads=1)
     if library.has_bf16():
-        native.EXTENSION.products(**fields, in_bf16=True, num_threads=1)
+        native.EXTENSION.products(**fields, product=2, num_threads=1)
         assert (fields["data"] == 8).all()
