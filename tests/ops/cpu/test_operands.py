@@ -111,8 +111,8 @@ def test_a_product_does_not_see_its_neighbours(isa, monkeypatch, dtype):
     """Bit for bit: which other rows a call has, and how they fall into strips, changes nothing."""
     monkeypatch.setattr(library, "OWN_BF16", True)
     monkeypatch.setattr(library, "USES_BF16", False)
-    hidden, weight = torch.randn(64, 600).to(dtype), torch.randn(128, 600).to(dtype)
-    ops = Operands(Head(hidden, weight, compute_dtype=dtype), Tokens(torch.zeros(64, dtype=torch.int64), None, None, 64))
+    head = Head(torch.randn(64, 600).to(dtype), torch.randn(128, 600).to(dtype), compute_dtype=dtype)
+    ops = Operands(head, Tokens(torch.zeros(64, dtype=torch.int64), None, None, 64))
     whole = ops.multiply(pairs(128, [list(range(64))]), None, 0).data.clone()
     for tokens in ([3], [3, 4, 60], list(range(2, 40)), list(range(0, 64, 5))):
         assert torch.equal(ops.multiply(pairs(128, [tokens]), None, 0).data, whole[tokens])
