@@ -38,7 +38,7 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    ops = Operands(head, tokens)
+    ops = Operands(head, tokens, adds=True)
     return gradients(ops, _LogpsDz(ops, saved, upstream), saved, routing, needs, sums)
 
 

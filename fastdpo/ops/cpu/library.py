@@ -15,11 +15,14 @@ from torch import Tensor
 from .. import native
 
 
-def takes(rows: int, in_bf16: bool = False, own_bf16: bool = False) -> bool:
-    """Whether a library multiplies a tile of so many rows and every column faster than csrc: 0.5 to 0.9 of the time is
-    csrc's from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with AVX-512, H of 256 and 1024, November 2026). In bf16
-    the library's units are the fastest, then csrc's, then a library in fp32."""
-    return in_bf16 or rows < 4 or (rows >= 96 and not own_bf16)
+def takes(rows: int, in_bf16: bool = False, own_bf16: bool = False, adds: bool = False) -> bool:
+    """Whether a library multiplies a tile of so many rows and every column faster than csrc; `adds`: and adds products
+    to gradients. Of the library's time csrc takes 0.5 to 0.9 from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with
+    AVX-512, H of 256 and 1024); in a backward of 1 to 3 rows 0.7 of oneDNN's, which adds by a second pass. In bf16 a
+    library's units come first, then csrc's: 0.3 to 0.9 of a library in fp32 from 1 row to 2,048 (AMD EPYC of Zen 4,
+    H of 1024, November 2026)."""
+    few = rows < 4 and not (adds and USES_ONEDNN)
+    return in_bf16 or (not own_bf16 and (few or rows >= 96))
 
 
 def takes_bf16_rows(*factors: Tensor) -> bool:

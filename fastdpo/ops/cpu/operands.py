@@ -72,10 +72,10 @@ class Space:
 
 
 class Operands:
-    """One problem's head and tokens; `threads` is how many a call may use."""
+    """One problem's head and tokens; `adds`: for gradients; `threads` is how many a call may use."""
 
-    def __init__(self, head: Head, tokens: Tokens):
-        self.head, self.tokens, self.count = head, tokens, tokens.labels.shape[0]
+    def __init__(self, head: Head, tokens: Tokens, adds: bool = False):
+        self.head, self.tokens, self.count, self.adds = head, tokens, tokens.labels.shape[0], adds
         self.threads = torch.get_num_threads()
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
         self.num_blocks = num_blocks(self.vocab_size)
@@ -111,7 +111,7 @@ class Operands:
 
     def by_library(self, rows: int) -> bool:
         """Whether a library multiplies tiles of so many tokens."""
-        return not self.batch_invariant and library.takes(rows, self.in_bf16, self.own_bf16)
+        return not self.batch_invariant and library.takes(rows, self.in_bf16, self.own_bf16, self.adds)
 
     def hidden_rows(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, H] for a library, fp32 or where it multiplies them bf16; None where csrc multiplies."""
