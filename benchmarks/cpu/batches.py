@@ -1,6 +1,6 @@
 """The backward on the CPU at every number of tokens from 1 to 4096: the default beside exact and eager.
 
-python -m benchmarks.cpu.batches [--head head.safetensors] [--hidden-size 256 1024] [--rounds 9]
+python -m benchmarks.cpu.batches [--head head.safetensors] [--hidden-size 256 1024] [--dtype bfloat16] [--rounds 9]
 
 Of `linear_logps(...).backward()`: interleaved rounds in one process, medians, the forward not counted. `eager` is
 torch's backward of log_softmax of all logits.
@@ -36,9 +36,9 @@ def seconds(path: str, hidden, weight, labels) -> float:
     return taken
 
 
-def measure(head: inputs.HeadInputs, count: int, rounds: int) -> dict:
+def measure(head: inputs.HeadInputs, count: int, rounds: int, dtype: torch.dtype) -> dict:
     some = inputs.repeated(head, count)
-    hidden, weight = some.hidden.requires_grad_(), some.weight.requires_grad_()
+    hidden, weight = (x.to(dtype).requires_grad_() for x in (some.hidden, some.weight))
     times: dict[str, list[float]] = {path: [] for path in PATHS}
     for round_index in range(-1, rounds):
         for path, taken in times.items():
@@ -57,6 +57,7 @@ def main() -> None:
     inputs.add_arguments(parser)
     parser.add_argument("--hidden-size", type=int, nargs="*", default=[256, 1024])
     parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     loaded, rows = inputs.load(args.head), []
@@ -64,9 +65,9 @@ def main() -> None:
         head = loaded if loaded.hidden.shape[1] == size else inputs.lifted(loaded, size)
         for count in args.tokens:
             rounds = max(3, min(args.rounds, args.rounds * 2**27 // (count * size * 1024)))
-            rows.append({"H": size, **measure(head, count, rounds), "rounds": rounds})
+            rows.append({"H": size, **measure(head, count, rounds, getattr(torch, args.dtype)), "rounds": rounds})
             print(rows[-1], flush=True)
-    notes = {"head": loaded.name, "V": loaded.weight.shape[0], "dtype": "float32"}
+    notes = {"head": loaded.name, "V": loaded.weight.shape[0], "dtype": args.dtype}
     inputs.report(args.output, "One backward on the CPU, by number of tokens", rows, notes)
 
 
