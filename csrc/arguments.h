@@ -20,12 +20,12 @@ namespace fastdpo {
 
 class Arguments {
  public:
-  // Of a function for CPU tensors, or for those of a CUDA device.
-  Arguments(const char* function, const py::kwargs& given, int cuda_device = -1)
-      : function_(function), given_(given), cuda_device_(cuda_device), torch_(Torch::get()) {
-    names_.reserve(32);
-    memory_.reserve(32);
+  Arguments(const char* function, const py::kwargs& given) : function_(function), given_(given), torch_(Torch::get()) {
+    names_.reserve(32), memory_.reserve(32);
   }
+
+  // Tensors are of that device, not of the CPU.
+  void of_cuda(int device) { cuda_device_ = device; }
 
   template <class... T>
   void numbers(const char* names, T&... members) {
@@ -109,9 +109,7 @@ class Arguments {
   void pair_of_rows(const char* name, T* (&pointers)[2], int64_t& stride, int64_t num_rows, int64_t num_cols) {
     const py::handle both = take(name);
     int64_t strides[2] = {};
-    for (int side = 0; side < 2; ++side) {
-      in_rows(of_pair(both, side), pointers[side], strides[side], num_rows, num_cols, true);
-    }
+    for (int side : {0, 1}) in_rows(of_pair(both, side), pointers[side], strides[side], num_rows, num_cols, true);
     require(!pointers[0] == !pointers[1] && strides[0] == strides[1], "both sides must be given, with one stride");
     stride = strides[0];
   }
@@ -137,8 +135,8 @@ class Arguments {
   // A DType by its number.
   void type_id(const char* name, DType& dtype) {
     int id = 0;
-    number(take(name), id);
-    dtype = static_cast<DType>(known(id, 3));
+    kind(name, id, 3);
+    dtype = static_cast<DType>(id);
   }
 
   // One of `count` kinds by its number.
@@ -239,7 +237,9 @@ class Arguments {
     return PyTuple_Check(sizes.ptr()) ? sizes : throw cannot_be(x);
   }
   py::type_error cannot_be(py::handle x) const {
-    return py::type_error(here() + " cannot be " + py::repr(x).cast<std::string>());
+    const bool plain = x.is_none() || PyLong_Check(x.ptr()) || PyFloat_Check(x.ptr()) || PyUnicode_Check(x.ptr());
+    const py::object shown = plain ? py::repr(x) : py::type::of(x).attr("__name__");  // torch prints no freed storage
+    return py::type_error(here() + " cannot be " + (plain ? "" : "a ") + shown.cast<std::string>());
   }
   static int64_t item(const py::object& sizes, py::ssize_t i) { return integer(PyTuple_GET_ITEM(sizes.ptr(), i)); }
   static int64_t integer(py::handle x) {
@@ -388,7 +388,7 @@ class Arguments {
 
   const char* function_;
   const py::dict given_;
-  const int cuda_device_;
+  int cuda_device_ = -1;
   const Torch& torch_;
   const py::object* any_ = nullptr;  // the type of `void*`
   int64_t any_size_ = 4;

@@ -24,16 +24,21 @@ namespace {
 
 template <class Args, class Call>
 void def(py::module_& m, const char* name, Call call) {
-  m.def(name, [name, call](const py::kwargs& given) { return run<Args>(name, given, call); });
+  m.def(name, [name, call](const py::kwargs& given) {
+    Arguments in(name, given);
+    return run<Args>(in, call);
+  });
 }
 
 // Of either type, as the keyword `is_double` says.
 template <template <class> class Args, class Call>
 void def_of_types(py::module_& m, const char* name, Call call) {
-  const auto function = [name, call](bool is_double, const py::kwargs& given) {
-    is_double ? run<Args<double>>(name, given, call) : run<Args<float>>(name, given, call);
-  };
-  m.def(name, function, py::kw_only(), py::arg("is_double"));
+  m.def(name, [name, call](const py::kwargs& given) {
+    Arguments in(name, given);
+    bool is_double = false;
+    in.numbers("is_double", is_double);
+    is_double ? run<Args<double>>(in, call) : run<Args<float>>(in, call);
+  });
 }
 
 template <class Entries>

@@ -6,9 +6,8 @@
 namespace fastdpo {
 
 template <class Args, class Call>
-auto run(const char* name, const py::kwargs& given, Call call, int cuda_device = -1) {
+auto run(Arguments& in, Call call) {
   Args a = {};
-  Arguments in(name, given, cuda_device);
   a.fields(in);
   in.done();
   const py::gil_scoped_release nogil;

@@ -197,8 +197,7 @@ enum class Product : int { kFloat32 = 0, kBf16 = 1, kBf16Library = 2 };
 template <class In>
 void product_field(In& in, Product& product, const BlockTile& tile, const Factor& factor, bool fits) {
   int id = 0;
-  in.numbers("product", id);
-  in.require(id >= 0 && id <= 2, "product must be 0, 1 or 2");
+  in.kind("product", id, 3);
   product = static_cast<Product>(id);
   in.require(product == Product::kFloat32 || factor.rounded == DType::kBFloat16, "a product in bf16 is of factors rounded to it");
   fits = fits && factor.dtype == DType::kBFloat16 && tile.blocks && fits_a_library(tile.stride, tile.num_rows, kBlock);

@@ -11,11 +11,14 @@ namespace fastdpo {
 inline void def_cuda_kernels(py::module_& m, bool on_cpu = false) {
   const auto def = [&](const char* name, auto args, auto call) {
     using Args = decltype(args);
-    const auto function = [=](int device, std::uintptr_t stream, const py::kwargs& given) {
-      const auto launch = [&](const Args& a) { return call(a, device, reinterpret_cast<void*>(stream)); };
-      return run<Args>(name, given, launch, on_cpu ? -1 : device);
-    };
-    m.def(name, function, py::kw_only(), py::arg("device"), py::arg("stream"));
+    m.def(name, [=](const py::kwargs& given) {
+      Arguments in(name, given);
+      int device = 0;
+      std::uintptr_t stream = 0;
+      in.numbers("device, stream", device, stream);
+      if (!on_cpu) in.of_cuda(device);
+      return run<Args>(in, [&](const Args& a) { return call(a, device, reinterpret_cast<void*>(stream)); });
+    });
   };
   m.def("cuda_error_text", &cuda_error_text);
   m.def("cuda_runtime_version", &cuda_runtime_version);

@@ -67,6 +67,17 @@ def test_what_is_no_tensor_is_named(strange):
             C.sum_blocks(**fields(**{name: strange}))
 
 
+def test_a_wrong_type_beside_released_memory_is_an_error():
+    """Which no message may print."""
+    released = torch.ones(3, dtype=torch.float64)
+    released.untyped_storage().resize_(0)
+    with pytest.raises(TypeError, match="sum_blocks: num_threads cannot be a Tensor"):
+        C.sum_blocks(**fields(num_threads=released))
+    for is_double in ("x", 1.5, released):
+        with pytest.raises(TypeError, match="host_preference_forward: is_double cannot be "):
+            C.host_preference_forward(is_double=is_double, logps=(released, released))
+
+
 def test_a_flag_is_no_number():
     with pytest.raises(TypeError, match="host_preference_backward: average cannot be None"):
         names = ("num_pairs", "num_tokens", "ignore_index")

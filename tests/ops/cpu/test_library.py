@@ -180,7 +180,7 @@ def test_csrc_hands_nothing_else_to_a_library(changes):
     }
     with pytest.raises(TypeError, match="products: a library's product is of lists and of bf16"):
         native.EXTENSION.products(**{**fields, **changes}, product=2, num_threads=1)
-    with pytest.raises(TypeError, match="products: product must be 0, 1 or 2"):
+    with pytest.raises(ValueError, match="products: product knows no 3"):
         native.EXTENSION.products(**fields, product=3, num_threads=1)
     with pytest.raises(TypeError, match="a product in bf16 is of factors rounded to it"):
         native.EXTENSION.products(**{**fields, "rounded": 0}, product=1, num_threads=1)
