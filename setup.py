@@ -127,6 +127,11 @@ def file_names(*folders):
     return [f"-ffile-prefix-map={folder}={name}" for name, folder in folders]
 
 
+def escaped(path):
+    """As build.ninja has it: of a folder with spaces, say."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
 def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
     """The text of build.ninja: one object per source (cpu/folds.cpp: one per instruction set), one link.
 
@@ -145,7 +150,9 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
 
     def edge(source, object_name, flags, rule="cxx"):
         objects.append(build_dir / object_name)
-        edges.append(f"build {objects[-1]}: {rule} {source.resolve()}\n  flags = {shlex.join(flags)}\n")
+        edges.append(
+            f"build {escaped(objects[-1])}: {rule} {escaped(source.resolve())}\n  flags = {shlex.join(flags)}\n"
+        )
 
     for source in sorted(CSRC.rglob("*.cpp")):
         stem = "_".join(source.relative_to(CSRC).with_suffix("").parts)
@@ -181,7 +188,7 @@ def ninja_file(compiler, build_dir, output, nvcc=None, archs=()):
             *nvcc_rule,
             f"rule link\n  command = {shlex.join(linker)} $in -o $out -ldl -lpthread",
             *edges,
-            f"build {output}: link {' '.join(map(str, objects))}",
+            f"build {escaped(output)}: link {' '.join(map(escaped, objects))}",
             "",
         ]
     )
