@@ -50,6 +50,12 @@ def test_what_is_off_ends_in_status_1_and_in_what_to_paste(capsys, monkeypatch, 
     assert (bad.failed or "logps 5.0e-01 (at most 1e-05)") in pasted
 
 
+def test_a_system_that_does_not_tell_its_memory(monkeypatch):
+    assert re.fullmatch(r"[1-9]\d* GiB", doctor._memory())
+    monkeypatch.setattr(os, "sysconf", lambda name: int("no such name"))
+    assert doctor._memory() == "unknown"
+
+
 def test_no_check(capsys, monkeypatch):
     status, _, pasted = report(capsys, monkeypatch, [BAD], "--no-check")
     assert status == 0 and "self-check: not run" in pasted

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import fastdpo
 from fastdpo.demo import comparison as demo
 from fastdpo.demo import setup as demo_setup
 
@@ -44,6 +46,41 @@ def start_phase_here(phase, argv, work, progress):
     with open(work / f"{phase}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         demo.run_phase(demo.parse_arguments([*argv, "--run", phase]))
     return json.loads((work / f"{phase}.json").read_text()), time.perf_counter() - begin
+
+
+class TestChildren:
+    @pytest.fixture
+    def slow_child(self, monkeypatch, tmp_path):
+        """In the place of Python: says one step, then takes a minute."""
+        script = tmp_path / "python"
+        script.write_text("#!/bin/sh\necho $$ > " + str(tmp_path / "pid") + "\necho step 1/2\nexec sleep 60\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        return tmp_path
+
+    def test_an_interrupt_ends_the_child_too(self, slow_child):
+        class Progress:
+            def add_task(self, name, total):
+                return 0
+
+            def update(self, task, completed, total):
+                assert (completed, total) == (1, 2)
+                raise KeyboardInterrupt
+
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            demo.start_phase("trl", [], slow_child, Progress())
+        assert time.monotonic() - begin < 30
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((slow_child / "pid").read_text()), 0)
+
+    def test_an_interrupt_is_status_130(self, monkeypatch):
+        def interrupted(settings, argv):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo, "run_demo", interrupted)
+        monkeypatch.setattr(demo, "NEEDED", ())
+        assert demo.main([]) == 130
 
 
 @pytest.fixture(scope="module", params=["here", pytest.param("as a command", marks=pytest.mark.slow)])
@@ -135,6 +172,18 @@ class TestWholeDemo:
         with pytest.raises(demo_setup.DemoError, match=re.escape(f"--model {tmp_path}: ")) as raised:
             demo.prepare(settings, tmp_path)
         assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
+
+    def test_a_trl_that_it_cannot_measure(self, finished, monkeypatch):
+        import trl.trainer.utils
+
+        settings = demo.parse_arguments(["--model", str(finished[0] / "work" / "model"), "--steps", "1"])
+        settings.output = finished[0]
+        monkeypatch.setattr(fastdpo, "patch_trl", lambda **options: False)
+        with pytest.raises(demo_setup.DemoError, match="another library has replaced"):
+            demo.train(settings, finished[0] / "work", "fastdpo")
+        monkeypatch.delattr(trl.trainer.utils, "_ChunkedLogProbFunction")
+        with pytest.raises(demo_setup.DemoError, match=r"needs trl>=1\.15, found "):
+            demo.train(settings, finished[0] / "work", "trl")
 
     def test_a_mistake_costs_one_line(self, tmp_path, capsys):
         """That a child made."""
