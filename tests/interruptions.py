@@ -74,12 +74,13 @@ class Thrower:
 
     def __init__(self, signals: bool, at: int | None = None):
         self.signals, self.at, self.where = signals, at, []
+        self.before = sys.gettrace()  # coverage's, which goes on afterwards
 
     def _place(self, frame, what: str) -> None:
         self.where.append((frame.f_code.co_filename, frame.f_lineno, what))
         if self.at is not None and len(self.where) == self.at + 1:
             self.at = None
-            sys.settrace(None), sys.setprofile(None)
+            self._leave()
             raise KeyboardInterrupt if self.signals else ERRORS[len(self.where) % len(ERRORS)](f"{self.where[-1]}")
 
     def _profile(self, frame, event, function) -> None:
@@ -106,7 +107,10 @@ class Thrower:
         return self
 
     def __exit__(self, *_) -> None:
-        sys.settrace(None), sys.setprofile(None)
+        self._leave()
+
+    def _leave(self) -> None:
+        sys.settrace(self.before), sys.setprofile(None)
 
 
 def _allocates(function) -> bool:

@@ -49,6 +49,7 @@ def measure(
     *,
     tokens=TOKENS,
     columns=COLUMNS,
+    seconds=10.0,
 ) -> Measured:
     """Measured of one H and type."""
     torch.manual_seed(0)
@@ -64,7 +65,7 @@ def measure(
         label_logit = torch.full((tokens,), torch.nan, device=device)
         outputs[name] = sums.lse, label_logit
         runs[name] = partial(fold, call, part, gathered, LowRank(), label_logit, sums)
-    times, left_out = interleaved(runs, device, seconds=10.0)
+    times, left_out = interleaved(runs, device, seconds=seconds)
     if left_out:
         raise Differs(f"H {size}, {dtype}: {left_out}")
     for name, fold in folds.items():

@@ -83,6 +83,8 @@ def remedies(found: dict, versions: dict[str, str]) -> Iterator[str]:
         yield f"There is a GPU, but the Triton engine cannot run: {found['engines']['triton']['reason']}."
     if torch.cuda.is_available() and found["native"]["available"] and found["native"]["cuda_reason"]:
         yield f"The CUDA kernels of logits and losses cannot run: {found['native']['cuda_reason']}."
+    for note in found["notes"]:
+        yield f"{note}. Where something is off, go back to the tested release."
     if "trl" in versions and tuple(map(int, versions["trl"].split(".")[:2])) < (0, 24):
         yield f"patch_trl needs TRL 0.24 or newer; this is {versions['trl']}."
     for name in ("FASTDPO_ENGINE", "TRITON_INTERPRET"):
@@ -114,6 +116,7 @@ def to_paste(found: dict, versions: dict[str, str], results: list[Check] | None)
         yield f"engine {name}: {_state(engine)}"
     yield f"linear_logps: {'; '.join(f'{device} {why}' for device, why in found['operations']['linear_logps'].items())}"
     yield f"forward kernel: {found['forward_kernel']}"
+    yield from (f"note: {note}" for note in found["notes"])
     yield f"environment: {', '.join(f'{name}={value}' for name, value in variables().items()) or 'nothing set'}"
     if results is None:
         yield "self-check: not run"

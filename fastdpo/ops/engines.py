@@ -26,6 +26,7 @@ from .triton.special import release
 
 ENGINES = ("reference", "cpu", "triton")
 TRITON_VERSIONS = ((3, 6), (3, 9))  # whose machine code is checked; an older one than the first does not serve
+NEWEST_TORCH = (2, 13)  # that the tests ran with: constraints.txt
 OLDEST_GPU = (8, 0)
 _LOGITS = {
     "reference": (reference.logits_forward, reference.logits_backward),
@@ -90,6 +91,17 @@ def _unchecked(engine: str, device: torch.device) -> str:
         return ""
     which = "newer than any" if release(version) > TRITON_VERSIONS[-1] else "none of those"
     return f"; Triton {version} is {which} whose machine code was checked, {' and '.join(map(_text, TRITON_VERSIONS))}"
+
+
+def _notes() -> list[str]:
+    """What to know before trusting what serves: releases that came after the tests ran."""
+    tested = (("torch", torch.__version__, NEWEST_TORCH), ("triton", _triton_version(), TRITON_VERSIONS[-1]))
+    return [
+        f"{name} {version} is newer than {_text(newest)}, the newest that was tested: nobody has compared its results "
+        "yet but `python -m fastdpo doctor` here"
+        for name, version, newest in tested
+        if version is not None and release(version) > newest
+    ]
 
 
 @cache
@@ -197,14 +209,15 @@ def _cpu_products() -> str:
     return f"{library.NAME}{of_bf16}; few or listed rows csrc"
 
 
-def backends() -> dict[str, dict[str, Any]]:
+def backends() -> dict[str, Any]:
     """What this machine has and which engine each operation uses on it, with the reason.
 
     Returns a dict of plain values with the keys ``versions``, ``cpu``, ``native`` (the extension built from csrc/:
     ``available``, ``reason`` when not, ``isa``, ``cuda_archs``, ``cuda_reason`` where its CUDA kernels cannot run,
     ...), ``engines`` (``available`` and ``reason`` of each), ``operations`` (per operation and device type, of several
-    GPUs in use per device: the engine and why) and ``forward_kernel`` (of the Triton engine: which one serves what, and
-    why). Raises nothing, and starts no GPU context.
+    GPUs in use per device: the engine and why), ``forward_kernel`` (of the Triton engine: which one serves what, and
+    why) and ``notes`` (torch or Triton newer than any that was tested, a line each). Raises nothing, and starts no GPU
+    context.
     """
     from .._version import __version__
 
@@ -256,4 +269,5 @@ def backends() -> dict[str, dict[str, Any]]:
         "engines": {name: {"available": why is None, "reason": why} for name, why in _engine_reasons().items()},
         "operations": operations,
         "forward_kernel": special.report(_triton_version()),
+        "notes": _notes(),
     }

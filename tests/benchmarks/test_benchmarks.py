@@ -39,10 +39,8 @@ def test_without_a_gpu_the_suite_says_so():
     assert done.returncode == 2 and "no CUDA GPU here" in done.stdout
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("gpu")
-    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--output", folder)
+def dry_run_of(folder: Path, *options, **environment) -> dict:
+    done = run("-m", "benchmarks.gpu.suite", "--dry-run", "--output", folder, *options, **environment)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert {file.name for file in folder.iterdir()} == {
         "result.json", "summary.txt", "log.txt", "special.json", "tuned.json",
@@ -50,11 +48,21 @@ def dry_run(tmp_path_factory) -> dict:
     return {**json.loads((folder / "result.json").read_text()), "printed": done.stdout}
 
 
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory) -> dict:
+    """Of one shape, with every contender; what peers compile, which takes most of the time, runs as it is written."""
+    eager = tmp_path_factory.mktemp("eager")
+    (eager / "sitecustomize.py").write_text("import torch\ntorch.compiler.set_stance('force_eager')\n")
+    path = os.pathsep.join([str(eager), os.environ.get("PYTHONPATH", "")])
+    return dry_run_of(tmp_path_factory.mktemp("gpu"), "--stages", "ceilings", "target", PYTHONPATH=path)
+
+
 @pytest.mark.slow
-def test_a_dry_run_walks_every_stage(dry_run):
+def test_a_dry_run_walks_every_stage(tmp_path):
     from benchmarks.gpu.cases import GROUPS
     from benchmarks.gpu.shapes import GRID
 
+    dry_run = dry_run_of(tmp_path)
     assert {name: stage["state"] for name, stage in dry_run["stages"].items()} == dict.fromkeys(
         ("first", "ceilings", "target", "compile", "tests", "forwards", "tune", "shapes", "sanitizers"), "done"
     )
@@ -74,7 +82,7 @@ def test_a_dry_run_walks_every_stage(dry_run):
 def test_a_dry_run_runs_every_contender(dry_run):
     from benchmarks.peers import PEERS, TOKEN_LOGPS
 
-    shape = dry_run["shapes"][1]
+    (shape,) = dry_run["shapes"]
     left_out = {name.partition("/")[2]: why for name, why in shape["left out"].items()}
     seen = {name: {row["name"] for row in group["rows"]} for name, group in shape["groups"].items()}
     assert {"fastdpo exact", "fastdpo routed", "eager", "two torch.mm"} <= seen["step"] & seen["frozen step"]
@@ -103,7 +111,7 @@ def test_the_table_of_forwards_is_written(monkeypatch, tmp_path):
     if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         pytest.skip("no Triton engine here")
     device = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-    shape = {"tokens": 32, "columns": 300}
+    shape = {"tokens": 32, "columns": 300, "seconds": 0.0}  # three rounds
     one = forwards.measure("fake", {"a": plain_fold, "b": plain_fold}, 32, torch.float32, device, **shape)
     assert (
         one.form in ("a", "b")
@@ -195,12 +203,20 @@ def _agree_with_fp64(peers: dict, run, exact) -> set[str]:
     return ran
 
 
+@pytest.fixture(params=["as written", pytest.param("compiled", marks=pytest.mark.slow)])
+def peers_code(request):
+    """What peers give to torch.compile, which takes half a minute, runs as it is written."""
+    with torch.compiler.set_stance("force_eager" if request.param == "as written" else "default"):
+        yield
+
+
 def _peer_inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(3)
     hidden, weight = torch.randn(4, 16, 64, generator=g), torch.randn(384, 64, generator=g) / 4
     return hidden, weight, torch.randint(384, (4, 16), generator=g)
 
 
+@pytest.mark.usefixtures("peers_code")
 def test_every_peers_token_logps_agree_with_fp64_or_say_why():
     from benchmarks.peers import TOKEN_LOGPS, eager_logps
 
@@ -234,6 +250,7 @@ def test_every_peers_selective_logps_agree_with_fp64_or_say_why():
     assert "torch" in _agree_with_fp64(SELECTIVE_LOGPS, run, exact)
 
 
+@pytest.mark.usefixtures("peers_code")
 def test_every_peers_step_agrees_with_fp64_or_says_why():
     from benchmarks.peers import BETA, OURS, PEERS, Problem
 

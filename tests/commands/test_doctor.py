@@ -50,6 +50,12 @@ def test_what_is_off_ends_in_status_1_and_in_what_to_paste(capsys, monkeypatch, 
     assert (bad.failed or "logps 5.0e-01 (at most 1e-05)") in pasted
 
 
+def test_a_system_that_does_not_tell_its_memory(monkeypatch):
+    assert re.fullmatch(r"[1-9]\d* GiB", doctor._memory())
+    monkeypatch.setattr(os, "sysconf", lambda name: int("no such name"))
+    assert doctor._memory() == "unknown"
+
+
 def test_no_check(capsys, monkeypatch):
     status, _, pasted = report(capsys, monkeypatch, [BAD], "--no-check")
     assert status == 0 and "self-check: not run" in pasted
@@ -71,7 +77,7 @@ def test_variables_that_matter_are_shown_and_advised_on(capsys, monkeypatch):
 def test_remedies(monkeypatch):
     for name in doctor.VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    found = fastdpo.backends()
+    found = fastdpo.backends() | {"notes": []}  # this torch may be newer than any that was tested
     found["native"] |= {"available": False, "reason": "not built"}
     assert any("C++ compiler" in line for line in doctor.remedies(found, {}))
     found["native"] |= {"available": True, "cuda_reason": "built without CUDA kernels"}
@@ -81,6 +87,15 @@ def test_remedies(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     advice = " ".join(doctor.remedies(found, {}))
     assert "Triton 3.0 is older" in advice and "built without CUDA kernels" in advice
+
+
+def test_a_release_that_came_after_the_tests_is_named_once(capsys, monkeypatch):
+    for name in doctor.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    _, text, pasted = report(capsys, monkeypatch, [GOOD])
+    assert text.partition("what to do")[2].partition("-----")[0].count("torch 2.99.0+cpu is newer than") == 1
+    assert pasted.count("note: torch 2.99.0+cpu is newer than") == 1
 
 
 def test_versions_come_without_importing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -81,6 +82,15 @@ def test_texts(tmp_path):
             texts_of(str(file), None)
     with pytest.raises(ValueError, match="there is no such file"):
         texts_of(str(tmp_path / "none"), None)
+
+
+def test_packages_that_are_not_there_are_named(monkeypatch):
+    for package in ("safetensors", "transformers"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match="pip install safetensors"):
+        from_file("head.safetensors")
+    with pytest.raises(ImportError, match="pip install transformers"):
+        from_model(".", "data.txt", 9, 9, "cpu", print)
 
 
 @pytest.fixture(scope="module")

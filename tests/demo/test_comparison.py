@@ -1,17 +1,23 @@
 """The demo: both runs, their comparison, and what is said where it cannot run."""
 
+import io
 import json
+import os
 import re
 import subprocess
 import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 
+import fastdpo
 from fastdpo.demo import comparison as demo
 from fastdpo.demo import setup as demo_setup
 
 ROOT = Path(__file__).resolve().parents[2]
+start_phase = demo.start_phase
 
 
 def run_module(module, *arguments):
@@ -32,30 +38,84 @@ class TestCommandLine:
         assert re.fullmatch(rf"error: {arguments[0]} must .*not {arguments[1]}\n", capsys.readouterr().err)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The whole demo, two steps with a tiny model."""
+def start_phase_here(phase, argv, work, progress):
+    """In this process, which has imported TRL: a child takes longer to do so than to train two steps."""
+    if phase == "prepare":  # one child, so that its progress and its result are read
+        return start_phase(phase, argv, work, progress)
+    begin = time.perf_counter()
+    with open(work / f"{phase}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        demo.run_phase(demo.parse_arguments([*argv, "--run", phase]))
+    return json.loads((work / f"{phase}.json").read_text()), time.perf_counter() - begin
+
+
+class TestChildren:
+    @pytest.fixture
+    def slow_child(self, monkeypatch, tmp_path):
+        """In the place of Python: says one step, then takes a minute."""
+        script = tmp_path / "python"
+        script.write_text("#!/bin/sh\necho $$ > " + str(tmp_path / "pid") + "\necho step 1/2\nexec sleep 60\n")
+        script.chmod(0o755)
+        monkeypatch.setattr(sys, "executable", str(script))
+        return tmp_path
+
+    def test_an_interrupt_ends_the_child_too(self, slow_child):
+        class Progress:
+            def add_task(self, name, total):
+                return 0
+
+            def update(self, task, completed, total):
+                assert (completed, total) == (1, 2)
+                raise KeyboardInterrupt
+
+        begin = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            demo.start_phase("trl", [], slow_child, Progress())
+        assert time.monotonic() - begin < 30
+        with pytest.raises(ProcessLookupError):
+            os.kill(int((slow_child / "pid").read_text()), 0)
+
+    def test_an_interrupt_is_status_130(self, monkeypatch):
+        def interrupted(settings, argv):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(demo, "run_demo", interrupted)
+        monkeypatch.setattr(demo, "NEEDED", ())
+        assert demo.main([]) == 130
+
+
+@pytest.fixture(scope="module", params=["here", pytest.param("as a command", marks=pytest.mark.slow)])
+def finished(request, tmp_path_factory):
+    """The whole demo, two steps with a tiny model: its folder, what it printed and what it complained of."""
     for package in demo.NEEDED:
         pytest.importorskip(package)
     output = tmp_path_factory.mktemp("demo")
     tiny = "--steps 2 --batch-size 4 --warmup-steps 3 --hidden-size 64 --layers 1 --vocab-size 4096"
-    done = run_module("fastdpo.demo", *tiny.split(), "--backward", "exact", "--output", output)
-    assert done.returncode == 0, done.stderr + "".join(log.read_text() for log in output.glob("work/*.log"))
-    return output, done
+    arguments = [*tiny.split(), "--backward", "exact", "--output", str(output)]
+    if request.param == "as a command":
+        done = run_module("fastdpo.demo", *arguments)
+        status, printed, errors = done.returncode, done.stdout, done.stderr
+    else:
+        said, complained = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patched, redirect_stdout(said), redirect_stderr(complained):
+            patched.setattr(demo, "start_phase", start_phase_here)
+            status = demo.main(arguments)
+        printed, errors = said.getvalue(), complained.getvalue()
+    assert status == 0, errors + "".join(log.read_text() for log in output.glob("work/*.log"))
+    return output, printed, errors
 
 
 class TestWholeDemo:
     def test_prints_one_line_per_phase_and_the_table(self, finished):
-        _, done = finished
-        lines = done.stdout.strip().splitlines()
-        assert done.stderr == ""
+        _, printed, errors = finished
+        lines = printed.strip().splitlines()
+        assert errors == ""
         assert [line.split(":")[0] for line in lines[:3]] == list(demo.PHASES.values())
         for label in (*demo.METRICS, "head and loss", "training", "peak memory"):
             assert any(label in line for line in lines[3:]), label
         assert "curves.png" in lines[-1] and "metrics.json" in lines[-1]
 
     def test_metrics(self, finished):
-        output, _ = finished
+        output, *_ = finished
         recorded = json.loads((output / "metrics.json").read_text())
         assert recorded["settings"]["backward"] == "exact" and recorded["settings"]["steps"] == 2
         for run in recorded["runs"].values():
@@ -113,11 +173,23 @@ class TestWholeDemo:
             demo.prepare(settings, tmp_path)
         assert "config.json" in str(raised.value) and "\n" not in str(raised.value)
 
-    def test_a_mistake_costs_one_line(self, tmp_path):
+    def test_a_trl_that_it_cannot_measure(self, finished, monkeypatch):
+        import trl.trainer.utils
+
+        settings = demo.parse_arguments(["--model", str(finished[0] / "work" / "model"), "--steps", "1"])
+        settings.output = finished[0]
+        monkeypatch.setattr(fastdpo, "patch_trl", lambda **options: False)
+        with pytest.raises(demo_setup.DemoError, match="another library has replaced"):
+            demo.train(settings, finished[0] / "work", "fastdpo")
+        monkeypatch.delattr(trl.trainer.utils, "_ChunkedLogProbFunction")
+        with pytest.raises(demo_setup.DemoError, match=r"needs trl>=1\.15, found "):
+            demo.train(settings, finished[0] / "work", "trl")
+
+    def test_a_mistake_costs_one_line(self, tmp_path, capsys):
+        """That a child made."""
         pytest.importorskip("trl")
-        done = run_module("fastdpo.demo", "--dataset", "no/such/file.jsonl", "--output", tmp_path)
-        assert done.returncode == 2
-        assert done.stderr == "error: --dataset no/such/file.jsonl: no such file or folder\n"
+        assert demo.main(["--dataset", "no/such/file.jsonl", "--output", str(tmp_path)]) == 2
+        assert capsys.readouterr().err == "error: --dataset no/such/file.jsonl: no such file or folder\n"
 
     def test_unusable_output_folder(self, tmp_path):
         pytest.importorskip("rich")

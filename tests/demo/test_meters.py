@@ -51,3 +51,24 @@ class TestMeasuring:
             time.sleep(0.2)  # as long as something that holds memory runs: the peak is sampled
             del block
         assert 240 * 2**20 < memory.bytes < 320 * 2**20
+
+    def test_memory_peak_on_a_gpu_is_the_allocators(self, monkeypatch):
+        state = {"now": 100, "peak": 900}  # of what ran before
+
+        def reset():
+            state["peak"] = state["now"]
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: state["now"])
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: state["peak"])
+        with meters.MemoryPeak() as memory:
+            state["peak"] = 350
+        assert memory.bytes == 250
+
+    def test_a_gpu_has_done_its_work_when_the_clock_is_read(self, monkeypatch):
+        waited = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(time.sleep(0.05)))
+        begin = time.perf_counter()
+        assert meters.HeadTimer.now() >= begin + 0.05 and len(waited) == 1

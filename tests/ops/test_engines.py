@@ -58,6 +58,32 @@ def test_the_checked_tritons_are_those_of_make_kernels():
     assert engines.release(oldest) == engines.TRITON_VERSIONS[0]
 
 
+NEWER = [  # torch, Triton, the packages that are named
+    ("2.13.0", "3.9.0", []),
+    ("2.13.9+cu130", "3.9.4", []),
+    ("2.6.0", None, []),
+    ("2.14.0.dev20261101+cpu", "3.6.0", ["torch 2.14.0.dev20261101+cpu is newer than 2.13,"]),
+    ("3.0.1", "3.10.0+git", ["torch 3.0.1 is newer than 2.13,", "triton 3.10.0+git is newer than 3.9,"]),
+]
+
+
+@pytest.mark.parametrize("torch_version, triton_version, named", NEWER)
+def test_what_came_after_the_tests_is_noted(monkeypatch, recwarn, torch_version, triton_version, named):
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(engines, "_triton_version", lambda: triton_version)
+    notes = fastdpo.backends()["notes"]
+    assert [note.partition(" the newest")[0] for note in notes] == named
+    assert not recwarn.list  # whoever asks is told; nobody else
+
+
+def test_the_newest_tested_releases_are_those_that_ci_installs():
+    locked = (Path(__file__).parents[2] / ".ci" / "lock.txt").read_text()
+    newest = {
+        name: engines.release(re.search(rf"^{name}==(\S+)", locked, re.MULTILINE)[1]) for name in ("torch", "triton")
+    }
+    assert newest == {"torch": engines.NEWEST_TORCH, "triton": engines.TRITON_VERSIONS[-1]}
+
+
 def test_an_amd_gpu_is_served_by_the_reference(monkeypatch):
     """torch names it "cuda" too."""
     monkeypatch.setattr(engines, "_triton_version", lambda: "3.6.0")

@@ -243,3 +243,32 @@ def test_a_launch_that_fails_says_what_and_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     with pytest.raises(RuntimeError, match=r"cuda_a_kernel on cuda:0, of x: CUDA error 9, text of 9"):
         native.launch("cuda_a_kernel", torch.device("cuda:0"), what=", of x", x=1)
+
+
+@pytest.mark.parametrize(
+    "built_with, driver, capability, why",
+    [
+        (12080, 0, None, "no NVIDIA driver here"),
+        (13000, 12080, None, "built with CUDA 13.0; the driver serves 12.8"),
+        (12080, 12040, None, None),  # an older driver of the same major version
+        (12080, 13000, (8, 6), None),
+        (12080, 13000, (10, 3), None),  # by PTX
+        (12080, 13000, (7, 5), "built for sm_80, sm_90; this GPU is (7, 5)"),
+    ],
+)
+def test_why_the_cuda_kernels_cannot_run(monkeypatch, built_with, driver, capability, why):
+    stub = SimpleNamespace(
+        cuda_logits_forward=None, cuda_runtime_version=lambda: built_with, cuda_driver_version=lambda: driver
+    )
+    monkeypatch.setattr(native, "EXTENSION", stub)
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_archs": [80, 90], "cuda_ptx": [100]})
+    assert native.cuda_problem.__wrapped__(capability) == why
+
+
+def test_an_installation_without_kernels_says_what_is_missing(monkeypatch):
+    monkeypatch.setattr(native, "build_info", lambda: {"cuda_reason": "no nvcc"})
+    monkeypatch.setattr(native, "EXTENSION", SimpleNamespace())
+    assert native.cuda_problem.__wrapped__() == "built without CUDA kernels: no nvcc"
+    monkeypatch.setattr(native, "EXTENSION", None)
+    monkeypatch.setattr(native, "REASON", "no C++ compiler")
+    assert native.cuda_problem.__wrapped__() == "the native extension is missing (no C++ compiler)"

@@ -46,9 +46,17 @@ def test_opcheck_of_the_forward(engine, case, seed, stats):
     opcheck(library.token_stats_op, operator_inputs(case, seed), {**SCALARS, "stats": stats})
 
 
+UPSTREAM = ("logps", "entropy", "lse", "all")
+NEEDS = ([1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 1, 0, 0, 1])
+BACKWARDS = [  # each of both once; each with each nightly
+    pytest.param(needs, upstream, marks=[] if all(needs) or upstream == "all" else pytest.mark.slow)
+    for needs in NEEDS
+    for upstream in UPSTREAM
+]
+
+
 @pytest.mark.slow_in_the_interpreter
-@pytest.mark.parametrize("upstream", ["logps", "entropy", "lse", "all"])
-@pytest.mark.parametrize("needs", [[1, 1, 1, 1, 1], [1, 0, 0, 0, 0], [0, 1, 0, 0, 1]], ids=str)
+@pytest.mark.parametrize("needs, upstream", BACKWARDS, ids=str)
 @pytest.mark.parametrize("seed", [None, -5], ids=["exact", "routed"])
 def test_opcheck_of_the_backward(engine, seed, needs, upstream):
     inputs = operator_inputs("bias, lora, masked", seed, False)

@@ -1,5 +1,6 @@
 """The reference's formulas and the templates', far from the middle, value and gradient, in numbers of 120 digits."""
 
+import functools
 import math
 
 import mpmath as mp
@@ -116,12 +117,32 @@ def log_probs(case) -> list[float]:
     return [x for x in values if case["loss_type"] != "dpop" or x != 0]  # a kink
 
 
+def points(case, dtype) -> list[torch.Tensor]:
+    """Log-probs of chosen and of rejected completions, each with each."""
+    grid = torch.tensor(log_probs(case), dtype=dtype)
+    return [x.reshape(-1).clone().requires_grad_() for x in torch.meshgrid(grid, grid, indexing="ij")]
+
+
+@functools.cache  # both engines are compared with it, and it takes longer than they do
+def exactly(name, dtype) -> list[tuple]:
+    """(loss, its derivatives by the chosen and by the rejected log-prob) of each of the points."""
+    case, found = CASES[name], []
+    for w, l in zip(*([mp.mpf(v) for v in x.tolist()] for x in points(case, dtype))):  # noqa: E741
+        expected = [truth(case, w, l)]
+        for k, at in enumerate((w, l)):
+            h = (abs(at) or 1) * mp.mpf(10) ** -40
+            step = (h, 0) if k == 0 else (0, h)
+            rise = truth(case, w + step[0], l + step[1]) - truth(case, w - step[0], l - step[1])
+            expected.append(rise / (2 * h))
+        found.append(tuple(expected))
+    return found
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
 def test_equals_exact_arithmetic(name, dtype, loss_engine):
     case = CASES[name]
-    grid = torch.tensor(log_probs(case), dtype=dtype)
-    tensors = [x.reshape(-1).clone().requires_grad_() for x in torch.meshgrid(grid, grid, indexing="ij")]
+    tensors = points(case, dtype)
     chosen, rejected = (x.tolist() for x in tensors)
     refs = [] if LOSSES[case["loss_type"]].reference_free else [torch.zeros_like(tensors[0])] * 2
     if case["loss_type"].startswith("aot"):  # one row at a time, where rank decides nothing
@@ -145,13 +166,7 @@ def test_equals_exact_arithmetic(name, dtype, loss_engine):
     rtol, smallest = (3e-7, 1e-37) if dtype == torch.float32 else (1e-12, 1e-300)
     cancels = case["loss_type"] in ("apo_down", "ipo", "exo_pair") or "f_divergence_type" in case
     atol = 3e-15 if cancels else smallest
-    for row, (w, l) in enumerate(zip(map(mp.mpf, chosen), map(mp.mpf, rejected))):  # noqa: E741
-        expected = [truth(case, w, l)]
-        for k, at in enumerate((w, l)):
-            h = (abs(at) or 1) * mp.mpf(10) ** -40
-            step = (h, 0) if k == 0 else (0, h)
-            rise = truth(case, w + step[0], l + step[1]) - truth(case, w - step[0], l - step[1])
-            expected.append(rise / (2 * h))
+    for row, expected in enumerate(exactly(name, dtype)):
         got = (losses[row].item(), grads[0][row].item(), grads[1][row].item())
         for what, mine, wanted in zip(("loss", "dchosen", "drejected"), got, expected):
             assert abs(mine - wanted) <= rtol * abs(wanted) + atol, (what, chosen[row], rejected[row], mine, wanted)
