@@ -33,13 +33,7 @@ def stand(policy: LanguageModel, reference: LanguageModel, task: Task, prompts: 
 
 @torch.no_grad()
 def ceiling(
-    reference: LanguageModel,
-    task: Task,
-    prompts: Tensor,
-    samples: int,
-    betas: list[float],
-    seed: int,
-    trusted: int = 64,
+    reference: LanguageModel, task: Task, prompts: Tensor, samples: int, betas: list[float], seed: int
 ) -> list[dict[str, float]]:
     """The frontier that no policy can pass: reference * exp(reward / beta), by weighing samples of the reference.
 
@@ -48,7 +42,7 @@ def ceiling(
     """
     g = torch.Generator().manual_seed(seed)
     rewards = []
-    for prompt in prompts.split(4):
+    for prompt in prompts.split(1):
         rewards.append(task.reward(reference.sample(prompt.repeat_interleave(samples, 0), LENGTH, g)).view(-1, samples))
     reward, found = torch.cat(rewards).double(), []
     for beta in betas:

@@ -87,7 +87,8 @@ def draw(record: dict, output: Path) -> None:
     gaps.minorticks_off()
     gaps.grid(alpha=0.3)
     env = record["environment"]
-    footer = f"{env['cpu']}, {env['threads']} processes of one thread, torch {env['versions']['torch']}, {env['date']}"
+    processes = "one process" if env["threads"] == 1 else f"{env['threads']} processes"
+    footer = f"{env['cpu']}, {processes} of one thread, torch {env['versions']['torch']}, {env['date']}"
     figure.text(0.5, 0.005, footer, ha="center", fontsize=7, color="gray")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     drawn = io.BytesIO()
