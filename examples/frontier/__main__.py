@@ -1,7 +1,7 @@
 """Reward against KL of DPO and of the stages it replaces, on a task whose reward is known: README.md beside this file.
 
 python -m examples.frontier            three seeds: frontier_output/frontier.png, .json
-python -m examples.frontier --quick    one seed, short trainings: 90 s
+python -m examples.frontier --quick    one seed, short trainings
 python -m examples.frontier --sweep    how the settings were chosen: a seed that the figure does not use
 """
 
@@ -87,18 +87,23 @@ def frontier(settings: Settings, jobs: Jobs, folder: Path) -> dict:
     calls = [(stages.ceiling, settings, folder), *((stages.train, settings, folder, run) for run in runs)]
     ceiling, *done = jobs.run("policies, the ceiling", calls)
     ceiling = [{**point, "reward": reference["reward"] + point["gain"]} for point in ceiling]
+    return {
+        "reference": reference, "ceiling": ceiling, "reward models": models, "runs": done,
+        "at equal KL": at_levels(reference, ceiling, done),
+    }  # fmt: skip
+
+
+def at_levels(reference: dict, ceiling: list[dict], done: list[dict]) -> dict:
+    """The reward of every method and seed at each of LEVELS: between where its betas ended, or along its training."""
     start, rows = {"kl": 0.0, "reward": reference["reward"]}, []
     for method, level in product(METHODS, LEVELS):
         rewards = []
-        for seed in settings.seeds:
+        for seed in sorted({run["seed"] for run in done}):
             mine = [run for run in done if run["method"] == method and run["seed"] == seed]
             points = [run["points"][-1] for run in mine] if method in OF_BETA else mine[0]["points"]
             rewards += at_equal_kl([start, *points], [level])
         rows.append({"method": method, "kl": level, "rewards": rewards})
-    return {
-        "reference": reference, "ceiling": ceiling, "reward models": models, "runs": done,
-        "at equal KL": {"levels": LEVELS, "rows": rows, "ceiling": at_equal_kl([start, *ceiling], LEVELS)},
-    }  # fmt: skip
+    return {"levels": LEVELS, "rows": rows, "ceiling": at_equal_kl([start, *ceiling], LEVELS)}
 
 
 CANDIDATES = {  # as many of each method

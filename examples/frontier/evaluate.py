@@ -58,7 +58,11 @@ def ceiling(
 
 
 def at_equal_kl(points: list[dict], levels: list[float]) -> list[float | None]:
-    """Reward on the straight lines through points of one method, in order of their KL; None beyond the last."""
+    """Reward between the points of one method, in order of their KL; None beyond the last.
+
+    It is straight in the root of KL: near the reference the best gain is. Lines straight in KL would lie below a
+    frontier, and the further the rarer its points.
+    """
     points, found = sorted(points, key=lambda point: point["kl"]), []
     for level in levels:
         above = next((i for i, point in enumerate(points) if point["kl"] >= level), None)
@@ -66,6 +70,6 @@ def at_equal_kl(points: list[dict], levels: list[float]) -> list[float | None]:
             found.append(points[0]["reward"] if above == 0 and points[0]["kl"] == level else None)
             continue
         low, high = points[above - 1], points[above]
-        part = (level - low["kl"]) / (high["kl"] - low["kl"])
+        part = (level**0.5 - low["kl"] ** 0.5) / (high["kl"] ** 0.5 - low["kl"] ** 0.5)
         found.append(low["reward"] + part * (high["reward"] - low["reward"]))
     return found
