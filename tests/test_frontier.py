@@ -14,6 +14,7 @@ from examples.frontier.settings import DPO, METHODS, RL, RL_TRUE, SFT
 from examples.frontier.task import LENGTH, PROMPT, VOCAB, Task, preferences
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 @pytest.fixture
@@ -114,9 +115,9 @@ def test_the_ceiling_is_the_tilted_reference(monkeypatch, generator):
     assert found["kl"] == pytest.approx((tilted.exp() * (tilted - logps)).sum(1).mean().item(), rel=0.05)
 
 
-def test_equal_kl_is_read_off_the_lines_between_points():
-    points = [{"kl": 3.0, "reward": 4.0}, {"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 3.0}]
-    assert evaluate.at_equal_kl(points, [0.0, 0.5, 1.0, 2.0, 3.0, 3.1]) == [1.0, 2.0, 3.0, 3.5, 4.0, None]
+def test_between_points_reward_is_straight_in_the_root_of_kl():
+    points = [{"kl": 4.0, "reward": 4.0}, {"kl": 0.0, "reward": 1.0}, {"kl": 1.0, "reward": 3.0}]
+    assert evaluate.at_equal_kl(points, [0.0, 0.25, 1.0, 2.25, 4.0, 4.1]) == [1.0, 2.0, 3.0, 3.5, 4.0, None]
 
 
 def test_kl_and_reward_of_a_policy_are_those_of_plain_torch(generator):
@@ -128,6 +129,33 @@ def test_kl_and_reward_of_a_policy_are_those_of_plain_torch(generator):
     p, r = (m.head(m.hidden(words))[:, PROMPT - 1 : -1].log_softmax(-1) for m in (policy, reference))
     assert found["kl"] == pytest.approx((p.exp() * (p - r)).sum((1, 2)).mean().item(), rel=1e-4)
     assert found["reward"] == pytest.approx(task.reward(words).mean().item(), rel=1e-5)
+
+
+def test_the_settings_are_the_best_of_the_committed_sweep():
+    from examples.frontier.__main__ import CANDIDATES
+    from examples.frontier.settings import FULL
+
+    record = json.loads((RESULTS / "2026-11-cpu-frontier-sweep.json").read_text())
+    assert len({len(candidates) for candidates in CANDIDATES.values()}) == 1
+    for method, candidates in CANDIDATES.items():
+        runs = [run for run in record["runs"] if run["method"] == method]
+        reached = [sum(run["objective"] for run in runs if run["changes"] == candidate) for candidate in candidates]
+        best = candidates[reached.index(max(reached))]
+        assert len(runs) == 2 * len(candidates) and best.items() <= FULL.of(method).items()
+    least = min((model for model in record["reward models"] if "changes" in model), key=lambda model: model["loss"])
+    assert least["changes"].items() <= FULL.reward_model.items()
+
+
+def test_the_committed_figure_was_made_with_the_settings():
+    from dataclasses import asdict
+
+    from examples.frontier.__main__ import at_levels
+    from examples.frontier.settings import FULL
+
+    record = json.loads((RESULTS / "2026-11-cpu-frontier.json").read_text())
+    assert json.loads(json.dumps(asdict(FULL))).items() <= record["notes"].items()
+    assert record["notes"]["cpu seconds"] < 600  # of one core
+    assert record["at equal KL"] == at_levels(record["reference"], record["ceiling"], record["runs"])
 
 
 @pytest.fixture(scope="module")

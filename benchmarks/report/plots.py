@@ -19,6 +19,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
+from examples.frontier.plot import draw as plot_frontier
+
 RESULTS = Path(__file__).parents[1] / "results"
 OURS, OTHERS, DROPPED = "#1b7f4b", "#9aa5b1", "#c44e52"
 COLORS = {"exact": "black", "routed": OURS, "dropped": DROPPED, "trl bf16": "#dd8b2f"}
@@ -211,6 +213,7 @@ PLOTS = {
     "2026-11-cpu-accuracy.json": ("accuracy.png", plot_accuracy),
     "2026-11-cpu-bias.json": ("bias.png", plot_bias),
     "2026-11-training.json": ("training.png", plot_training),
+    "2026-11-cpu-frontier.json": ("frontier.png", plot_frontier),
 }
 
 

@@ -19,31 +19,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from benchmarks.report.frontier import candidates, frontier
+from benchmarks.report.markdown import bold, error, not_measured, table
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "benchmarks/README.md", "docs/index.md", "docs/choose.md"))
+WITH_TABLES = ("README.md", "benchmarks/README.md", "docs/index.md", "docs/choose.md", "examples/frontier/README.md")
+DOCUMENTS = tuple(ROOT / name for name in WITH_TABLES)
 MARKED = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def error(value: float | None) -> str:
-    """Two digits, as 5.8e-3."""
-    if value is None:
-        return "not measured"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
-
-
-def bold(cells: list[str], wanted: bool) -> list[str]:
-    return [f"**{cell}**" for cell in cells] if wanted else cells
-
-
-def not_measured(reasons: dict[str, str]) -> list[str]:
-    text = "; ".join(f"{name} ({why})" for name, why in reasons.items())
-    return ["", f"Not measured: {text}."] if reasons else []
 
 
 STEPS = {
@@ -304,6 +287,8 @@ COMMANDS = {  # result file -> what made it
     "2026-11-cpu-batches.json": "benchmarks.cpu.batches --head head.safetensors",
     "2026-11-cpu-divergence.json": "benchmarks.cpu.divergence --head head.safetensors",
     "2026-11-training.json": "benchmarks.models.training",
+    "2026-11-cpu-frontier.json": "examples.frontier",
+    "2026-11-cpu-frontier-sweep.json": "examples.frontier --sweep",
     "2026-11-triton-counts.json": "tools.count_step --head head.safetensors",
 }
 AXES = {
@@ -333,6 +318,8 @@ SOURCES = {
     "accuracy": Source(accuracy, ("2026-11-cpu-accuracy.json",)),
     "divergence": Source(divergence, ("2026-11-cpu-divergence.json",)),
     "training": Source(training, ("2026-11-training.json",)),
+    "frontier": Source(frontier, ("2026-11-cpu-frontier.json",)),
+    "frontier-sweep": Source(candidates, ("2026-11-cpu-frontier-sweep.json",)),
     "counts": Source(counts, ("2026-11-triton-counts.json",)),
 }
 

@@ -1,7 +1,7 @@
 """Reward against KL of DPO and of the stages it replaces, on a task whose reward is known: README.md beside this file.
 
 python -m examples.frontier            three seeds: frontier_output/frontier.png, .json
-python -m examples.frontier --quick    one seed, short trainings: 90 s
+python -m examples.frontier --quick    one seed, short trainings
 python -m examples.frontier --sweep    how the settings were chosen: a seed that the figure does not use
 """
 
@@ -26,7 +26,7 @@ from .evaluate import at_equal_kl
 from .settings import DPO, FULL, METHODS, OF_BETA, QUICK, RL, Settings
 
 NEEDED = ("matplotlib", "rich")
-TUNING_SEED = 1000
+TUNING_SEED, TUNING_BETAS = 1000, (1.0, 0.25)
 LEVELS = [0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0]  # nats
 
 
@@ -61,70 +61,79 @@ class Jobs:
         return results
 
 
-def prepare(settings: Settings, jobs: Jobs, folder: Path, seeds: tuple[int, ...]) -> tuple[dict, list, list]:
-    """(reference, ceiling, reward models): what every run starts from."""
+def prepare(settings: Settings, jobs: Jobs, folder: Path, seeds: tuple[int, ...]) -> tuple[dict, list]:
+    """(reference, reward models): what every run starts from."""
     (reference,) = jobs.run(
         "supervised fine-tuning", [(stages.train_reference, settings, folder)],
         lambda done: f"{done[0]['parameters']:,} parameters, {done[0]['loss']:.3f} nats a word, "
         f"reward {done[0]['reward']:.2f}",
     )  # fmt: skip
-    calls = [(stages.ceiling, settings, folder), *((stages.compare, settings, folder, seed) for seed in seeds)]
-    ceiling, *models = jobs.run(
-        "preferences, reward models, the ceiling", calls,
-        lambda done: "right on held-out preferences " + ", ".join(f"{m['accuracy']:.1%}" for m in done[1:])
-        + f" (the true reward: {done[1]['chosen is better']:.1%})",
+    models = jobs.run(
+        "preferences, reward models", [(stages.compare, settings, folder, seed) for seed in seeds],
+        lambda done: "right on held-out preferences " + ", ".join(f"{m['accuracy']:.1%}" for m in done)
+        + f" (the true reward: {done[0]['chosen is better']:.1%})",
     )  # fmt: skip
-    return reference, ceiling, models
+    return reference, models
 
 
 def frontier(settings: Settings, jobs: Jobs, folder: Path) -> dict:
-    reference, ceiling, models = prepare(settings, jobs, folder, settings.seeds)
-    ceiling = [{**point, "reward": reference["reward"] + point["gain"]} for point in ceiling]
+    reference, models = prepare(settings, jobs, folder, settings.seeds)
     runs = [
         stages.Run(method, beta, seed)
         for method in reversed(METHODS)  # the longest first
         for beta in (settings.betas if method in OF_BETA else (None,))
         for seed in settings.seeds
     ]
-    done = jobs.run("policies", [(stages.train, settings, folder, run) for run in runs])
+    calls = [(stages.ceiling, settings, folder), *((stages.train, settings, folder, run) for run in runs)]
+    ceiling, *done = jobs.run("policies, the ceiling", calls)
+    ceiling = [{**point, "reward": reference["reward"] + point["gain"]} for point in ceiling]
+    return {
+        "reference": reference, "ceiling": ceiling, "reward models": models, "runs": done,
+        "at equal KL": at_levels(reference, ceiling, done),
+    }  # fmt: skip
+
+
+def at_levels(reference: dict, ceiling: list[dict], done: list[dict]) -> dict:
+    """The reward of every method and seed at each of LEVELS: between where its betas ended, or along its training."""
     start, rows = {"kl": 0.0, "reward": reference["reward"]}, []
     for method, level in product(METHODS, LEVELS):
         rewards = []
-        for seed in settings.seeds:
+        for seed in sorted({run["seed"] for run in done}):
             mine = [run for run in done if run["method"] == method and run["seed"] == seed]
             points = [run["points"][-1] for run in mine] if method in OF_BETA else mine[0]["points"]
             rewards += at_equal_kl([start, *points], [level])
         rows.append({"method": method, "kl": level, "rewards": rewards})
-    return {
-        "reference": reference, "ceiling": ceiling, "reward models": models, "runs": done,
-        "at equal KL": {"levels": LEVELS, "rows": rows, "ceiling": at_equal_kl([start, *ceiling], LEVELS)},
-    }  # fmt: skip
+    return {"levels": LEVELS, "rows": rows, "ceiling": at_equal_kl([start, *ceiling], LEVELS)}
 
 
-CANDIDATES = {  # those of a method take about the same time
-    DPO: [{"rate": rate} for rate in (3e-4, 1e-3, 3e-3, 8e-3)],
-    RL: [
-        {"rate": rate, "epochs": epochs, "steps": {1: 90, 2: 60, 4: 36}[epochs]}
-        for rate, epochs in [(3e-4, 2), *product((1e-3, 3e-3), (1, 2, 4)), (8e-3, 2)]
+CANDIDATES = {  # as many of each method
+    DPO: [
+        {"rate": rate, "steps": steps}
+        for rate, steps in [*product((3e-4, 1e-3, 3e-3, 8e-3), (128, 256)), (5e-4, 256), (3e-4, 512)]
+    ],
+    RL: [  # of about the same time
+        {"rate": rate, "epochs": epochs, "steps": {1: 120, 2: 80, 4: 48}[epochs]}
+        for rate, epochs in [(3e-4, 2), *product((1e-3, 3e-3), (1, 2, 4)), (8e-3, 2), (3e-4, 1), (5e-4, 1)]
     ],
 }
+REWARD_MODELS = [(("rate", rate),) for rate in (3e-4, 1e-3, 3e-3, 8e-3)]
 
 
 def sweep(settings: Settings, jobs: Jobs, folder: Path) -> dict:
     """Every candidate's reward - beta * KL, true reward and all, for two betas."""
-    reference, _, models = prepare(settings, jobs, folder, (TUNING_SEED,))
-    betas = (settings.betas[1], settings.betas[-1])
+    reference, models = prepare(settings, jobs, folder, (TUNING_SEED,))
     runs = [
         stages.Run(method, beta, TUNING_SEED, tuple(candidate.items()))
         for method in (RL, DPO)
         for candidate in CANDIDATES[method]
-        for beta in betas
+        for beta in TUNING_BETAS
     ]
     done = jobs.run("candidates", [(stages.train, settings, folder, run) for run in runs])
     for run in done:
         end = run["points"][-1]
         run["objective"] = end["reward"] - run["beta"] * end["kl"]
-    return {"reference": reference, "reward models": models, "runs": done}
+    calls = [(stages.compare, settings, folder, TUNING_SEED, changes) for changes in REWARD_MODELS]
+    return {"reference": reference, "reward models": models + jobs.run("reward models", calls), "runs": done}
 
 
 def show(record: dict, console) -> None:
@@ -135,7 +144,7 @@ def show(record: dict, console) -> None:
         for run in record["runs"]:
             end, changes = run["points"][-1], ", ".join(f"{k} {v:g}" for k, v in run["changes"].items())
             figures = (end["reward"], end["kl"], run["objective"])
-            cells = (f"{run['beta']:g}", *(f"{x:.3f}" for x in figures), f"{run['seconds']:.0f}")
+            cells = (f"{run['beta']:g}", *(f"{x:.3f}" for x in figures), f"{run['cpu seconds']:.0f}")
             table.add_row(run["method"], changes, *cells)
         console.print(table)
         return
@@ -171,11 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, Jobs(args.workers, console) as jobs:
         made = (sweep if args.sweep else frontier)(settings, jobs, Path(folder))
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, sum(os.times()[:4])  # its own and its processes', in user and system
     env = {**environment(), "threads": args.workers}  # a process of one thread each
     record = {
-        "title": "Reward against KL",
-        "notes": {**asdict(settings), "seconds": seconds},
+        "title": "Reward against KL" + ": candidates of the settings" * args.sweep,
+        "notes": {**asdict(settings), "seconds": seconds, "cpu seconds": cpu},
         "environment": env,
         **made,
     }
@@ -186,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         from .plot import draw
 
         draw(record, args.output / "frontier.png")
-    console.print(f"{args.output}/{name}.*   {seconds:.0f} s in all", soft_wrap=True)
+    console.print(f"{args.output}/{name}.*   {seconds:.0f} s in all, {cpu:.0f} s of a processor", soft_wrap=True)
     return 0
 
 

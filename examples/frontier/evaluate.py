@@ -33,13 +33,7 @@ def stand(policy: LanguageModel, reference: LanguageModel, task: Task, prompts: 
 
 @torch.no_grad()
 def ceiling(
-    reference: LanguageModel,
-    task: Task,
-    prompts: Tensor,
-    samples: int,
-    betas: list[float],
-    seed: int,
-    trusted: int = 64,
+    reference: LanguageModel, task: Task, prompts: Tensor, samples: int, betas: list[float], seed: int
 ) -> list[dict[str, float]]:
     """The frontier that no policy can pass: reference * exp(reward / beta), by weighing samples of the reference.
 
@@ -48,7 +42,7 @@ def ceiling(
     """
     g = torch.Generator().manual_seed(seed)
     rewards = []
-    for prompt in prompts.split(4):
+    for prompt in prompts.split(1):
         rewards.append(task.reward(reference.sample(prompt.repeat_interleave(samples, 0), LENGTH, g)).view(-1, samples))
     reward, found = torch.cat(rewards).double(), []
     for beta in betas:
@@ -64,7 +58,11 @@ def ceiling(
 
 
 def at_equal_kl(points: list[dict], levels: list[float]) -> list[float | None]:
-    """Reward on the straight lines through points of one method, in order of their KL; None beyond the last."""
+    """Reward between the points of one method, in order of their KL; None beyond the last.
+
+    It is straight in the root of KL: near the reference the best gain is. Lines straight in KL would lie below a
+    frontier, and the further the rarer its points.
+    """
     points, found = sorted(points, key=lambda point: point["kl"]), []
     for level in levels:
         above = next((i for i, point in enumerate(points) if point["kl"] >= level), None)
@@ -72,6 +70,6 @@ def at_equal_kl(points: list[dict], levels: list[float]) -> list[float | None]:
             found.append(points[0]["reward"] if above == 0 and points[0]["kl"] == level else None)
             continue
         low, high = points[above - 1], points[above]
-        part = (level - low["kl"]) / (high["kl"] - low["kl"])
+        part = (level**0.5 - low["kl"] ** 0.5) / (high["kl"] ** 0.5 - low["kl"] ** 0.5)
         found.append(low["reward"] + part * (high["reward"] - low["reward"]))
     return found

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from statistics import fmean, stdev
 
+from .evaluate import at_equal_kl
 from .settings import DPO, METHODS, RL, RL_TRUE, SFT
 
 LOOKS = {  # color, marker
@@ -45,6 +46,7 @@ def draw(record: dict, output: Path) -> None:
     best, start = record["ceiling"], record["reference"]["reward"]
     line = [(0.0, start), *sorted((point["kl"], point["reward"]) for point in best)]
     axis.plot(*zip(*line), color="black", lw=1.2, ls="--", label="best possible at this KL")
+    edge, beyond = 1.1 * max(record["at equal KL"]["levels"]), 0
     for method in METHODS:
         runs = [run for run in record["runs"] if run["method"] == method]
         color, marker = LOOKS[method]
@@ -55,13 +57,20 @@ def draw(record: dict, output: Path) -> None:
             for points in ends(runs).values()
         )
         kl, reward = [mean[0] for mean in means], [mean[1] for mean in means]
+        beyond += sum(mean > edge for mean in kl)
+        between = [kl[0] + (kl[-1] - kl[0]) * i / 400 for i in range(401)]
+        curve = at_equal_kl([{"kl": x, "reward": y} for x, y in zip(kl, reward)], between[1:-1])
+        axis.plot(between[1:-1], curve, color=color, lw=1.4)
         axis.errorbar(
             kl, reward, [spread([p["reward"] for p in points]) for *_, points in means],
             [spread([p["kl"] for p in points]) for *_, points in means],
-            color=color, marker=marker, ms=6, lw=1.4, elinewidth=1, capsize=2, label=NAMES[method],
+            color=color, marker=marker, ms=6, ls="", elinewidth=1, capsize=2, label=NAMES[method],
         )  # fmt: skip
     axis.plot([0], [start], "*", color="black", ms=11, label="reference (SFT)", ls="")
-    axis.set(xlabel="KL(policy || reference) of a completion, nats", ylabel="true reward")
+    seen = [p["reward"] for run in record["runs"] for p in run["points"] if p["kl"] <= edge] + [y for _, y in line]
+    room = 0.06 * (max(seen) - min(seen))
+    axis.set(xlim=(-0.03 * edge, edge), ylim=(min(seen) - room, max(seen) + room), ylabel="true reward")
+    axis.set_xlabel("KL(policy || reference) of a completion, nats" + f"; {beyond} ends lie beyond" * (beyond > 0))
     axis.legend(fontsize=8, loc="lower right")
     axis.grid(alpha=0.3)
     seeds = len({run["seed"] for run in record["runs"]})
@@ -87,7 +96,8 @@ def draw(record: dict, output: Path) -> None:
     gaps.minorticks_off()
     gaps.grid(alpha=0.3)
     env = record["environment"]
-    footer = f"{env['cpu']}, {env['threads']} processes of one thread, torch {env['versions']['torch']}, {env['date']}"
+    processes = "one process" if env["threads"] == 1 else f"{env['threads']} processes"
+    footer = f"{env['cpu']}, {processes} of one thread, torch {env['versions']['torch']}, {env['date']}"
     figure.text(0.5, 0.005, footer, ha="center", fontsize=7, color="gray")
     figure.tight_layout(rect=(0, 0.03, 1, 1))
     drawn = io.BytesIO()

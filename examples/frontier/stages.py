@@ -44,33 +44,38 @@ def test_prompts(task: Task, count: int) -> torch.Tensor:
 
 
 def train_reference(settings: Settings, folder: Path) -> dict:
-    start = time.perf_counter()
+    start = time.process_time()
     task = Task()
     model, losses = methods.supervised(task, **settings.reference)
     torch.save(model.state_dict(), folder / "reference.pt")
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     stands = evaluate.stand(model, model, task, test_prompts(task, settings.prompts), TEST)
     parameters = sum(p.numel() for p in model.parameters())
-    return {"loss": sum(losses[-20:]) / len(losses[-20:]), "parameters": parameters, "seconds": seconds, **stands}
+    return {"loss": sum(losses[-20:]) / len(losses[-20:]), "parameters": parameters, "cpu seconds": seconds, **stands}
 
 
-def compare(settings: Settings, folder: Path, seed: int) -> dict:
-    """One seed's preferences, between two samples of the reference each, and the reward model learned from them."""
+def compare(settings: Settings, folder: Path, seed: int, changes: tuple[tuple[str, float], ...] = ()) -> dict:
+    """One seed's preferences, between two samples of the reference each, and the reward model learned from them.
+
+    Both are kept for `train`, but for a candidate: one with `changes` to the reward model's settings.
+    """
     task, reference, g = Task(), load_reference(folder), torch.Generator().manual_seed(seed)
     count = settings.pairs + settings.held_out
     prompts = task.prompts(count, g)
     pairs = preferences(task, *(reference.sample(prompts, LENGTH, g) for _ in range(2)), g)
     train, held_out = pairs.split(settings.held_out)
-    start = time.perf_counter()
-    model, best = methods.reward_model(reference, train, held_out, **settings.reward_model, seed=seed)
-    torch.save(
-        {"chosen": train.chosen, "rejected": train.rejected, "scores": model.state_dict()}, folder / f"{seed}.pt"
-    )
+    start = time.process_time()
+    options = {**settings.reward_model, **dict(changes), "seed": seed}
+    model, best = methods.reward_model(reference, train, held_out, **options)
+    if not changes:
+        kept = {"chosen": train.chosen, "rejected": train.rejected, "scores": model.state_dict()}
+        torch.save(kept, folder / f"{seed}.pt")
     rewards = task.reward(pairs.chosen), task.reward(pairs.rejected)
     agree = (rewards[0] > rewards[1]).float().mean().item()
     spread = torch.cat(rewards).std().item()
-    seconds = time.perf_counter() - start
-    return {"seed": seed, **best, "chosen is better": agree, "reward's deviation": spread, "seconds": seconds}
+    seconds = time.process_time() - start
+    record = {"seed": seed, **best, "chosen is better": agree, "reward's deviation": spread, "cpu seconds": seconds}
+    return record | ({"changes": dict(changes)} if changes else {})
 
 
 def ceiling(settings: Settings, folder: Path) -> list[dict[str, float]]:
@@ -87,16 +92,16 @@ def train(settings: Settings, folder: Path, run: Run) -> dict:
     pairs = Preferences(kept["chosen"], kept["rejected"])
     options = {**settings.of(run.method), **dict(run.changes), "seed": run.seed}
     prompts, points, looking = test_prompts(task, settings.prompts), [], 0.0
-    every = max(1, options["steps"] // settings.looks)
+    every = -(-options["steps"] // settings.looks)
 
     def watch(step: int, policy: LanguageModel) -> None:
         nonlocal looking
         if step % every == 0 or step == options["steps"]:
-            start = time.perf_counter()
+            start = time.process_time()
             points.append({"step": step, **evaluate.stand(policy, reference, task, prompts, TEST)})
-            looking += time.perf_counter() - start
+            looking += time.process_time() - start
 
-    start = time.perf_counter()
+    start = time.process_time()
     if run.method == SFT:
         methods.on_preferences(reference, pairs, fastdpo.LinearDPOLoss(loss_type="sft"), **options, watch=watch)
     elif run.method == DPO:
@@ -108,6 +113,6 @@ def train(settings: Settings, folder: Path, run: Run) -> dict:
             scores.load_state_dict(kept["scores"])
             reward = scores.requires_grad_(False).eval()
         methods.reinforced(reference, reward, task.prompts, beta=run.beta, **options, watch=watch)
-    seconds = time.perf_counter() - start - looking
-    record = {"method": run.method, "beta": run.beta, "seed": run.seed, "seconds": seconds, "points": points}
+    seconds = time.process_time() - start - looking
+    record = {"method": run.method, "beta": run.beta, "seed": run.seed, "cpu seconds": seconds, "points": points}
     return record | ({"changes": dict(run.changes)} if run.changes else {})

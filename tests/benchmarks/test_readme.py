@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -30,7 +31,8 @@ def test_every_result_has_its_table_and_every_link_its_file():
             assert (document.parent / link).exists(), link
     for source in SOURCES.values():
         for file in source.files:
-            assert (ROOT / f"{COMMANDS[file].split()[0].replace('.', '/')}.py").exists(), file
+            module = ROOT / COMMANDS[file].split()[0].replace(".", "/")
+            assert module.with_suffix(".py").exists() or (module / "__main__.py").exists(), file
 
 
 def test_figures_in_the_text_are_those_of_the_results():
@@ -50,11 +52,28 @@ def test_figures_in_the_text_are_those_of_the_results():
         values = [run[key] for run in runs if run["path"] == path]
         return sum(values) / len(values)
 
+    frontier = record("cpu-frontier")
+    at_kl = {(row["method"], row["kl"]): row["rewards"] for row in frontier["at equal KL"]["rows"]}
+    gaps = [
+        fmean(rewards) - fmean(at_kl["RL, learned reward", kl])
+        for (method, kl), rewards in at_kl.items()
+        if method == "DPO" and None not in rewards
+    ]
+    assert len(gaps) == 5  # up to 3 nats
+    of_cpu = {
+        method: fmean(run["cpu seconds"] for run in frontier["runs"] if run["method"] == method)
+        for method in ("DPO", "RL, learned reward")
+    }
+
     verdicts = {"wrong": 0, **matrix["counts"]}
     figures = {
         "docs/trainers.md": [
             f"of {len(matrix['rows'])} classes {verdicts['exact']} are exact, {verdicts['refused']} is refused, "
             f"none wrong; {verdicts['not built']} could not be built tiny",
+        ],
+        "examples/frontier/README.md": [
+            f"the means differ by at most {max(map(abs, gaps)):.2f}",
+            f"{of_cpu['DPO']:.0f} s of a core a policy, RL {of_cpu['RL, learned reward']:.0f} s",
         ],
         "README.md": [
             f"for about {moved['ordered'] / moved['atomics']:.1f} times the traffic",
@@ -118,6 +137,30 @@ def test_the_best_peer_of_each_column_is_bold():
     assert "| 3.00 | **7** | not measured |" in lines["Liger `LigerFusedLinearDPOLoss`"]
     assert lines['fastdpo, `backward="exact"`'].count("**2.5e-1**") == 5
     assert "not measured: needs a GPU" in lines["Cut Cross-Entropy's kernels"]
+
+
+def test_reward_at_equal_kl_is_shown_where_every_seed_came_so_far():
+    from benchmarks.report.frontier import frontier
+
+    rewards = {
+        ("DPO", 1): [2.0, 4.0], ("RL, learned reward", 1): [3.0, 3.5], ("RL, true reward", 1): [9.0, 9.0],
+        ("DPO", 2): [5.0, 6.0], ("RL, learned reward", 2): [7.0, None], ("RL, true reward", 2): [None, None],
+    }  # fmt: skip
+    rows = [{"method": method, "kl": kl, "rewards": found} for (method, kl), found in rewards.items()]
+    end = [{"reward": 4.0, "kl": 2.0}]
+    record = {
+        "at equal KL": {"levels": [1, 2], "rows": rows, "ceiling": [10.0, None]},
+        "notes": {"betas": [0.5], "cpu seconds": 90},
+        "runs": [{"method": "DPO", "beta": 0.5, "seed": seed, "points": end} for seed in (0, 1)],
+        "reference": {"reward": 1.0},
+        "reward models": [{"accuracy": 0.7, "chosen is better": 0.8}] * 2,
+    }
+    lines = frontier(record)
+    assert "| DPO | 3.00 ± 1.41 | 5.50 ± 0.71 |" in lines
+    assert "| RL, learned reward | 3.25 ± 0.35 |  |" in lines
+    assert "| RL, true reward | 9.00 ± 0.00 |  |" in lines and "| the best possible | 10.00 |  |" in lines
+    assert "| 0.5 | DPO | 4.00 ± 0.00 | 2.00 ± 0.00 | 3.00 ± 0.00 |" in lines
+    assert "2 seeds" in lines[-1] and "1.5 minutes of one core" in lines[-1]
 
 
 def test_a_missing_result_is_said_to_be_missing(tmp_path):
