@@ -191,15 +191,17 @@ inline bool fits_a_library(int64_t stride, int64_t num_rows, int64_t num_cols) {
 }
 
 // How factors are multiplied: both in fp32 and by csrc, in bf16 and by csrc, or by a library in bf16, rows of lists alone.
+// What csrc adds to gradients it does not round: its units are twice as fast, a library's six times.
 enum class Product : int { kFloat32 = 0, kBf16 = 1, kBf16Library = 2 };
 
-// `fits`: a library can be told of the factors' rows.
+// `fits`: a library can be told of the factors' rows. `adds`: to gradients.
 template <class In>
-void product_field(In& in, Product& product, const BlockTile& tile, const Factor& factor, bool fits) {
+void product_field(In& in, Product& product, const BlockTile& tile, const Factor& factor, bool fits, bool adds) {
   int id = 0;
   in.kind("product", id, 3);
   product = static_cast<Product>(id);
   in.require(product == Product::kFloat32 || factor.rounded == DType::kBFloat16, "a product in bf16 is of factors rounded to it");
+  in.require(product != Product::kBf16 || !adds, "csrc adds to gradients in fp32");
   fits = fits && factor.dtype == DType::kBFloat16 && tile.blocks && fits_a_library(tile.stride, tile.num_rows, kBlock);
   in.require(product != Product::kBf16Library || fits, "a library's product is of lists and of bf16");
 }
@@ -234,7 +236,7 @@ struct ProductsArgs {
     in.type_id("rounded", weight.rounded);
     hidden.rounded = weight.rounded;
     const bool fits = hidden.dtype == weight.dtype && fits_a_library(weight.stride, num_rows, weight.num_cols);
-    product_field(in, product, tile, weight, fits);
+    product_field(in, product, tile, weight, fits, false);
   }
 };
 
@@ -261,7 +263,7 @@ struct AddToTokensArgs {
     in.numbers(NAMED(num_threads));
     tile.require_tokens(in, {out_first, out_first + num_tokens}, "tokens must have rows in out");
     in.type_id("rounded", factor.rounded);
-    product_field(in, product, tile, factor, fits_a_library(factor.stride, num_rows, factor.num_cols));
+    product_field(in, product, tile, factor, fits_a_library(factor.stride, num_rows, factor.num_cols), true);
   }
 };
 
@@ -294,7 +296,7 @@ struct AddToColumnsArgs {
     in.optional(tile.vocab_size, NAMED(bias));
     in.numbers(NAMED(fresh, num_threads));
     in.type_id("rounded", factor.rounded);
-    product_field(in, product, tile, factor, true);
+    product_field(in, product, tile, factor, true, true);
   }
 };
 

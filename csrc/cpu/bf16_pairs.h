@@ -69,7 +69,7 @@ void bf16_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Work
   const TileRows rows = a.tile.part(j, 1);
   const int64_t width = std::min(kBf16Columns, a.factor.num_cols - col);
   if (rows.count == 0 || !a.out) {  // nothing to multiply
-    for (int64_t i = 0; i < width; i += kBlock) add_to_columns<1>(a, j, col + i, ws);
+    for (int64_t i = 0; i < width; i += kBlock) add_to_columns(a, j, col + i, ws);
     return;
   }
   const int64_t first = (rows.column - a.out_first) * a.out_stride + col;
@@ -101,12 +101,10 @@ void any_products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, 
   by[static_cast<int>(a.product)](a, j, begin, end, ws);
 }
 void any_add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
-  constexpr decltype(&bf16_add_to_tokens) by[] = {add_to_tokens<1>, add_to_tokens<2>, bf16_add_to_tokens};
-  by[static_cast<int>(a.product)](a, col, begin, end, ws);
+  (a.product == Product::kBf16Library ? bf16_add_to_tokens : add_to_tokens)(a, col, begin, end, ws);
 }
 void any_add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace& ws) {
-  constexpr decltype(&bf16_add_to_columns) by[] = {add_to_columns<1>, add_to_columns<2>, bf16_add_to_columns};
-  by[static_cast<int>(a.product)](a, j, col, ws);
+  (a.product == Product::kBf16Library ? bf16_add_to_columns : add_to_columns)(a, j, col, ws);
 }
 
 }  // namespace

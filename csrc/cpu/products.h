@@ -129,37 +129,11 @@ void pack_rows_as(RowAt row_at, int64_t depth, int64_t count, float* panels) {
   }
 }
 
-// Slots of two rows, one after the other.
-template <class T, class RowAt>
-void pack_pairs_of_rows(RowAt row_at, int64_t terms, int64_t count, float* panels) {
-  const int64_t whole = count / kPanel * kPanel, depth = slots_of<2>(terms);
-  const T none[kPanel] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    const T* rows[2] = {};
-    for (int64_t i = 0; i < 2; ++i) {
-      if (2 * k + i + kAhead < terms) prefetch(row_at(2 * k + i + kAhead), count * sizeof(T));
-      if (2 * k + i < terms) rows[i] = reinterpret_cast<const T*>(row_at(2 * k + i));
-    }
-    float* out = panels + k * kPanel;
-    for (int64_t col = 0; col < whole; col += kPanel, out += depth * kPanel)
-      for (int64_t i = 0; i < kPanel; i += kLanes) {
-        const BitVec second = upper_halves(rows[1] ? rows[1] + col + i : none);
-        store(out + i, floats_of(upper_halves(rows[0] + col + i) >> 16 | second));
-      }
-    for (int64_t i = 0; whole < count && i < kPanel; ++i) {
-      const bool inside = whole + i < count;
-      const uint32_t pair = pair_of(inside ? rows[0][whole + i] : T{}, inside && rows[1] ? rows[1][whole + i] : T{});
-      std::memcpy(out + i, &pair, sizeof pair);
-    }
-  }
-}
-
-// Rows of `count` columns, of which the k-th lies at `row_at(k)` -> panels [ceil(count / kPanel)][slots][kPanel].
-template <int kTerms, class RowAt>
+// Rows of `count` columns, of which the k-th lies at `row_at(k)` -> panels [ceil(count / kPanel)][depth][kPanel].
+template <class RowAt>
 void pack_rows(const Factor& factor, RowAt row_at, int64_t depth, int64_t count, float* panels) {
   by_type(factor.dtype, [&](auto x) {
     using T = decltype(x);
-    if constexpr (kTerms == 2) return pack_pairs_of_rows<T>(row_at, depth, count, panels);
     if (factor.rounded == factor.dtype || factor.rounded == DType::kFloat32)
       return pack_rows_as<DType::kFloat32, T>(row_at, depth, count, panels);
     if (factor.rounded == DType::kBFloat16) return pack_rows_as<DType::kBFloat16, T>(row_at, depth, count, panels);
@@ -213,7 +187,6 @@ void products(const ProductsArgs& a, int64_t j, int64_t begin, int64_t end, Work
 }
 
 // Columns [col, col + kBlock) of what tokens [begin, end) get from every block.
-template <int kTerms>
 void add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t end, Workspace& ws) {
   const int64_t width = std::min(kBlock, a.factor.num_cols - col);
   for (int64_t j = 0; j < a.tile.parts(kTogether); ++j) {
@@ -225,20 +198,18 @@ void add_to_tokens(const AddToTokensArgs& a, int64_t col, int64_t begin, int64_t
     }
     if (row >= last) continue;
     const int64_t depth = rows.width;
-    pack_rows<kTerms>(a.factor, [&](int64_t k) { return a.factor.at(rows.column + k, col); }, depth, width, ws.panels);
+    pack_rows(a.factor, [&](int64_t k) { return a.factor.at(rows.column + k, col); }, depth, width, ws.panels);
     while (row < last) {
       float* out[kStrip];
       int64_t size = 0;
       for (; row < last && size < kStrip; ++row) {
         if (a.row_weight && a.row_weight[rows.offset + row] == 0.0f) continue;
-        float *slots = ws.strip + size * kStripStride, *dz = rows.data + row * a.tile.stride;
-        if (kTerms == 1) convert_as<DType::kFloat32>(slots, dz, depth);
-        else pair_up(slots, dz, depth);
+        convert_as<DType::kFloat32>(ws.strip + size * kStripStride, rows.data + row * a.tile.stride, depth);
         out[size++] = a.out + (rows.token(row) - a.out_first) * a.out_stride + col;
       }
       for (int64_t next = row; next < std::min(last, row + kStrip); ++next)
         prefetch(rows.data + next * a.tile.stride, depth * sizeof(float));
-      if (size > 0) multiply_strip<false, kTerms>(size, ws.strip, ws.panels, depth, out, width, true);
+      if (size > 0) multiply_strip<false, 1>(size, ws.strip, ws.panels, depth, out, width, true);
     }
   }
 }
@@ -248,42 +219,28 @@ inline void add_rounded(T* to, const float* from, int64_t count, bool fresh) {
   for (int64_t i = 0; i < count; ++i) from_float(fresh ? from[i] : to_float(to[i]) + from[i], to + i);
 }
 
-// [terms, count columns of dz] -> strips of kStrip columns, each [slots][kStrip], kAcrossStride apart.
+// [depth, count columns of dz] -> strips of kStrip columns, each [depth][kStrip], kAcrossStride apart.
 constexpr int64_t kAcrossStride = kDepth * kStrip + 16;
-template <int kTerms>
-inline void pack_strips(const float* dz, int64_t stride, int64_t terms, int64_t count, float* strips) {
+inline void pack_strips(const float* dz, int64_t stride, int64_t depth, int64_t count, float* strips) {
   constexpr int64_t kVectors = (kStrip + kLanes - 1) / kLanes;
-  static constexpr float none[kBlock] = {};
-  const int64_t depth = slots_of<kTerms>(terms);
-  for (int64_t k = 0; k < depth; ++k, dz += stride * kTerms) {
-    const float* second = kTerms * k + 1 < terms ? dz + stride : none;
-    for (int64_t i = 0; i < kTerms; ++i)
-      if (kTerms * k + i + kAhead < terms) prefetch(dz + (i + kAhead) * stride, count * sizeof(float));
+  for (int64_t k = 0; k < depth; ++k, dz += stride) {
+    if (k + kAhead < depth) prefetch(dz + kAhead * stride, count * sizeof(float));
     float* out = strips + k * kStrip;
     int64_t i = 0;
     for (; i + kVectors * kLanes <= count; i += kStrip, out += kAcrossStride)  // the next row writes over what is too much
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const int64_t at = i + v * kLanes;
-        if (kTerms == 1) store(out + v * kLanes, load(dz + at));
-        else store(out + v * kLanes, floats_of(upper_halves(dz + at) >> 16 | (upper_halves(second + at) & 0xffff0000u)));
-      }
+      for (int64_t v = 0; v < kVectors; ++v) store(out + v * kLanes, load(dz + i + v * kLanes));
     for (; i < count; i += kStrip, out += kAcrossStride)
-      for (int64_t r = 0; r < kStrip && i + r < count; ++r) {
-        const uint32_t pair = pair_of(dz[i + r], second[i + r]);
-        if (kTerms == 1) out[r] = dz[i + r];
-        else std::memcpy(out + r, &pair, sizeof pair);
-      }
+      for (int64_t r = 0; r < kStrip && i + r < count; ++r) out[r] = dz[i + r];
   }
 }
 
 // Columns [col, col + kBlock) of what the rows of part j get from all its tokens.
-template <int kTerms>
 void add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace& ws) {
   constexpr int64_t kStride = kBlock + 16;
   const TileRows rows = a.tile.part(j, kTogether);
   const int64_t width = a.out ? std::min(kBlock, a.factor.num_cols - col) : 0;
   // One look at the sums is one at `out`, where that takes fp32; of several all but the last are at a copy.
-  const bool direct = a.out_type == DType::kFloat32 && rows.count <= kDepth * kTerms, sums = a.bias && col == 0;
+  const bool direct = a.out_type == DType::kFloat32 && rows.count <= kDepth, sums = a.bias && col == 0;
   const auto out_row = [&](int64_t i) { return (rows.column - a.out_first + i) * a.out_stride + col; };
   if (rows.count == 0) {
     if (a.fresh && width > 0) {
@@ -292,20 +249,20 @@ void add_to_columns(const AddToColumnsArgs& a, int64_t j, int64_t col, Workspace
     }
     return;
   }
-  for (int64_t start = 0; start < rows.count; start += kDepth * kTerms) {
-    const int64_t depth = std::min(kDepth * kTerms, rows.count - start);
+  for (int64_t start = 0; start < rows.count; start += kDepth) {
+    const int64_t depth = std::min(kDepth, rows.count - start);
     const float* dz = rows.data + start * a.tile.stride;
-    pack_rows<kTerms>(a.factor, [&](int64_t k) { return a.factor.of(rows.token(start + k), col); }, depth, width, ws.panels);
+    pack_rows(a.factor, [&](int64_t k) { return a.factor.of(rows.token(start + k), col); }, depth, width, ws.panels);
     for (int64_t block = 0; block < rows.width; block += kBlock) {
       const int64_t count = std::min(kBlock, rows.width - block);
-      if (width > 0) pack_strips<kTerms>(dz + block, a.tile.stride, depth, count, ws.dz);
+      if (width > 0) pack_strips(dz + block, a.tile.stride, depth, count, ws.dz);
       const float* strip = ws.dz;
       for (int64_t i = 0; width > 0 && i < count; i += kStrip, strip += kAcrossStride) {
         const int64_t size = std::min<int64_t>(kStrip, count - i);
         float* out[kStrip];
         for (int64_t r = 0; r < size; ++r)
           out[r] = direct ? static_cast<float*>(a.out) + out_row(block + i + r) : ws.sums + (block + i + r) * kStride;
-        multiply_strip<true, kTerms>(size, strip, ws.panels, depth, out, width, start > 0 || (direct && !a.fresh));
+        multiply_strip<true, 1>(size, strip, ws.panels, depth, out, width, start > 0 || (direct && !a.fresh));
       }
       if (!sums) continue;
       float sum[kBlock] = {};

@@ -168,8 +168,7 @@ class _TokenSums:
             if self.dhidden is not None:
                 self._add(self.dlow_rank, self.dhidden, None, factor=ops.lora_a, rounded=0)
             if grads.lora_a is not None:
-                factor = ops.hidden_factor(self.dlow_rank) | {"product": FLOAT32}
-                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **factor)
+                _add_to_columns(ops, self.dlow_rank, grads.lora_a, **ops.hidden_factor(self.dlow_rank))
         if self.dhidden is not None:
             rows = slice(self.start, self.stop) if ops.tokens.rows is None else ops.tokens.rows[self.start : self.stop]
             grads.hidden[rows] = self.dhidden.to(grads.hidden.dtype)

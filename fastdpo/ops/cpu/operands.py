@@ -140,12 +140,11 @@ class Operands:
         return self._factor(self.head.weight, tile)
 
     def _factor(self, factor: Tensor, tile: Tile) -> dict:
-        return {"factor": factor, "rounded": self.rounded, "product": self._product(tile)}
+        return {"factor": factor, "rounded": self.rounded, "product": self._product(tile, FLOAT32)}
 
-    def _product(self, tile: Tile) -> int:
-        if self.pairs_in_bf16 and tile.blocks is not None:
-            return BF16_LIBRARY
-        return BF16 if self.own_bf16 else FLOAT32
+    def _product(self, tile: Tile, own: int) -> int:
+        """By a library in bf16 if it can, otherwise `own`."""
+        return BF16_LIBRARY if self.pairs_in_bf16 and tile.blocks is not None else own
 
     def low_rank(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, r] what lora_b is multiplied with, of the tokens from `start` on."""
@@ -172,7 +171,7 @@ class Operands:
             hidden=self.head.hidden,
             source_rows=self.tokens.source_rows,
             rounded=self.rounded,
-            product=self._product(tile),
+            product=self._product(tile, BF16 if self.own_bf16 else FLOAT32),
             low_rank=low_rank,
             low_rank_first=low_rank_first,
             lora_b=None if low_rank is None else self.lora_b,

@@ -132,6 +132,7 @@ Results run(const Problem& p, int threads, Product product) {
   listed.tile = {data.data(), kBlock, pairs, kBlock, 0, p.blocks, 0, p.vocab_size, blocks.data(), offsets.data(),
                  out.listed.data()};
   listed.product = product;
+  const Product adding = product == Product::kBf16 ? Product::kFloat32 : product;
   products(listed);
   out.routed_ref = data;
   RoutedDivergenceGradArgs of_both = {};
@@ -157,12 +158,12 @@ Results run(const Problem& p, int threads, Product product) {
   AddToTokensArgs to_tokens = {};
   to_tokens.tile = listed.tile, to_tokens.tile.data = dz_hidden.data(), to_tokens.row_weight = of_hidden.data();
   to_tokens.factor = dense.weight, to_tokens.out = out.dhidden.data(), to_tokens.out_stride = p.size;
-  to_tokens.num_tokens = n, to_tokens.product = product, to_tokens.num_threads = threads;
+  to_tokens.num_tokens = n, to_tokens.product = adding, to_tokens.num_threads = threads;
   add_to_tokens(to_tokens);
   AddToColumnsArgs to_columns = {};
   to_columns.tile = listed.tile, to_columns.factor = dense.hidden, to_columns.out = out.dweight.data();
   to_columns.out_stride = p.size, to_columns.out_type = DType::kFloat32, to_columns.bias = out.dbias.data();
-  to_columns.fresh = true, to_columns.product = product, to_columns.num_threads = threads;
+  to_columns.fresh = true, to_columns.product = adding, to_columns.num_threads = threads;
   add_to_columns(to_columns);
 
   out.divergences.resize(n * p.blocks * kBlockDivergenceSize);
