@@ -276,6 +276,7 @@ class Source:
 
 COMMANDS = {  # result file -> what made it
     "2026-11-cpu-step.json": "benchmarks.cpu.step --head head.safetensors",
+    "2026-11-cpu-step-bf16.json": "benchmarks.cpu.step --head head.safetensors --dtype bfloat16",
     "2026-11-cpu-sweep.json": "benchmarks.cpu.sweep --longest 100` and, of fastdpo alone, `--memory-again",
     "2026-11-cpu-fits.json": "benchmarks.cpu.memory --fits 2 4 --vocab 131072 --hidden-size 256",
     "2026-11-context-model.json": "tools.context",
@@ -285,6 +286,7 @@ COMMANDS = {  # result file -> what made it
     "2026-11-cpu-memory.json": "benchmarks.cpu.memory --frozen",
     "2026-11-cpu-accuracy.json": "benchmarks.cpu.accuracy --head head.safetensors",
     "2026-11-cpu-batches.json": "benchmarks.cpu.batches --head head.safetensors",
+    "2026-11-cpu-batches-bf16.json": "benchmarks.cpu.batches --head head.safetensors --dtype bfloat16",
     "2026-11-cpu-divergence.json": "benchmarks.cpu.divergence --head head.safetensors",
     "2026-11-training.json": "benchmarks.models.training",
     "2026-11-cpu-frontier.json": "examples.frontier",
@@ -304,7 +306,9 @@ SOURCES = {
         ("2026-11-cpu-step.json", "2026-11-cpu-sweep.json", "2026-11-cpu-fits.json", "2026-11-cpu-accuracy.json"),
     ),
     "step": Source(step, ("2026-11-cpu-step.json",)),
+    "step-bf16": Source(step, ("2026-11-cpu-step-bf16.json",)),
     "batches": Source(batches, ("2026-11-cpu-batches.json",)),
+    "batches-bf16": Source(batches, ("2026-11-cpu-batches-bf16.json",)),
     **{
         f"sweep-{axis}": Source(partial(sweep, axis=axis, title=title), ("2026-11-cpu-sweep.json",))
         for axis, title in AXES.items()

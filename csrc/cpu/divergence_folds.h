@@ -147,7 +147,7 @@ inline BlockGrad divergence_grad_block(const GradArgs& a, const DivergenceTerms&
   const Vec lse = splat(a.lse[token]), ref_lse = splat(t.ref_lse[token]);
   Vec mass{}, ref_mass{}, square{};
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const Vec log_p = load(z + i) - lse, log_r = load(w + i) - ref_lse;
+    const Vec log_p = min(load(z + i) - lse, Vec{}), log_r = min(load(w + i) - ref_lse, Vec{});
     const Vec p = exp(log_p), r = exp(log_r);
     Vec d;
     mass += p;

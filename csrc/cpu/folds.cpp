@@ -117,7 +117,8 @@ inline float grad_block(const GradArgs& a, int64_t row, int64_t token, int64_t c
   const bool has_label = label >= 0 && label < cols;
   Vec mass{};
   for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const Vec logp = load(z + i) - lse;
+    // At most 0, though the forward's logits may have been another product's, whose last bits are many nats at 1e12.
+    const Vec logp = min(load(z + i) - lse, Vec{});
     const Vec p = exp(logp);
     mass += p;
     const Vec g = a.coef_entropy ? other_grad(p, max(logp, splat(kLeastLogP)), coef, entropy, coef_entropy)

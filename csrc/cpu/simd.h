@@ -33,6 +33,7 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 // Operand order matters: a comparison with NaN is false, so the NaN in `a` is kept.
 inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
+inline Vec min(Vec a, Vec b) { return a > b ? b : a; }
 
 // Lane i of the result is lane i ^ kWidth.
 template <int kWidth, int... I>

@@ -38,7 +38,7 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    ops = Operands(head, tokens, adds=True)
+    ops = Operands(head, tokens)
     return gradients(ops, _LogpsDz(ops, saved, upstream), saved, routing, needs, sums)
 
 

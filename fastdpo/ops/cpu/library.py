@@ -15,14 +15,18 @@ from torch import Tensor
 from .. import native
 
 
-def takes(rows: int, in_bf16: bool = False, own_bf16: bool = False, adds: bool = False) -> bool:
-    """Whether a library multiplies a tile of so many rows and every column faster than csrc; `adds`: and adds products
-    to gradients. Of the library's time csrc takes 0.5 to 0.9 from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with
-    AVX-512, H of 256 and 1024); in a backward of 1 to 3 rows 0.7 of oneDNN's, which adds by a second pass. In bf16 a
-    library's units come first, then csrc's: 0.3 to 0.9 of a library in fp32 from 1 row to 2,048 (AMD EPYC of Zen 4,
-    H of 1024, November 2026)."""
-    few = rows < 4 and not (adds and USES_ONEDNN)
-    return in_bf16 or (not own_bf16 and (few or rows >= 96))
+def takes(rows: int, in_bf16: bool = False, own_bf16: bool = False) -> bool:
+    """Whether a library multiplies a tile of so many rows and every column faster than csrc: of its time csrc takes 0.5
+    to 0.9 from 4 rows to 96, 1.1 to 1.6 outside (Intel Xeon with AVX-512, H of 256 and 1024). In bf16 a library's units
+    come first, then csrc's: 0.3 to 0.9 of a library in fp32 from 1 row to 2,048 (AMD EPYC of Zen 4, H of 1024, November
+    2026). A forward and its backward have the same answer: other logits in the last bits are other probabilities."""
+    return in_bf16 or (not own_bf16 and (rows < 4 or rows >= 96))
+
+
+def adds(rows: int, in_bf16: bool = False) -> bool:
+    """Whether a library that made such a tile also adds its products to gradients: oneDNN does so by a second pass,
+    and of few rows csrc takes 0.7 of its time (AMD EPYC, 1 to 3 rows, H of 1024, November 2026)."""
+    return in_bf16 or rows >= 4 or not USES_ONEDNN
 
 
 def takes_bf16_rows(*factors: Tensor) -> bool:

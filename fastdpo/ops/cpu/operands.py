@@ -34,7 +34,7 @@ class Tile(NamedTuple):
     blocks: Tensor | None = None  # [num_blocks] int32
     offsets: Tensor | None = None  # [num_blocks + 1] int64
     tokens: Tensor | None = None  # [rows] int32
-    operands: tuple[Tensor, Tensor] | None = None  # (hidden, weight) where a library multiplies, fp32 or bf16
+    operands: tuple[Tensor, Tensor] | None = None  # (hidden, weight) where a library adds products, fp32 or bf16
 
     @property
     def fields(self) -> dict:
@@ -72,10 +72,10 @@ class Space:
 
 
 class Operands:
-    """One problem's head and tokens; `adds`: for gradients; `threads` is how many a call may use."""
+    """One problem's head and tokens; `threads` is how many a call may use."""
 
-    def __init__(self, head: Head, tokens: Tokens, adds: bool = False):
-        self.head, self.tokens, self.count, self.adds = head, tokens, tokens.labels.shape[0], adds
+    def __init__(self, head: Head, tokens: Tokens):
+        self.head, self.tokens, self.count = head, tokens, tokens.labels.shape[0]
         self.threads = torch.get_num_threads()
         self.hidden_size, self.vocab_size = head.hidden.shape[1], head.weight.shape[0]
         self.num_blocks = num_blocks(self.vocab_size)
@@ -111,7 +111,7 @@ class Operands:
 
     def by_library(self, rows: int) -> bool:
         """Whether a library multiplies tiles of so many tokens."""
-        return not self.batch_invariant and library.takes(rows, self.in_bf16, self.own_bf16, self.adds)
+        return not self.batch_invariant and library.takes(rows, self.in_bf16, self.own_bf16)
 
     def hidden_rows(self, start: int, stop: int) -> Tensor | None:
         """[stop - start, H] for a library, fp32 or where it multiplies them bf16; None where csrc multiplies."""
@@ -198,7 +198,7 @@ class Operands:
         library.matmul(hidden, weight, out)
         if low_rank is not None:
             library.add_matmul(low_rank, self.lora_b[first:last], out)
-        return tile._replace(operands=(hidden, weight))
+        return tile._replace(operands=(hidden, weight)) if library.adds(stop - start, self.in_bf16) else tile
 
     def columns(self, tile: Tile) -> dict:
         """The fields of csrc's Tile: such columns as the vocabulary has."""

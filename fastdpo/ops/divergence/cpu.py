@@ -194,6 +194,6 @@ def backward(
     needs: Needs,
     sums: Gradients | None = None,
 ) -> Gradients:
-    ops, ref_ops = Operands(heads.student, tokens, adds=True), Operands(heads.teacher, ref_tokens)
+    ops, ref_ops = Operands(heads.student, tokens), Operands(heads.teacher, ref_tokens)
     makes_dz = _DivergenceDz(heads, ops, ref_ops, saved, upstream)
     return gradients(ops, makes_dz, saved, routing, needs, sums)
