@@ -54,7 +54,9 @@ FASTDPO_HD static inline bool take(uint32_t& sum, uint64_t odds) {
   return sum < before;
 }
 
-// 1 / q.
-FASTDPO_HD static inline float pair_weight(uint64_t odds) { return 4294967296.0f / static_cast<float>(odds); }
+// 1 / q of a pair that was kept: its odds were at least 1, whatever is left of the share where it is computed again.
+FASTDPO_HD static inline float pair_weight(uint64_t odds) {
+  return 4294967296.0f / static_cast<float>(odds == 0 ? 1 : odds);
+}
 
 }  // namespace fastdpo

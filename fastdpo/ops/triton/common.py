@@ -15,6 +15,7 @@ INTERPRET = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 BLOCK = tl.constexpr(routing.BLOCK)
 LOG2_BLOCK = tl.constexpr(routing.BLOCK.bit_length() - 1)
 LOG2E = tl.constexpr(1.4426950408889634)
+NO_MASS = tl.constexpr(3e38)  # a row's lse for which every p is 0, and every log p, as it is multiplied with 0, finite
 
 # Arguments that differ from launch to launch of one step: a kernel is not compiled again for their value or alignment.
 # Triton knows them by name, so none is in a tuple. A tuple that is not there is one of Nones, and none is in another:
@@ -102,14 +103,14 @@ class RowTerms(NamedTuple):
 
 
 class RowFactors(NamedTuple):
-    """What a row's dz is made of: dz = p * (p's factor + entropy_p + entropy_x * x), and the label's own for `p`."""
+    """What a row's dz is made of: dz = p * (of_p + entropy_p + entropy_log_p * log p), and for `of_p` the label's."""
 
     active: tl.tensor  # has a gradient
-    shift: tl.tensor  # p = exp2(logit / log 2 - shift)
+    lse: tl.tensor  # NO_MASS where it has none
     others: tl.tensor  # 1 - p[label]
-    p: tl.tensor
+    of_p: tl.tensor
     label: tl.tensor
-    entropy_x: tl.tensor
+    entropy_log_p: tl.tensor
     entropy_p: tl.tensor
 
 
@@ -198,7 +199,7 @@ def is_plain(rows, block: tl.constexpr, first_column, V):
 
 @triton.jit
 def row_terms(row, exists, terms, transform, dz_scale):
-    """RowFactors: all scales are in them, and what `shift` was rounded by."""
+    """RowFactors: all scales are in them."""
     c = tl.load(terms.coef + row, mask=exists, other=0.0)
     row_lse = tl.load(terms.lse + row, mask=exists, other=0.0)
     active, cx, ce, others_c = c != 0, c, c, c
@@ -207,7 +208,7 @@ def row_terms(row, exists, terms, transform, dz_scale):
         active, others_c = active | (cl != 0), c - cl  # d(lse) = p
     if terms.coef_entropy is not None:
         cx = tl.load(terms.coef_entropy + row, mask=exists, other=0.0)
-        ce = cx * (tl.load(terms.entropy + row, mask=exists, other=0.0) - row_lse)
+        ce = cx * tl.load(terms.entropy + row, mask=exists, other=0.0)
         active = active | (cx != 0)
     scale = transform.scale * transform.inv_temperature
     if dz_scale is not None:
@@ -217,20 +218,16 @@ def row_terms(row, exists, terms, transform, dz_scale):
     of_label = c * others
     if terms.coef_lse is not None:
         of_label = tl.fma(cl, exp(row_logp), of_label)
-    shift = row_lse * LOG2E
-    # What `shift` was rounded by, and the scale that probabilities() takes, at a logit as large as the row's sum.
-    size = unit(transform)
-    relative = tl.fma(size, LOG2E, -(size * LOG2E)) / tl.where(size == 0, 1.0, size)
-    of_p = -scale * tl.exp2(tl.fma(row_lse, relative, -tl.fma(row_lse, LOG2E, -shift)))
-    shift = tl.where(active, shift, float("inf"))  # p is 0
-    return RowFactors(active, shift, others, others_c * of_p, of_label * scale, cx * unit(transform) * of_p, ce * of_p)
+    row_lse = tl.where(active, row_lse, NO_MASS)
+    return RowFactors(active, row_lse, others, -others_c * scale, of_label * scale, -cx * scale, -ce * scale)
 
 
 @triton.jit
-def probabilities(product, transform, shift):
-    """(p, x of squashed) of products: one fused multiplication and one exponential each."""
+def log_probs(product, transform, lse):
+    """(log p, x of squashed) of products. No probability is above 1, though these products, summed in another order
+    than the forward's, can be above its `lse`: by 1e5 where logits are 1e12."""
     x = squashed(product, transform)
-    return tl.exp2(tl.fma(x, unit(transform) * LOG2E, -shift[:, None])), x
+    return tl.minimum(tl.fma(x, unit(transform), -lse[:, None]), 0.0, tl.PropagateNan.ALL), x
 
 
 @triton.jit
@@ -245,21 +242,23 @@ def dz_of(product, transform, of_row, label, column, V, is_plain, ENTROPY: tl.co
 
 @triton.jit
 def _times(p, factor, transform):
-    if transform.softcap is None:  # the factor of an x of -inf is no number
+    if transform.softcap is None:  # the factor of a log p of -inf is no number
         factor = tl.where(p == 0, 0.0, factor)
     return p * factor
 
 
 @triton.jit
 def _dz(product, transform, of_row, label, column, V, ENTROPY: tl.constexpr, MASKED: tl.constexpr):
-    p, x = probabilities(product, transform, of_row.shift)
+    log_p, x = log_probs(product, transform, of_row.lse)
+    p = exp(log_p)
     if ENTROPY:
-        dz = _times(p, tl.fma(x, of_row.entropy_x[:, None], (of_row.p + of_row.entropy_p)[:, None]), transform)
+        of_entropy = of_row.entropy_log_p[:, None]
+        dz = _times(p, tl.fma(log_p, of_entropy, (of_row.of_p + of_row.entropy_p)[:, None]), transform)
         if MASKED:
-            own = _times(p, tl.fma(x, of_row.entropy_x[:, None], of_row.entropy_p[:, None]), transform)
+            own = _times(p, tl.fma(log_p, of_entropy, of_row.entropy_p[:, None]), transform)
             dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None] + own, dz)
     else:
-        dz = p * of_row.p[:, None]
+        dz = p * of_row.of_p[:, None]
         if MASKED:
             dz = tl.where(column[None, :] == label[:, None], of_row.label[:, None], dz)
     dz = times_slope(dz, x, transform)

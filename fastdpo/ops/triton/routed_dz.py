@@ -15,11 +15,12 @@ from .common import (
     BLOCK,
     VARYING,
     dot,
+    exp,
     hidden_offset,
     is_plain,
     load_rows,
     load_tile,
-    probabilities,
+    log_probs,
     rounded,
     row_terms,
     rows_in_blocks,
@@ -131,7 +132,8 @@ def routed_dz_kernel(
             b = load_tile(weight, block * BLOCK, k, head.V, head.H, head.weight_stride, BLOCK, form.BK, form.TMA)
             acc = dot(a, b.T, acc, form.COMPUTE)
         of_row = row_terms(row, exists, terms, transform, dz_scale)
-        p, x = probabilities(acc, transform, of_row.shift)
+        log_p, x = log_probs(acc, transform, of_row.lse)
+        p = exp(log_p)
         column = block * BLOCK + tl.arange(0, BLOCK)
         plain: tl.constexpr = False
         if BRANCH:
@@ -141,7 +143,7 @@ def routed_dz_kernel(
         share = tl.sum(p, 1) / of_row.others  # where that is 0 so is dz
         own = (label >= block * BLOCK) & (label < (block + 1) * BLOCK)
         w = weights(share, own, tau, second_tau, SECOND)
-        tile_dz = p * (of_row.p * w)[:, None]
+        tile_dz = p * (of_row.of_p * w)[:, None]
         if not plain:
             tile_dz = tl.where(column[None, :] == label[:, None], (of_row.label * w)[:, None], tile_dz)
         store_pairs(times_slope(tile_dz, x, transform), share, own, row, exists, block, slot, index - begin,

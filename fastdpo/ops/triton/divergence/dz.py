@@ -19,6 +19,7 @@ from ..common import (
     hidden_offset,
     load_rows,
     load_tile,
+    log_probs,
     rounded,
     start_products,
     tile_of,
@@ -27,7 +28,7 @@ from ..common import (
 from ..lists import pairs_of, round_of
 from ..routed_dz import Sets, launch_dz, store_pairs, weights
 from ..sweep import Sweep
-from .log_ratio import Kind, at_least, bound_of, dz_of_pair, log_probs, pair_rows, share_of
+from .log_ratio import Kind, at_least, bound_of, dz_of_pair, pair_rows, share_of
 
 NOTHING = {
     "ref_hidden": None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...divergence.problem import EPS as _EPS
 from ...divergence.problem import DivergenceForward, DivergenceUpstream, Heads
-from ..common import exp, expm1, squashed, unit
+from ..common import exp, expm1
 from ..stats import log1p
 
 EPS2 = tl.constexpr(_EPS * _EPS)
@@ -111,13 +111,6 @@ def jsd_terms(p, r, x, over, kind):
     """What ids add to jsd, of x = log(p / r) and `over` of it."""
     of_p = tl.where(p == 0, 0.0, kind.own * p * (over + tl.minimum(x, 0.0)))
     return of_p + tl.where(r == 0, 0.0, kind.beta * r * (over - tl.maximum(x, 0.0)))
-
-
-@triton.jit
-def log_probs(product, transform, lse):
-    """(log p, x of squashed) of products."""
-    x = squashed(product, transform)
-    return tl.fma(x, unit(transform), -lse[:, None]), x
 
 
 @triton.jit

@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ...divergence.problem import Heads
-from ..common import BLOCK, exp, logit
+from ..common import BLOCK, exp, log_probs, logit
 from ..stats import LOWEST
-from .log_ratio import jsd_terms, log_probs, over_mixture
+from .log_ratio import jsd_terms, over_mixture
 
 
 class PairSums(NamedTuple):
