@@ -47,13 +47,13 @@ inline void transform_block(const float* raw, const float* bias, const LogitTran
   for (int64_t i = 0; i < kBlock; i += kLanes) {
     Vec y = load(raw + i);
     if (bias) y += load(bias + i);
-    y *= splat(t.scale);
     if (kSoftcap) {
-      const Capped capped = softcapped(y, t.softcap);
-      y = capped.value;
+      const Capped capped = softcapped(y * splat(t.scale), t.softcap);
+      store(z + i, capped.value * splat(t.inv_temperature));
       if (kSlope) store(slope + i, capped.slope * splat(t.scale * t.inv_temperature));
+    } else {
+      store(z + i, y * splat(t.scale * t.inv_temperature));
     }
-    store(z + i, y * splat(t.inv_temperature));
   }
   for (int64_t i = cols; i < kBlock; ++i) z[i] = -kInf;
 }
@@ -81,10 +81,16 @@ void fold_rows_as(const FoldArgs& a, int64_t begin, int64_t end) {
       float block_max = max(m);
       if (kStats) add_maxima(a.stats[row], z, cols, in_block, block_max);
       if (block_max == -kInf) block_max = 0.0f;  // -inf - -inf is NaN; and `max` may have passed over NaNs
-      Vec s{};
-      for (int64_t i = 0; i < kBlock; i += kLanes) s += exp(load(z + i) - splat(block_max));
+      Vec s{}, sum_z{}, squares{};
+      for (int64_t i = 0; i < kBlock; i += kLanes) {
+        const Vec d = load(z + i) - splat(block_max), e = exp(d);
+        s += e;
+        if (!kStats) continue;
+        sum_z += e == Vec{} ? Vec{} : e * d;  // 0 * -inf
+        squares += e * e;
+      }
       const float block_sum = sum(s);
-      if (kStats) add_sums(a.stats[row], z, block_max, block_sum);
+      if (kStats) add_sums(a.stats[row], block_max, block_sum, sum(sum_z), sum(squares));
       maxima[waiting] = block_max, sums[waiting++] = block_sum;
       if (waiting < kLanes && col + kBlock < tile.num_cols) continue;
       const Vec logs = log(load(sums));

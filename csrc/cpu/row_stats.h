@@ -38,23 +38,16 @@ inline void add_maxima(RowStats& row, const float* z, int64_t cols, int64_t labe
   }
 }
 
-// And its sum of exp(z - block_max).
-inline void add_sums(RowStats& row, const float* z, float block_max, float block_sum) {
+// And its sums of e = exp(z - block_max), of e (z - block_max) and of e^2.
+inline void add_sums(RowStats& row, float block_max, float block_sum, float sum_z, float squares) {
   if (block_sum == 0.0f) return;  // every logit is -inf
-  Vec sum_z{}, sum_sq{};
-  for (int64_t i = 0; i < kBlock; i += kLanes) {
-    const Vec d = load(z + i) - splat(block_max);
-    const Vec e = exp(d);
-    sum_z += e == Vec{} ? Vec{} : e * d;  // 0 * -inf
-    sum_sq += e * e;
-  }
   const double m = std::fmax(row.max, static_cast<double>(block_max));
   const double old_scale = row.sum_exp == 0.0 ? 0.0 : std::exp(row.max - m);
   const double new_scale = std::exp(block_max - m);
   const double old_shift = row.sum_exp == 0.0 ? 0.0 : row.max - m;
   row.sum_exp_z = old_scale * (row.sum_exp_z + row.sum_exp * old_shift) +
-                  new_scale * (static_cast<double>(sum(sum_z)) + static_cast<double>(block_sum) * (block_max - m));
-  row.sum_exp_sq = old_scale * old_scale * row.sum_exp_sq + new_scale * new_scale * sum(sum_sq);
+                  new_scale * (static_cast<double>(sum_z) + static_cast<double>(block_sum) * (block_max - m));
+  row.sum_exp_sq = old_scale * old_scale * row.sum_exp_sq + new_scale * new_scale * squares;
   row.sum_exp = old_scale * row.sum_exp + new_scale * block_sum;
   row.max = m;
 }

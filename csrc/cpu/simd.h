@@ -7,6 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 namespace fastdpo {
 namespace FASTDPO_ISA {
 
@@ -31,9 +35,18 @@ inline Vec load(const float* p) {
 }
 inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
-// Operand order matters: a comparison with NaN is false, so the NaN in `a` is kept.
+// Operand order matters: a comparison with NaN is false, so the NaN in `a` is kept; x86 gives its second operand then.
+// A mask of all lanes costs nothing, and keeps GCC 12 from warning of its own header.
+#if defined(__AVX512F__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(0xffff, (__m512)b, (__m512)a); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm512_maskz_min_ps(0xffff, (__m512)b, (__m512)a); }
+#elif defined(__AVX2__)
+inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)b, (__m256)a); }
+inline Vec min(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)b, (__m256)a); }
+#else
 inline Vec max(Vec a, Vec b) { return a < b ? b : a; }
 inline Vec min(Vec a, Vec b) { return a > b ? b : a; }
+#endif
 
 // Lane i of the result is lane i ^ kWidth.
 template <int kWidth, int... I>
@@ -57,13 +70,16 @@ inline float max(Vec v) {
   return reduce(v, [](Vec a, Vec b) { return ((a < b) | (b != b)) ? b : a; });
 }
 
-// exp for x <= 88, about 1 ulp: 2^n * P(r), r = x - n ln2, with ln2 in two pieces (Cody and Waite).
+// exp, about 1 ulp, 0 below the normal numbers: 2^n * P(r), r = x - n ln2, with ln2 in two pieces (Cody and Waite; Cephes'
+// polynomial). What the arithmetic makes of an x too small is thrown away. AVX-512 multiplies by 2^n itself.
 inline Vec exp(Vec x) {
   const Vec shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec clamped = x < splat(-87.33f) ? splat(-87.33f) : (x > splat(88.37f) ? splat(88.37f) : x);
-  const Vec biased = clamped * splat(1.44269504f) + shift;
+#ifndef __AVX512F__
+  x = min(x, splat(88.37f));
+#endif
+  const Vec biased = x * splat(1.44269504f) + shift;
   const Vec n = biased - shift;
-  const Vec r = (clamped - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
+  const Vec r = (x - n * splat(0.693359375f)) + n * splat(2.12194440e-4f);
   Vec p = splat(1.9875691500e-4f);
   p = p * r + splat(1.3981999507e-3f);
   p = p * r + splat(8.3334519073e-3f);
@@ -71,12 +87,17 @@ inline Vec exp(Vec x) {
   p = p * r + splat(1.6666665459e-1f);
   p = p * r + splat(5.0000001201e-1f);
   p = p * (r * r) + r + splat(1.0f);
+#ifdef __AVX512F__
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.33f), _CMP_NLT_UQ);  // or NaN
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   IVec bits;
   std::memcpy(&bits, &biased, sizeof bits);
   bits = (bits << 23) + 0x3f800000;  // the low bits of `biased` hold n
   Vec power;
   std::memcpy(&power, &bits, sizeof power);
   return x < splat(-87.33f) ? Vec{} : p * power;
+#endif
 }
 
 // log, about 1 ulp for normal x (Cephes): e ln2 + log(1 + f) with 1 + f in [sqrt(1/2), sqrt(2)). 0 is -inf, below NaN.
