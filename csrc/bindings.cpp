@@ -77,6 +77,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("supported_isas", &supported_isas);
   m.def("use_isa", &use_isa);
   m.def("parallel_backend", &parallel_backend);
+  m.def("pieces_of_last_loop", &pieces_of_last_loop);
   m.def("logits_splits", &logits_splits);
   m.def("load_bf16_product", &load_bf16_product);
 

@@ -93,4 +93,32 @@ BUGS = (
         'FACTORS = ("output_multiplier", "lm_head_multiplier")',
         "tests/models/test_huggingface.py -k test_models",
     ),
+    (
+        "a second backward is wrong",
+        "fastdpo/ops/operators.py",
+        "coef = torch.zeros_like(logps) if dlogps is None else contiguous(dlogps.to(logps.dtype))",
+        "coef = torch.zeros_like(logps) if dlogps is None else 0 * logps.mul_(2) + dlogps.to(logps.dtype)",
+        "tests/test_logps.py -k retain_graph",
+    ),
+    (
+        "bf16 hidden with an fp32 head multiplied in bf16",
+        "fastdpo/head.py",
+        "torch.promote_types(hidden.dtype, weight.dtype)",
+        "hidden.dtype",
+        "tests/test_linear_dpo.py -k fp32_head",
+    ),
+    (
+        "gradients lost under torch.compile",
+        "fastdpo/ops/operators.py",
+        "needs = list(ctx.needs_input_grad[:5])",
+        "needs = [True, *[False] * 4]",
+        "tests/ops/test_operators.py -k linear_logps_compiles",
+    ),
+    (
+        "numpy's numbers break a compiled call",
+        "fastdpo/validation.py",
+        "number = float(value)",
+        "number = value",
+        "tests/test_validation.py -k numpys_numbers",
+    ),
 )

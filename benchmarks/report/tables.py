@@ -21,6 +21,7 @@ from pathlib import Path
 
 from benchmarks.report.frontier import candidates, frontier
 from benchmarks.report.markdown import bold, error, not_measured, table
+from benchmarks.report.processor import batches, folds, threads
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -256,16 +257,6 @@ def divergence(record: dict) -> list[str]:
     return [*table(header, rows), *not_measured(record["notes"]["left out"])]
 
 
-def batches(record: dict) -> list[str]:
-    header = ["H", "tokens", "default, ms", "exact, ms", "eager's, ms", "default / exact", "default / eager"]
-    rows = []
-    for row in record["rows"]:
-        times = (f"{row[f'{path} ms']:.1f}" for path in ("default", "exact", "eager"))
-        ratios = (f"{row[f'default / {path}']:.2f}" for path in ("exact", "eager"))
-        rows.append([str(row["H"]), str(row["tokens"]), *times, *ratios])
-    return table(header, rows)
-
-
 @dataclass(frozen=True)
 class Source:
     """A table: `render` takes the records of `files`, each made by its command."""
@@ -287,6 +278,8 @@ COMMANDS = {  # result file -> what made it
     "2026-11-cpu-accuracy.json": "benchmarks.cpu.accuracy --head head.safetensors",
     "2026-11-cpu-batches.json": "benchmarks.cpu.batches --head head.safetensors",
     "2026-11-cpu-batches-bf16.json": "benchmarks.cpu.batches --head head.safetensors --dtype bfloat16",
+    "2026-11-cpu-folds.json": "benchmarks.cpu.folds --rounds 15",
+    "2026-11-cpu-threads.json": "benchmarks.cpu.threads --head head.safetensors",
     "2026-11-cpu-divergence.json": "benchmarks.cpu.divergence --head head.safetensors",
     "2026-11-training.json": "benchmarks.models.training",
     "2026-11-cpu-frontier.json": "examples.frontier",
@@ -309,6 +302,8 @@ SOURCES = {
     "step-bf16": Source(step, ("2026-11-cpu-step-bf16.json",)),
     "batches": Source(batches, ("2026-11-cpu-batches.json",)),
     "batches-bf16": Source(batches, ("2026-11-cpu-batches-bf16.json",)),
+    "threads": Source(threads, ("2026-11-cpu-threads.json",)),
+    "folds": Source(folds, ("2026-11-cpu-folds.json",)),
     **{
         f"sweep-{axis}": Source(partial(sweep, axis=axis, title=title), ("2026-11-cpu-sweep.json",))
         for axis, title in AXES.items()

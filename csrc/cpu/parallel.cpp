@@ -78,12 +78,14 @@ void run_on_threads(Work& work, int threads) {
   for (std::thread& thread : pool) thread.join();
 }
 
+thread_local int64_t last_pieces = 0;
+
 }  // namespace
 
 void parallel_for(int64_t count, int64_t grain, int num_threads, const std::function<void(int64_t, int64_t)>& body) {
   if (count <= 0) return;
   grain = std::max<int64_t>(grain, 1);
-  const int64_t pieces = (count + grain - 1) / grain;
+  const int64_t pieces = last_pieces = (count + grain - 1) / grain;
   static const int most = std::max(kMostThreads, static_cast<int>(std::thread::hardware_concurrency()));
   const int threads = static_cast<int>(std::min<int64_t>(std::clamp(num_threads, 1, most), pieces));
   if (threads == 1) return body(0, count);
@@ -95,6 +97,8 @@ void parallel_for(int64_t count, int64_t grain, int num_threads, const std::func
   else run_on_threads(work, threads);
   if (work.error) std::rethrow_exception(work.error);
 }
+
+int64_t pieces_of_last_loop() { return last_pieces; }
 
 const char* parallel_backend() { return gomp_parallel() ? "openmp" : "threads"; }
 

@@ -83,7 +83,7 @@ def test_the_history_has_every_result_and_a_new_one_is_a_line(tmp_path):
     for name in files:
         shutil.copy(history.RESULTS / name, tmp_path / name)
     record = json.loads((tmp_path / "2026-11-cpu-step.json").read_text())
-    record["environment"]["date"] = "2027-01-05"
+    before, record["environment"]["date"] = record["environment"]["date"], "2027-01-05"
     next(row for row in record["rows"] if row["step"] == "fastdpo routed")["median s"] = 0.123
     (tmp_path / "2027-01-cpu-step.json").write_text(json.dumps(record))
     (tmp_path / "2027-01-02-h100.json").write_text(
@@ -91,7 +91,7 @@ def test_the_history_has_every_result_and_a_new_one_is_a_line(tmp_path):
     )
     lines = history.page(tmp_path).splitlines()
     (new,) = [i for i, line in enumerate(lines) if line.startswith("| [2027-01-05](results/2027-01-cpu-step.json)")]
-    assert "| 0.12 |" in lines[new] and lines[new + 1].startswith("| [2026-11-25](results/2026-11-cpu-step.json)")
+    assert "| 0.12 |" in lines[new] and lines[new + 1].startswith(f"| [{before}](results/2026-11-cpu-step.json)")
     assert "Measured: h100." in lines and history.NO_GPU not in lines
     (tmp_path / "unnamed.json").write_text("{}")
     with pytest.raises(ValueError, match=r"unnamed\.json"):
