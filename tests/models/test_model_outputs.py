@@ -142,15 +142,13 @@ def test_outputs_without_a_known_name(monkeypatch):
 @pytest.mark.parametrize("find_unused_parameters", [False, True])
 def test_the_load_balancing_loss_in_distributed_data_parallel(find_unused_parameters, tmp_path):
     """DDP looks through what is returned for parameters that take part: routers do by this loss alone."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+
+    def loss(module):
+        stats = module(**batch(), output_router_logits=True, fastdpo=True)
+        return stats.aux_loss - stats.logps.sum()
+
+    def steps():  # DDP is gone when the group goes: as its last owner it could wait for threads that wait for the GIL
         model = mixture()
-        asked = {"output_router_logits": True, "fastdpo": True}
-
-        def loss(module):
-            stats = module(**batch(), **asked)
-            return stats.aux_loss - stats.logps.sum()
-
         expected = gradients(model, loss(model))
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
         for _ in range(2):
@@ -158,6 +156,10 @@ def test_the_load_balancing_loss_in_distributed_data_parallel(find_unused_parame
             assert grads.keys() == expected.keys()
             for name, grad in grads.items():
                 torch.testing.assert_close(grad, expected[name], msg=name)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        steps()
     finally:
         torch.distributed.destroy_process_group()
 
