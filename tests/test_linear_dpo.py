@@ -250,7 +250,7 @@ def all_ignored(batch):
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sft", "simpo", "orpo", "sigmoid_norm"])
 @pytest.mark.parametrize("options", [{}, {"use_weighting": True, "ld_alpha": 0.5}], ids=str)
-def test_all_ignored(loss_type, options):
+def test_all_ignored(loss_engine, loss_type, options):
     """0 / 0 when every token is masked: zeros and a working backward instead."""
     batch = Batch(seed=12)
     out = linear_dpo_loss(batch.hidden, batch.weight, all_ignored(batch), loss_type=loss_type, **options)
@@ -259,7 +259,7 @@ def test_all_ignored(loss_type, options):
         assert grad is None or (grad == 0).all()
 
 
-def test_one_sequence_without_completion():
+def test_one_sequence_without_completion(loss_engine):
     batch = Batch(seed=13)
     batch.labels[2] = IGNORE
     for layout in ("padded", "packed"):
