@@ -179,3 +179,18 @@ def test_the_function_is_the_loss(loss_type, loss_engine):
     ).losses
     assert torch.equal(losses, expected) and losses.dtype == torch.float64
     assert losses.sum().requires_grad
+
+
+DIFFERENCES = ("sigmoid", "robust", "ipo", "hinge", "exo_pair", "discopop", "sigmoid_norm")
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_a_loss_of_a_difference_of_scores_takes_every_f_divergence(name):
+    """Of the scores that a divergence makes of log-ratios it is what it is of log-ratios."""
+    given = {"loss_type": name, "chosen_lengths": ONES.long(), "rejected_lengths": ONES.long()}
+    given |= {"label_smoothing": 0.1} if name in ("robust", "exo_pair") else {}
+    chosen, rejected = torch.tensor([-0.5, 0.25, 1.0]), torch.tensor([0.5, -1.0, 0.75])
+    found = preference_loss(chosen, rejected, f_divergence_type="forward_kl", **given)
+    expected = preference_loss(-(-chosen).exp(), -(-rejected).exp(), **given)
+    torch.testing.assert_close(found.losses, expected.losses)
+    assert not torch.allclose(found.losses, preference_loss(chosen, rejected, **given).losses)
