@@ -26,7 +26,7 @@ from .triton.special import release
 
 ENGINES = ("reference", "cpu", "triton")
 TRITON_VERSIONS = ((3, 6), (3, 9))  # whose machine code is checked; an older one than the first does not serve
-NEWEST_TORCH = (2, 13)  # that the tests ran with: constraints.txt
+NEWEST_TORCH = (2, 15)  # that the tests ran with: tests/versions.py
 OLDEST_GPU = (8, 0)
 _LOGITS = {
     "reference": (reference.logits_forward, reference.logits_backward),

@@ -60,10 +60,10 @@ def test_the_checked_tritons_are_those_of_make_kernels():
 
 NEWER = [  # torch, Triton, the packages that are named
     ("2.13.0", "3.9.0", []),
-    ("2.13.9+cu130", "3.9.4", []),
+    ("2.15.9+cu130", "3.9.4", []),
     ("2.6.0", None, []),
-    ("2.14.0.dev20261101+cpu", "3.6.0", ["torch 2.14.0.dev20261101+cpu is newer than 2.13,"]),
-    ("3.0.1", "3.10.0+git", ["torch 3.0.1 is newer than 2.13,", "triton 3.10.0+git is newer than 3.9,"]),
+    ("2.16.0.dev20261101+cpu", "3.6.0", ["torch 2.16.0.dev20261101+cpu is newer than 2.15,"]),
+    ("3.0.1", "3.10.0+git", ["torch 3.0.1 is newer than 2.15,", "triton 3.10.0+git is newer than 3.9,"]),
 ]
 
 
@@ -76,11 +76,12 @@ def test_what_came_after_the_tests_is_noted(monkeypatch, recwarn, torch_version,
     assert not recwarn.list  # whoever asks is told; nobody else
 
 
-def test_the_newest_tested_releases_are_those_that_ci_installs():
-    locked = (Path(__file__).parents[2] / ".ci" / "lock.txt").read_text()
-    newest = {
-        name: engines.release(re.search(rf"^{name}==(\S+)", locked, re.MULTILINE)[1]) for name in ("torch", "triton")
-    }
+def test_the_newest_tested_releases_are_those_of_the_newest_environment():
+    """Which `make test-versions` makes."""
+    from versions import VERSIONS
+
+    pins = dict(pin.split("==") for pin in VERSIONS["newest"].pins if "==" in pin)
+    newest = {name: engines.release(pins[name]) for name in ("torch", "triton")}
     assert newest == {"torch": engines.NEWEST_TORCH, "triton": engines.TRITON_VERSIONS[-1]}
 
 
