@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import math
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastdpo
-from fastdpo.head import DEFAULT_TAU, FROZEN_HEAD_TAU, HEAD_OPTIONS, HeadOptions, Routing, check_head
+from fastdpo.head import (
+    DEFAULT_TAU,
+    FROZEN_HEAD_TAU,
+    HEAD_OPTIONS,
+    HeadOptions,
+    LogitTransform,
+    Routing,
+    check_head,
+)
 from fastdpo.linear_dpo import LinearDPOLoss
 
 # Another value of each option, and one that is refused with the option's name.
@@ -85,3 +95,16 @@ def test_a_checked_call_is_flat_and_keeps_its_shape():
     hidden, weight, bias, lora_a, lora_b, flat = call.tensors
     assert hidden.shape == (2, 3, H) and weight.shape == (V, H) and bias is None and call.lora_scale == 0.5
     assert lora_a is lora[0] and lora_b is lora[1] and flat.shape == (6,) and call.shape == (2, 3)
+
+
+def test_logits_of_products():
+    x = torch.linspace(-9, 9, 50, dtype=torch.float64)
+    assert LogitTransform().applied(x) is x
+    expected = 3 * torch.tanh(0.5 * x / 3) / 2
+    torch.testing.assert_close(LogitTransform(0.5, 3.0, 2.0).applied(x), expected, rtol=1e-12, atol=0)
+
+
+def test_the_default_tau_is_documented():
+    document = (Path(__file__).parents[1] / "docs" / "choose.md").read_text()
+    for tau in (DEFAULT_TAU, FROZEN_HEAD_TAU):
+        assert f"**routed, tau 2^{math.log2(tau):.0f}**" in document  # bold: a default

@@ -316,3 +316,9 @@ def test_reentrant_checkpointing_draws_anew_at_every_step(engine, hidden_require
     assert len(set(steps)) == 3
     torch.manual_seed(3)
     assert [gradient(use_reentrant=False) for _ in range(3)] == steps
+
+
+def test_pairs_that_are_sure_are_no_more_than_they_are():
+    half = routing.ONE // 2
+    for odds, most in (([routing.ONE, 0], 1), ([half, half], 1), ([half, half + 1], 2), ([0, 0], 0)):
+        assert routing.most_pairs(torch.tensor([odds])).tolist() == [most]
