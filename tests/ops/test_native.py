@@ -272,3 +272,16 @@ def test_an_installation_without_kernels_says_what_is_missing(monkeypatch):
     monkeypatch.setattr(native, "EXTENSION", None)
     monkeypatch.setattr(native, "REASON", "no C++ compiler")
     assert native.cuda_problem.__wrapped__() == "the native extension is missing (no C++ compiler)"
+
+
+def test_a_tokens_draw_takes_64_bits_of_its_place_and_of_the_seed():
+    """Places no batch of a test has: as the oracle in Python draws."""
+    generator, first, seed = torch.Generator().manual_seed(4), 2**40 + 2**32 - 3, 2**63 + 5
+    share = torch.rand(6, 40, generator=generator) * 0.02
+    labels = torch.zeros(6, dtype=torch.int64)
+    expected, _ = routing.route(share, labels, (0.02,), seed, torch.arange(first, first + 6))
+    bitmap, most_pairs = torch.empty(6, 5, dtype=torch.uint8), torch.empty(6, dtype=torch.int32)
+    given = {"block_lse": share.double().log(), "rest_lse": torch.zeros(6, **double), "labels": labels}
+    drawn = {"first_row": first, "seed": seed, "tau": 0.02, "second_tau": -1.0, "before": None, "sums": None}
+    C.route(**given, **drawn, bitmap=bitmap, most_pairs=most_pairs, num_threads=1)
+    assert torch.equal(bitmap, expected) and 0 < bitmap.ne(0).sum()
