@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastdpo import distributed, losses, routing
-from fastdpo.ops import native
+from fastdpo.ops import engines, native
 from fastdpo.ops.preference import templates
 from fastdpo.ops.selective import operators as selective
 
@@ -36,9 +36,11 @@ def test_constants_that_two_languages_share():
     assert set(C.PREFERENCE_OPTIONS) <= set(losses.PREFERENCE_OPTIONS)
     assert templates.SUMS_BYTES == C.PAIR_SUMS_BYTES
     triton = pytest.importorskip("triton")
+    if engines.release(triton.__version__) < engines.TRITON_VERSIONS[0]:
+        pytest.skip(f"no kernel here is compiled with Triton {triton.__version__}")
     from fastdpo.ops.triton import common, route
 
-    assert triton.__version__ and (common.BLOCK.value, route.ONE.value) == (C.BLOCK, C.ONE)
+    assert (common.BLOCK.value, route.ONE.value) == (C.BLOCK, C.ONE)
 
 
 def test_every_field_by_its_name():
