@@ -63,7 +63,6 @@ def folds(rows: int, columns: int, cached: bool) -> dict[str, Callable[[], None]
         z = torch.randn(1 if cached else rows, columns) * 3
         return z.as_strided((rows, columns), (0 if cached else columns, 1))
 
-    fp32 = torch.float32
     labels = torch.randint(columns, (rows,))
     lse, logps = torch.full((rows,), 13.0), torch.full((rows,), -5.0)
     entropy, one = torch.full((rows,), 3.0), torch.ones(rows)
@@ -71,12 +70,12 @@ def folds(rows: int, columns: int, cached: bool) -> dict[str, Callable[[], None]
     block_lse = torch.empty(rows, blocks, dtype=torch.float64)
     no_stats = torch.tensor(EXTENSION.NO_ROW_STATS, dtype=torch.float64).repeat(rows, 1)
     pair_sums = torch.empty(rows, blocks * EXTENSION.BLOCK_DIVERGENCE_SIZE, dtype=torch.float64)
-    of_labels = torch.empty(2, rows, dtype=fp32)
+    of_labels = torch.empty(2, rows)
     plain, capped = ((1.0, softcap, 1.0) for softcap in (0.0, 30.0))
     tile, ref = logits(), logits()
 
-    def columns_of(transform, data=tile) -> dict:
-        return {"data": data, "col_start": 0, "bias": None, "transform": transform}
+    def columns_of(transform) -> dict:
+        return {"data": tile, "col_start": 0, "bias": None, "transform": transform}
 
     of_ref = {"ref_data": ref, "ref_bias": None, "ref_transform": plain}
 

@@ -1,5 +1,4 @@
-"""Tables of what one processor's kernels take: batches of every size, cycles of each fold, and what
-more threads could share."""
+"""Tables of what one processor's kernels take: batches of every size, cycles of each fold, threads."""
 
 from __future__ import annotations
 
