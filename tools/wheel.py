@@ -35,7 +35,7 @@ CROSS_COMPILER = "aarch64-linux-gnu-g++"
 MIB = 1 << 20
 ASK = (
     "import json, sys, sysconfig; print(json.dumps([sys.implementation.name, sys.version_info[:2], "
-    "bool(sysconfig.get_config_var('Py_GIL_DISABLED')), sysconfig.get_config_var('EXT_SUFFIX')]))"
+    "bool(sysconfig.get_config_var('Py_GIL_DISABLED')), sysconfig.get_config_var('EXT_SUFFIX'), sys.executable]))"
 )
 
 
@@ -44,7 +44,7 @@ class Python:
     version: tuple[int, int]
     free_threaded: bool
     suffix: str  # of its extensions
-    command: str
+    command: str  # a path: pip finds no other
 
 
 def asked(command: str) -> Python | None:
@@ -55,11 +55,11 @@ def asked(command: str) -> Python | None:
         return None
     if done.returncode:
         return None
-    name, version, free_threaded, suffix = json.loads(done.stdout)
+    name, version, free_threaded, suffix, path = json.loads(done.stdout)
     oldest = re.search(r'requires-python = ">=(\d+)\.(\d+)"', (ROOT / "pyproject.toml").read_text())
     if name != "cpython" or tuple(version) < tuple(map(int, oldest.groups())):
         return None
-    return Python(tuple(version), free_threaded, suffix, command)
+    return Python(tuple(version), free_threaded, suffix, path)
 
 
 def pythons(commands: list[str] | None) -> list[Python]:

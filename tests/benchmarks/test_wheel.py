@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -22,7 +24,9 @@ def interpreter(folder: Path, name: str, answer) -> Path:
     """A command that answers as one; None: that fails, as a shim of pyenv without a version."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / name
-    path.write_text("#!/bin/sh\n" + ("exit 127\n" if answer is None else f"echo '{json.dumps(answer)}'\n"))
+    path.write_text(
+        "#!/bin/sh\n" + ("exit 127\n" if answer is None else f"echo '{json.dumps([*answer, str(path)])}'\n")
+    )
     path.chmod(0o755)
     return path
 
@@ -97,3 +101,15 @@ def test_the_same_sources_are_the_same_bytes_in_any_folder(tmp_path, monkeypatch
     (extension,) = (name for name in contents[0] if name.startswith("fastdpo/_C."))
     assert str(tmp_path).encode() not in zipfile.ZipFile(made[0]).read(extension)
     assert "fastdpo/py.typed" in contents[0]
+
+
+def test_a_python_that_is_named_is_found_for_pip_too(monkeypatch):
+    """Which takes a path, and not a name on PATH."""
+    here = Path(sys.executable)
+    monkeypatch.setenv("PATH", os.pathsep.join([str(here.parent), os.environ["PATH"]]))
+    (python,) = wheel.pythons([here.name])
+    assert Path(python.command).is_absolute() and python.version == sys.version_info[:2]
+    found = subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python.command, "--version"], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
