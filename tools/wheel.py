@@ -4,7 +4,8 @@ python -m tools.wheel [--output dist] [--python NAME ...] [--aarch64]
 
 With nvcc the wheels hold CUDA kernels, without it, or where FASTDPO_CUDA_ARCHS is empty, the CPU's alone; both install
 everywhere. On Linux auditwheel says which systems a wheel is for (manylinux). The same sources and compiler, with the
-packages of .ci/lock.txt, give the same bytes in any folder; the date is SOURCE_DATE_EPOCH's or the last commit's.
+packages of .ci/lock.txt, give the same bytes in any folder, but for CUDA kernels (docs/building.md says why). The date
+is SOURCE_DATE_EPOCH's or the last commit's.
 
 `--aarch64` cross-compiles with aarch64-linux-gnu-g++, without CUDA kernels. `--python` takes commands; without it every
 CPython that the package supports is taken: python3.N on PATH, those of pyenv, and the one that runs this.
