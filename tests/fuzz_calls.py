@@ -18,8 +18,10 @@ from tests.heads import SmallHead, small_head
 
 TAUS = (0.05, (0.02, 0.3), (0.3, 0.02))
 # With another argument than a struct's fields, or none.
-WITHOUT_FIELDS = {"isa", "supported_isas", "use_isa", "parallel_backend", "pieces_of_last_loop", "logits_splits"}
-WITHOUT_FIELDS |= {"load_bf16_product"}
+WITHOUT_FIELDS = {
+    *("isa", "supported_isas", "use_isa", "load_bf16_product"),
+    *("parallel_backend", "pieces_of_last_loop", "logits_splits"),
+}
 
 
 def record(seed: int, cuda: bool = False) -> tuple[object, list[tuple[str, Fields]]]:
